@@ -1,0 +1,88 @@
+"""The errors that gradstore raises: one line that says what, where, expected, got, and what to do next."""
+
+from __future__ import annotations
+
+
+class GradstoreError(Exception):
+    """Base of every error that a caller can act on.
+
+    Args:
+        what: the failure, as a clause without a full stop.
+        where: the file, dataset, row or option it concerns.
+        expected: what would have been right.
+        got: what was found.
+        hint: what to do next, as a sentence without a full stop.
+
+    Attributes:
+        exit_code: the exit status of the command line for this kind of error.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        """The whole error as one line."""
+        line = self.what if self.where is None else f"{self.where}: {self.what}"
+        details = [f"{name} {value}" for name, value in (("expected", self.expected), ("got", self.got)) if value is not None]
+        if details:
+            line += " (" + ", ".join(details) + ")"
+        return line + "." + (f" {self.hint}." if self.hint else "")
+
+
+class UsageError(GradstoreError):
+    """An argument is unusable: unknown kernel, k larger than n, an output that is not a store."""
+
+    exit_code = 2
+
+
+class ProjectError(GradstoreError):
+    """The user's project is wrong: file, model, weights, splits or classes."""
+
+    exit_code = 3
+
+
+class MismatchError(GradstoreError):
+    """Two things that must agree differ: a store and a project, or two stores."""
+
+    exit_code = 4
+
+
+class CorruptError(GradstoreError):
+    """Stored bytes are not what was written."""
+
+    exit_code = 5
+
+
+class LockedError(GradstoreError):
+    """Another writer holds the store."""
+
+    exit_code = 6
+
+
+class NoSpaceError(GradstoreError):
+    """The disk has too little room."""
+
+    exit_code = 7
+
+
+class NonFiniteError(GradstoreError):
+    """A gradient, norm or feature is NaN, infinite or outside its audited band."""
+
+    exit_code = 8
+
+
+class UnsafeError(GradstoreError):
+    """The input could run code or read another file, so it was refused."""
+
+    exit_code = 9
