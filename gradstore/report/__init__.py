@@ -1,0 +1,31 @@
+"""Results as one self-contained HTML page; rendering only."""
+
+from gradstore.report.views import (
+    Confusion,
+    Culprit,
+    DemoPage,
+    Example,
+    Explanation,
+    Fact,
+    ForensicsPage,
+    Interval,
+    Neighbour,
+    TopKPage,
+    Verdict,
+    VoteCount,
+)
+
+__all__ = [
+    "Confusion",
+    "Culprit",
+    "DemoPage",
+    "Example",
+    "Explanation",
+    "Fact",
+    "ForensicsPage",
+    "Interval",
+    "Neighbour",
+    "TopKPage",
+    "Verdict",
+    "VoteCount",
+]
