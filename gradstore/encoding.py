@@ -1,0 +1,57 @@
+"""Features as they are stored: rounded to 16, 32 or 8 bits with one scale for each row and class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# float16 rows peak in [2^14, 2^15): below its largest value, 65504, and as far from its smallest as can be.
+_PEAK_EXPONENT = {"float16": 15, "float32": 0}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rounded features.
+
+    Attributes:
+        features: [n, c, K] in the stored dtype.
+        scale: float32 [n, c]; features * scale restores the values. A power of two, or amax / 127 for int8.
+        norm: float64 [n, c], the norm of the restored row, so that a cosine of a stored row with itself is 1.
+    """
+
+    features: np.ndarray
+    scale: np.ndarray
+    norm: np.ndarray
+
+
+def encode(features: Tensor, dtype: str) -> Encoded:
+    """Round float32 features [n, c, K] on the CPU to `dtype`: "float16", "float32" or "int8".
+
+    Relative error of a cosine: about 1e-6 for float16 and 5e-5 for int8, against a projection noise of
+    1/sqrt(K). Holds two arrays of the size of `features`.
+    """
+    peak = features.abs().amax(dim=-1)
+    if dtype == "int8":
+        scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+        rounded = (features / scale[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+    else:
+        _, exponent = torch.frexp(peak)
+        # Exponents are clamped so that the scale itself stays a normal float32.
+        exponent = (exponent - _PEAK_EXPONENT[dtype]).clamp_(-126, 127)
+        scale = torch.ldexp(torch.ones_like(peak), exponent)
+        rounded = (features / scale[..., None]).to(getattr(torch, dtype))
+    stored = rounded.to(torch.float64)
+    norm = torch.linalg.vector_norm(stored, dim=-1) * scale.to(torch.float64)
+    return Encoded(rounded.numpy(), scale.numpy(), norm.numpy())
+
+
+def decode(features: np.ndarray, scale: np.ndarray) -> Tensor:
+    """Restore stored features [n, c, K] to float32.
+
+    The conversion is torch's: several times faster than numpy's or HDF5's from float16.
+    """
+    values = torch.from_numpy(features).to(torch.float32, copy=True)
+    return values.mul_(torch.from_numpy(np.ascontiguousarray(scale))[..., None])
