@@ -1,0 +1,72 @@
+"""The reference projection: blockwise torch on any device, the standard that the fast paths are tested against.
+
+Its result does not depend on the order in which a matrix product adds up, and so not on the rows beside a row, the number
+of threads, the device or the BLAS: gradients are rounded to integers on a power-of-two grid per (row, tile) so fine
+that it is invisible in float32, and every partial sum of the float64 product then is an integer below 2^53, hence exact.
+Rademacher takes one such product a tile. Gaussian entries are rounded to multiples of 2^-23 (|z| < 8, so 26 bits), which
+leaves 18 bits for the gradient; a second product carries the next 18.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradstore.projection.entries import Entries
+
+TILE_BYTES = (
+    32 << 20
+)  # of P in float64; the words behind it are a few percent more for Rademacher, as much for Gaussian
+_DEPTH = {"rademacher": 4096, "gaussian": 512}  # columns of a tile: 2^12 * 2^40 and 2^9 * 2^26 * 2^18 reach 2^52, 2^53
+_LIMB_BITS = {"rademacher": 40, "gaussian": 17}
+_LIMBS = {"rademacher": 1, "gaussian": 2}
+_NORMAL_GRID = 2.0**23
+_SMALLEST_EXPONENT = -900  # keeps 2^(bits - exponent) finite; what is rounded away is far below float32's range
+
+
+def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
+    """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place.
+
+    Args:
+        entries: the matrix P.
+        out: float32 [rows, K'].
+        block: any float dtype [rows, p], on the device of ``out``.
+        start: flat parameter index of the first column; any non-negative integer.
+        first_k: the row of P that column 0 of ``out`` belongs to.
+
+    Holds one tile of P (32 MB and as much again while it is made) and 16 bytes for each of rows * (4096 + tile rows).
+    """
+    device = block.device if block.device.type != "mps" else torch.device("cpu")  # Metal has no float64
+    rows, columns = block.shape
+    depth = _DEPTH[entries.kind]
+    step = TILE_BYTES // (8 * depth)
+    for k in range(0, out.shape[1], step):
+        stop_k = min(k + step, out.shape[1])
+        total = torch.zeros(rows, stop_k - k, dtype=torch.float64, device=device)
+        for begin, end in _tiles(start, start + columns, depth):
+            tile = entries.tile(first_k + k, first_k + stop_k, begin, end, device)
+            total += _exact_product(block[:, begin - start : end - start].to(device), tile, entries.kind)
+        out[:, k:stop_k] += total.to(out)
+
+
+def _tiles(start: int, stop: int, depth: int) -> list[tuple[int, int]]:
+    """[start, stop) cut at multiples of ``depth``, so that tiles do not depend on where a block begins."""
+    edges = [start, *range((start // depth + 1) * depth, stop, depth), stop]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+def _exact_product(gradients: Tensor, tile: Tensor, kind: str) -> Tensor:
+    """``gradients @ tile.T`` in float64 by products that are exact whatever their order of summation."""
+    if kind == "gaussian":
+        tile = torch.round(tile * _NORMAL_GRID)
+    bits = _LIMB_BITS[kind]
+    rest = gradients.double()
+    exponent = torch.frexp(rest.abs().amax(dim=1, keepdim=True)).exponent.clamp(min=_SMALLEST_EXPONENT)
+    rest = torch.ldexp(rest, bits - exponent)
+    total = torch.zeros(rest.shape[0], tile.shape[0], dtype=torch.float64, device=rest.device)
+    for limb in range(_LIMBS[kind]):
+        integer = torch.round(rest)
+        total += torch.ldexp(integer @ tile.T, torch.tensor(-limb * bits, device=rest.device))
+        rest = torch.ldexp(rest - integer, torch.tensor(bits, device=rest.device))
+    unit = exponent - bits if kind == "rademacher" else exponent - bits - 23
+    return torch.ldexp(total, unit)
