@@ -1,5 +1,6 @@
 """Results as one self-contained HTML page; rendering only."""
 
+from gradstore.report.page import write_demo, write_forensics, write_topk
 from gradstore.report.views import (
     Confusion,
     Culprit,
@@ -28,4 +29,7 @@ __all__ = [
     "TopKPage",
     "Verdict",
     "VoteCount",
+    "write_demo",
+    "write_forensics",
+    "write_topk",
 ]

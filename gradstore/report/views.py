@@ -24,6 +24,7 @@ class Example:
     """One example as a person sees it.
 
     Attributes:
+        split: name of its split.
         row: index in its split.
         label: name of its label, where the split has labels.
         predicted: name of the class with the largest logit.
@@ -31,6 +32,7 @@ class Example:
         shown: a picture, a text, or None where the store has no previews.
     """
 
+    split: str
     row: int
     label: str | None = None
     predicted: str | None = None

@@ -1,0 +1,104 @@
+"""One self-contained HTML file a page: no script, nothing fetched, every foreign string escaped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gradstore.errors import NoSpaceError, UsageError
+from gradstore.report import pictures, wording
+from gradstore.report.views import DemoPage, ForensicsPage, TopKPage
+
+
+def write_topk(page: TopKPage, path: str | os.PathLike[str]) -> Path:
+    """Write queries beside their most similar training examples; see `write`."""
+    return write(render("topk.html", page), path)
+
+
+def write_forensics(page: ForensicsPage, path: str | os.PathLike[str]) -> Path:
+    """Write which queries trace back to poisoned training examples; see `write`."""
+    return write(render("forensics.html", page), path)
+
+
+def write_demo(page: DemoPage, path: str | os.PathLike[str]) -> Path:
+    """Write the whole story of the demo; see `write`."""
+    return write(render("demo.html", page), path)
+
+
+def render(template: str, page: TopKPage | ForensicsPage | DemoPage) -> str:
+    """The page as HTML text.
+
+    Args:
+        template: file name of a template beside this module.
+        page: what it shows.
+    """
+    return _environment().get_template(template).render(page=page)
+
+
+def write(html: str, path: str | os.PathLike[str]) -> Path:
+    """Put text in a file such that readers see the old file or the whole new one.
+
+    Args:
+        html: text of the page.
+        path: file to write or replace; its folder is created.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        NoSpaceError: the disk is full.
+        UsageError: the file cannot be written there.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
+        raise kind(f"cannot write the page: {error.strerror}", where=target) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return target
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (
+        wording.count,
+        wording.error_of,
+        wording.scale,
+        wording.shortened,
+        wording.similarity,
+        wording.tallest,
+        wording.thousands,
+        wording.width,
+        pictures.data_uri,
+    ):
+        environment.filters[function.__name__] = function
+    environment.tests["picture"] = pictures.is_picture
+    environment.tests["small"] = pictures.is_small
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Make foreign strings visible; runs on every expression of every template, so none can be forgotten."""
+    return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
