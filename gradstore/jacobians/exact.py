@@ -1,0 +1,77 @@
+"""Routes that serve any model, whatever its layers: torch.func over examples, and looped autograd.
+
+Both return, for each asked parameter, the product of cotangents with the per-example Jacobian:
+`J[i, k] = ∂(Σ_c cotangents[k, c] · logits_c(x_i)) / ∂θ`. The loop
+is the definition that everything else is checked with.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_map
+
+from gradstore.jacobians.subject import Inputs, Subject, length, take
+
+
+def by_loop(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+    """Looped autograd: one forward pass per example, one backward pass per example and cotangent.
+
+    Args:
+        subject: the model; call inside `subject.ready()`.
+        names: parameters to differentiate.
+        inputs: n examples.
+        cotangents: [k, classes] in the logits' dtype.
+
+    Returns:
+        One Tensor [n, k, size] per name, in the parameter's dtype. Holds those and one example's graph.
+    """
+    parameters = [subject.parameters[name] for name in names]
+    out = [p.new_zeros(length(inputs), len(cotangents), p.numel()) for p in parameters]
+    for i in range(length(inputs)):
+        logits = subject.logits(take(inputs, slice(i, i + 1)))[0]
+        if not logits.requires_grad:
+            continue
+        for k, cotangent in enumerate(cotangents):
+            gradients = torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
+            for values, gradient in zip(out, gradients, strict=True):
+                if gradient is not None:
+                    values[i, k] = gradient.reshape(-1)
+    return out
+
+
+def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+    """`torch.func`: one forward pass vectorised over examples, then one VJP vectorised over cotangents.
+
+    Args and result are those of `by_loop`. Holds the result and the graph of all n examples. Models that
+    `torch.func.vmap` cannot run raise RuntimeError or what their own code raises.
+    """
+    called = _Called(subject)
+    parameters = {f"model.{name}": subject.parameters[name].detach() for name in names}
+
+    def logits(values: dict[str, Tensor], example: Inputs) -> Tensor:
+        return functional_call(called, values, (tree_map(lambda tensor: tensor[None], example),))[0]
+
+    def rows(example: Inputs) -> dict[str, Tensor]:
+        _, pull_back = vjp(lambda values: logits(values, example), parameters)
+        return vmap(pull_back)(cotangents)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # vmap reports layers that it runs one example at a time
+        found = vmap(rows, randomness="same")(inputs)
+    shape = (length(inputs), len(cotangents), -1)
+    return [found[f"model.{name}"].reshape(shape) for name in names]
+
+
+class _Called(nn.Module):
+    """The subject as a module, so that `functional_call` can pass the user's own forward function through."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.model, self._subject = subject.model, subject
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self._subject.logits(inputs)

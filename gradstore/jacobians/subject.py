@@ -1,0 +1,146 @@
+"""The model under study: called in eval mode, differentiated, and left exactly as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradstore.errors import ProjectError
+
+Inputs = Tensor | dict[str, Tensor]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+class Subject:
+    """A model, how it is called, and which of its parameters are differentiated.
+
+    Args:
+        model: the user's module.
+        forward: `(model, inputs) -> logits [n, classes]`; None calls `model(inputs)`.
+        names: the differentiated parameters, by their first name.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward | None, names: Sequence[str]) -> None:
+        self.model, self.forward = model, forward
+        everything = dict(model.named_parameters())
+        self.parameters = {name: everything[name] for name in names}
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Run the model once.
+
+        Returns:
+            [n, classes] in the model's dtype, part of the autograd graph where gradients are enabled.
+
+        Raises:
+            ProjectError: the output is not one row of floating-point logits per example.
+        """
+        output = self.model(inputs) if self.forward is None else self.forward(self.model, inputs)
+        n = length(inputs)
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != n or not output.is_floating_point():
+            got = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+            raise ProjectError(
+                "the model's output is not logits",
+                where="model",
+                expected=f"a floating-point tensor [{n}, classes]",
+                got=got.replace("torch.", ""),
+                hint="Pass forward=lambda model, x: … to pick or reshape the logits",
+            )
+        return output
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside: eval mode, gradients on for the differentiated parameters only, full float32 precision.
+
+        On leaving, training flags, `requires_grad`, buffers, random state and library settings are as before.
+        """
+        devices = {tensor.device for tensor in self.model.parameters() if tensor.device.type == "cuda"}
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+            stack.enter_context(torch.enable_grad())
+            # cuDNN cannot differentiate a recurrent layer in eval mode
+            cudnn = torch.backends.cudnn.flags(
+                enabled=not self._recurrent, benchmark=False, deterministic=True, allow_tf32=False
+            )
+            stack.enter_context(cudnn)
+            stack.enter_context(_unchanged_buffers(self.model))
+            stack.enter_context(_eval_mode(self.model))
+            stack.enter_context(_gradients_only_for(self.model, {id(p) for p in self.parameters.values()}))
+            yield
+
+
+def length(inputs: Inputs) -> int:
+    """Number of examples in a batch."""
+    return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+
+
+def take(inputs: Inputs, index: slice | Tensor) -> Inputs:
+    """Some examples of a batch."""
+    if isinstance(inputs, Tensor):
+        return inputs[index]
+    return {key: value[index] for key, value in inputs.items()}
+
+
+def as_inputs(inputs: Any) -> Inputs:
+    """Check a batch: a Tensor, or a mapping of Tensors with one first axis (returned as a plain dict).
+
+    Raises:
+        ProjectError: it is something else, is empty, or its tensors disagree on the number of examples.
+    """
+    if isinstance(inputs, Tensor) and inputs.ndim and len(inputs):
+        return inputs
+    if isinstance(inputs, Mapping) and inputs and all(isinstance(v, Tensor) and v.ndim for v in inputs.values()):
+        if len({len(value) for value in inputs.values()}) == 1 and length(dict(inputs)):
+            return dict(inputs)
+        got = ", ".join(f"{key} {list(value.shape)}" for key, value in inputs.items())
+        raise ProjectError("a batch's tensors differ in their number of examples", where="inputs", got=got)
+    got = str(list(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise ProjectError(
+        "not a batch of examples", where="inputs", expected="a Tensor [n, …] or a dict of them, n ≥ 1", got=got
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _gradients_only_for(model: nn.Module, wanted: set[int]) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    saved = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, value in saved:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
