@@ -11,7 +11,7 @@ from typing import Any
 
 from gradstore.disk import Disk
 from gradstore.errors import CorruptError, UsageError
-from gradstore.schema import DTYPES, FORMAT, FORMAT_VERSION, Schema
+from gradstore.schema import BULK, DTYPES, FORMAT, FORMAT_VERSION, Schema
 
 MANIFEST = "store.json"
 MANIFEST_LIMIT = 64 << 20
@@ -27,7 +27,8 @@ class Shard:
         size: bytes of the file.
         offsets: first byte of each dataset.
         header: SHA-256 of every byte outside the datasets.
-        digests: SHA-256 of the dataset `digest`, which in turn covers every row.
+        columns: SHA-256 of each small dataset as a whole, so that one column can be read and checked by itself;
+            `digest` among them, which in turn covers every byte of every row.
     """
 
     index: int
@@ -35,7 +36,7 @@ class Shard:
     size: int
     offsets: Mapping[str, int]
     header: str
-    digests: str
+    columns: Mapping[str, str]
 
     @property
     def file(self) -> str:
@@ -185,7 +186,8 @@ def _check_shard(manifest: Manifest, shard: Shard, last: int) -> None:
     if shard.rows != len(manifest.rows_of(shard.index)):
         raise ValueError(f"shard {shard.index} has {shard.rows} rows")
     columns = manifest.schema.columns
-    if set(shard.offsets) != {column.name for column in columns}:
+    names = {column.name for column in columns}
+    if set(shard.offsets) != names or set(shard.columns) != names - set(BULK):
         raise ValueError(f"datasets of shard {shard.index}")
     extents = sorted((_natural(shard.offsets[col.name], "offset"), shard.rows * col.row_bytes) for col in columns)
     end = 0

@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 PAGE = 4096
 DTYPES = ("float16", "float32", "int8")
 LAYOUTS = ("per-class", "sum")
+BULK = ("features", "preview")  # datasets too large to be held for all rows at once
 
 
 @dataclass(frozen=True)

@@ -242,27 +242,32 @@ class FeatureStore:
                     raise CorruptError("the file has another size", where=path, expected=shard.size, got=size, hint=_VERIFY)
                 if header_digest(self.disk, fd, path, self.schema, shard) != shard.header:
                     raise CorruptError("the header is not what was written", where=path, hint=_VERIFY)
-                digests = bytearray(shard.rows * 16)
-                self.disk.read_into(fd, memoryview(digests), shard.offsets["digest"], path)
         except OSError as error:
             raise CorruptError("the shard cannot be read", where=path, got=error.strerror, hint=_VERIFY) from error
-        if hashlib.sha256(digests).hexdigest() != shard.digests:
-            raise CorruptError("the digests are not what was written", where=path, hint=_VERIFY)
+        self.shard_column(shard, "digest")
         self._checked.add(shard.index)
 
-    def _column(self, name: str) -> np.ndarray:
-        """One small column of all rows. Its bytes are under the row digests, which `read` checks with the features."""
+    def shard_column(self, shard: Shard, name: str) -> np.ndarray:
+        """One small column of one shard, checked as a whole."""
+        path = self.path / shard.file
         column = next(c for c in self.schema.columns if c.name == name)
-        data = np.empty((len(self), *column.shape), column.dtype)
-        for shard, low, high in self._spans(0, len(self)):
-            base = shard.index * self.manifest.shard_rows
-            path = self.path / shard.file
+        data = np.empty((shard.rows, *column.shape), column.dtype)
+        with self.disk.open(path) as fd:
+            self.disk.read_into(fd, memoryview(data).cast("B"), shard.offsets[name], path)
+        if hashlib.sha256(data).hexdigest() != shard.columns[name]:
+            raise CorruptError(f"the dataset /{name} is not what was written", where=path, hint=_VERIFY)
+        return data
+
+    def _column(self, name: str) -> np.ndarray:
+        """One small column of all readable rows."""
+        shards = [shard for shard, _, _ in self._spans(0, len(self))]
+        if not shards:
+            column = next(c for c in self.schema.columns if c.name == name)
+            return np.empty((0, *column.shape), column.dtype)
+        for shard in shards:
             if shard.index not in self._checked:
                 self._check_shard(shard)
-            with self.disk.open(path) as fd:
-                view = data[base + low : base + high]
-                self.disk.read_into(fd, memoryview(view).cast("B"), shard.offsets[name], path)
-        return data
+        return np.concatenate([self.shard_column(shard, name) for shard in shards])
 
     # -- manners -------------------------------------------------------------------------------------------------
 

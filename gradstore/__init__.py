@@ -1,0 +1,82 @@
+"""gradstore: an out-of-core store of projected per-example gradients for PyTorch classifiers.
+
+The names below are the public interface. Each is imported on first use, so `import gradstore` costs nothing and the
+command line can print its help without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version as _version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradstore.errors import GradstoreError
+    from gradstore.featurize import featurize
+    from gradstore.fingerprint import fingerprint
+    from gradstore.forensics import forensics
+    from gradstore.project import Project, load_project
+    from gradstore.projection import Projection
+    from gradstore.show import image, text
+    from gradstore.store import FeatureStore
+    from gradstore.store import open_store as open
+    from gradstore.topk import topk
+
+_WHERE = {
+    "FeatureStore": "store",
+    "GradstoreError": "errors",
+    "Project": "project",
+    "Projection": "projection",
+    "featurize": "featurize",
+    "fingerprint": "fingerprint",
+    "forensics": "forensics",
+    "image": "show",
+    "load_project": "project",
+    "open": "store:open_store",
+    "text": "show",
+    "topk": "topk",
+}
+
+__all__ = [
+    "FeatureStore",
+    "GradstoreError",
+    "Project",
+    "Projection",
+    "featurize",
+    "fingerprint",
+    "forensics",
+    "image",
+    "load_project",
+    "open",
+    "text",
+    "topk",
+]
+
+__version__ = _version("gradstore")
+
+
+class _Package(ModuleType):
+    """A package whose public functions win over the modules of the same name.
+
+    Importing `gradstore.topk` would otherwise replace the function `gradstore.topk` by the module.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'gradstore' has no attribute {name!r}")
+    module, _, attribute = _WHERE[name].partition(":")
+    return getattr(import_module(f"gradstore.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+sys.modules[__name__].__class__ = _Package

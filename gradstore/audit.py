@@ -1,0 +1,90 @@
+"""Checks on what is about to be stored: a silently wrong row is worse than a stopped run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.errors import NonFiniteError, ProjectError
+
+# Chance that one correct row is refused; a store of 10^9 rows and classes is refused wrongly once in a thousand.
+_FALSE_ALARM = 1e-12
+
+
+def norm_band(K: int) -> tuple[float, float]:
+    """Least and greatest ‖P g‖² / (K ‖g‖²) that a correct projection shows, up to a chance of 1e-12 a row.
+
+    For a Gaussian P the ratio is a chi-squared variable with K degrees of freedom over K, bounded by Laurent and
+    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003). Near `1 ± 7.4 sqrt(2/K)`.
+    """
+    t = math.log(1 / _FALSE_ALARM)
+    return max(0.0, 1 - 2 * math.sqrt(t / K)), 1 + 2 * math.sqrt(t / K) + 2 * t / K
+
+
+def require_finite_block(sq_norm: Tensor, rows: range, parameter: str, split: str) -> None:
+    """Refuse a block of Jacobians [n, c, p] whose squared norms [n, c] are not finite.
+
+    Raises:
+        NonFiniteError: names the first row, its class and the parameter.
+    """
+    if bool(torch.isfinite(sq_norm).all()):
+        return
+    i, c = torch.nonzero(~torch.isfinite(sq_norm))[0].tolist()
+    raise NonFiniteError(
+        f"the gradient of row {rows[i]}, class {c} is not finite",
+        where=f"split {split!r}, parameter {parameter}",
+        expected="finite values",
+        got=f"squared norm {sq_norm[i, c].item()}",
+        hint="Look at this row's input and logits; a NaN input, a log of zero or an overflow are the usual causes",
+    )
+
+
+def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str) -> None:
+    """Refuse features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
+
+    Raises:
+        NonFiniteError: names the first row and class whose gradient is zero or whose norm was not kept.
+    """
+    zero = torch.nonzero(sq_norm == 0)
+    if len(zero):
+        i, c = zero[0].tolist()
+        raise NonFiniteError(
+            f"the gradient of row {rows[i]}, class {c} is zero",
+            where=f"split {split!r}",
+            expected="a gradient, of which a cosine can be taken",
+            got="‖g‖² = 0",
+            hint="Widen `parameters=`, or check that this logit depends on them",
+        )
+    low, high = norm_band(features.shape[-1])
+    ratio = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).square().cpu() / sq_norm.cpu().double()
+    bad = torch.nonzero(~((ratio >= low) & (ratio <= high)))
+    if len(bad):
+        i, c = bad[0].tolist()
+        raise NonFiniteError(
+            f"the projection of row {rows[i]}, class {c} did not keep its norm",
+            where=f"split {split!r}",
+            expected=f"‖features‖² / ‖g‖² between {low:.3f} and {high:.3f}",
+            got=f"{ratio[i, c].item():.4g}",
+            hint="This is a fault of the projection, not of the data: compare with backend='reference' and report it",
+        )
+
+
+def require_labels(labels: np.ndarray, classes: int, split: str) -> None:
+    """Refuse labels outside -1 … classes - 1 (a single logit has the classes 0 and 1).
+
+    Raises:
+        ProjectError: names the first row.
+    """
+    top = max(classes, 2)
+    bad = np.flatnonzero((labels < -1) | (labels >= top))
+    if bad.size:
+        raise ProjectError(
+            f"the label of row {bad[0]} is no class",
+            where=f"split {split!r}",
+            expected=f"0 to {top - 1}, or -1 for none",
+            got=int(labels[bad[0]]),
+            hint=f"{bad.size} of {len(labels)} labels are out of range",
+        )

@@ -1,0 +1,83 @@
+"""Device and library versions: recorded with every run, and not allowed to change unnoticed in the middle of a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from gradstore.errors import MismatchError, UsageError
+from gradstore.projection import Projection
+
+# What can move the last bits of a feature.
+_DECISIVE = ("device", "torch", "projection_backend")
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device that "auto", "cpu", "cuda" or "cuda:1" means here.
+
+    Raises:
+        UsageError: no such device, or none of that kind on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu")
+    return chosen
+
+
+def environment(device: torch.device, projection: Projection) -> dict[str, str | int]:
+    """What a run ran on. Never part of a store's identity."""
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "projection_backend": projection.backend,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+    }
+
+
+def require_same_environment(log: Path, now: dict[str, str | int], allowed: bool) -> None:
+    """Compare with the run that began the store.
+
+    Raises:
+        MismatchError: the device type, torch or the projection's backend has changed and `allowed` is not set.
+    """
+    began = first_start(log)
+    changed = [f"{key} {began[key]} → {now[key]}" for key in _DECISIVE if began is not None and began.get(key) != now[key]]
+    if changed and not allowed:
+        raise MismatchError(
+            "this store was begun in another environment, so its rows would differ in their last bits",
+            where=log.parent,
+            got=", ".join(changed),
+            hint="Continue where it was begun, or accept it with --allow-other-versions; the run log records it",
+        )
+
+
+def first_start(log: Path) -> dict[str, str | int] | None:
+    """The first start event of a run log; None where there is none that can be read."""
+    try:
+        with log.open() as file:
+            events = (json.loads(line) for line in file)
+            return next((event for event in events if event.get("event") == "start"), None)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def now_utc() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

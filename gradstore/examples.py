@@ -1,0 +1,174 @@
+"""Reading the examples of a split: stacked inputs, integer labels, and checks that they are what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from gradstore.errors import GradstoreError, ProjectError
+
+Inputs = Tensor | dict[str, Tensor]
+
+
+class Examples:
+    """One split of a project: a map-style dataset read by row.
+
+    Args:
+        dataset: `len(dataset)`, and `dataset[i] -> (x, label)` or `x` alone; x is a tensor, an array, or a dict of them.
+        split: the split's name, for messages.
+
+    Raises:
+        ProjectError: the dataset has no length or no rows, or can only be iterated.
+    """
+
+    def __init__(self, dataset: Any, split: str) -> None:
+        self.dataset, self.split = dataset, split
+        where = f"split {split!r}"
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise ProjectError(
+                "the split cannot be read by row",
+                where=where,
+                expected="a map-style dataset with len(ds) and ds[i]",
+                got=type(dataset).__name__,
+                hint="Collect the examples in a list, or wrap them in torch.utils.data.TensorDataset",
+            )
+        if len(dataset) == 0:
+            raise ProjectError("the split is empty", where=where, expected="at least one example")
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.dataset)
+
+    def read(self, rows: Sequence[int] | range) -> tuple[Inputs, np.ndarray]:
+        """(stacked inputs with first axis len(rows), int64 labels with -1 for none); holds just these rows.
+
+        Raises:
+            ProjectError: a row cannot be read, has another shape than its neighbours, or a label that is no class.
+        """
+        items = [self._item(int(row)) for row in rows]
+        inputs = [self._input(item, row) for item, row in zip(items, rows, strict=True)]
+        labels = [self._label(item, row) for item, row in zip(items, rows, strict=True)]
+        return self._stack(inputs, rows), np.asarray(labels, np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """All labels, int64 [n]: from the dataset's own table where it has one, otherwise by reading every row."""
+        table = _label_table(self.dataset)
+        if table is not None and len(table) == len(self):
+            rows = sample_rows(len(self))
+            if np.array_equal(table[rows], [self._label(self._item(int(r)), int(r)) for r in rows]):
+                return table
+        return np.asarray([self._label(self._item(row), row) for row in range(len(self))], np.int64)
+
+    def require_repeatable(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Read each row twice.
+
+        Raises:
+            ProjectError: a row differs from itself, as under augmentation or shuffling.
+        """
+        for row in map(int, rows):
+            first, second = self.read([row]), self.read([row])
+            if input_bytes(first[0]) != input_bytes(second[0]) or first[1] != second[1]:
+                raise ProjectError(
+                    f"row {row} read twice differs",
+                    where=f"split {self.split!r}",
+                    expected="the same example each time",
+                    hint="Turn off shuffling, augmentation and other randomness in this dataset",
+                )
+
+    def _item(self, row: int) -> Any:
+        try:
+            return self.dataset[row]
+        except GradstoreError:
+            raise
+        except Exception as error:
+            raise ProjectError(
+                f"row {row} cannot be read",
+                where=f"split {self.split!r}",
+                got=f"{type(error).__name__}: {error}",
+                hint=f"len() of this dataset is {len(self)}; ds[i] must work for every i below it",
+            ) from error
+
+    def _input(self, item: Any, row: int) -> Inputs:
+        x = item[0] if isinstance(item, (tuple, list)) else item
+        if isinstance(x, Mapping):
+            return {str(name): self._tensor(value, row) for name, value in x.items()}
+        return self._tensor(x, row)
+
+    def _tensor(self, x: Any, row: int) -> Tensor:
+        if isinstance(x, (Tensor, np.ndarray)):
+            return torch.as_tensor(x).detach()
+        raise ProjectError(
+            f"row {row} is not a tensor",
+            where=f"split {self.split!r}",
+            expected="x as a tensor, or a dict of tensors",
+            got=type(x).__name__,
+            hint="Apply the transform that makes tensors in the dataset itself",
+        )
+
+    def _label(self, item: Any, row: int) -> int:
+        if not isinstance(item, (tuple, list)) or len(item) < 2 or item[1] is None:
+            return -1
+        label = item[1]
+        if isinstance(label, (Tensor, np.generic, np.ndarray)) and np.asarray(label).size == 1:
+            label = label.item()
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise ProjectError(
+                f"the label of row {row} is not a class index",
+                where=f"split {self.split!r}",
+                expected="an integer, or -1 for none",
+                got=f"{type(label).__name__} {str(label)[:40]}",
+            )
+        return label
+
+    def _stack(self, inputs: list[Inputs], rows: Sequence[int] | range) -> Inputs:
+        first = inputs[0]
+        try:
+            if isinstance(first, dict):
+                if any(not isinstance(x, dict) or x.keys() != first.keys() for x in inputs):
+                    raise RuntimeError("the keys of the dicts differ")
+                return {name: torch.stack([x[name] for x in inputs]) for name in first}  # type: ignore[call-overload, index]
+            return torch.stack(inputs)  # type: ignore[arg-type]
+        except (RuntimeError, TypeError) as error:
+            raise ProjectError(
+                f"rows {rows[0]} to {rows[-1]} do not fit together",
+                where=f"split {self.split!r}",
+                expected="the same shape and dtype in every row",
+                got=str(error).splitlines()[0],
+                hint="Pad or crop in the dataset",
+            ) from error
+
+
+def sample_rows(n: int, count: int = 64) -> np.ndarray:
+    """`count` fixed rows spread over n, first and last among them; all of them where n is small."""
+    return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
+
+
+def input_bytes(inputs: Inputs) -> bytes:
+    """Bytes that stand for stacked inputs, with their names, dtypes and shapes."""
+    named = inputs if isinstance(inputs, dict) else {"": inputs}
+    parts = [
+        f"{name}|{x.dtype}|{tuple(x.shape)}|".encode() + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, x in sorted(named.items())
+    ]
+    return b"".join(parts)
+
+
+def _label_table(dataset: Any) -> np.ndarray | None:
+    """Labels that common datasets keep beside their examples; checked against sampled rows before use."""
+    table = getattr(dataset, "targets", None)
+    if table is None:
+        table = getattr(dataset, "labels", None)
+    if table is None and isinstance(getattr(dataset, "tensors", None), tuple) and len(dataset.tensors) == 2:
+        table = dataset.tensors[1]
+    try:
+        array = np.asarray(table)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iu" else None

@@ -1,0 +1,306 @@
+"""Featurize: the one place where model → Jacobian → projection meets the store."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.audit import require_finite_block, require_preserved
+from gradstore.disk import Disk
+from gradstore.encoding import encode
+from gradstore.environment import environment, now_utc, require_same_environment
+from gradstore.errors import MismatchError, UsageError
+from gradstore.examples import Inputs
+from gradstore.fingerprint import require_same
+from gradstore.jacobians import DenseBlock, JacobianBlock, JacobianEngine
+from gradstore.memory import parse_bytes
+from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
+from gradstore.previews import preview_table
+from gradstore.project import Project
+from gradstore.projection import Projection
+from gradstore.store import FeatureStore, open_store
+from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
+
+# Rows (example × class) from which generating P is cheap beside multiplying by it.
+_ENOUGH_ROWS = 640
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a run, handed to the `progress` callback after every batch.
+
+    Attributes:
+        rows: rows of the split stored or computed so far.
+        total: rows of the split.
+        computed: rows computed by this run.
+        seconds: since this run's first gradient.
+        written: bytes published so far, by this run and earlier ones.
+        size: bytes of the finished store's rows.
+        busy: seconds of this run in each stage: "jacobians", "projection", "writing".
+    """
+
+    rows: int
+    total: int
+    computed: int
+    seconds: float
+    written: int
+    size: int
+    busy: Mapping[str, float]
+
+
+def featurize(
+    project: Project,
+    *,
+    split: str,
+    out: str | os.PathLike[str],
+    proj_dim: int = 10240,
+    projection: str = "rademacher",
+    seed: int = 0,
+    layout: str = "per-class",
+    device: str = "auto",
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    memory: int | str = "2GB",
+    allow_other_versions: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    disk: Disk | None = None,
+) -> FeatureStore:
+    """Store the projected per-example Jacobians of one split: `P ∇_θ F^c(x; θ) / sqrt(K)` for every row and class.
+
+    Jacobians are of logits, in eval mode (Engel et al., ICLR 2024, eq. 7 and 8). Rows are computed in fixed groups, so
+    that their bits depend neither on the batch size nor on interruptions. Calling it again continues an unfinished
+    store and leaves a finished one alone.
+
+    Args:
+        project: model, weights and splits.
+        split: name of the split to featurize.
+        out: directory of the store.
+        proj_dim: projected dimension K.
+        projection: "rademacher" or "gaussian".
+        seed: of the projection.
+        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K].
+        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        dtype: of the stored features: "float16", "float32" or "int8".
+        batch_size: rows projected together, rounded down to whole groups; None chooses it.
+        memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
+            the model and the data.
+        allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
+            the change is written to the run log.
+        on_plan: called once with the plan, before anything is written.
+        progress: called after every batch.
+        disk: where bytes go; for tests.
+
+    Returns:
+        The finished store, opened.
+
+    Raises:
+        UsageError: an argument is unusable, or `out` exists and is not a store.
+        ProjectError: the project is wrong.
+        MismatchError: `out` holds a store of another identity.
+        LockedError: another process is writing it.
+        NoSpaceError: the disk has too little room; said before the first gradient.
+        NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm.
+    """
+    settings = Settings(proj_dim, projection, seed, layout, dtype)
+    plan = Plan(project, split, settings, device, parse_bytes(memory))
+    if on_plan is not None:
+        on_plan(plan)
+    with open_writer(Path(out), plan.manifest, disk) as writer:
+        if writer.manifest.missing:
+            _require_continuable(plan, writer, allow_other_versions)
+            writer.require_space()
+            _Run(plan, writer, batch_size, progress).write_missing()
+    return open_store(out)
+
+
+def project_rows(plan: Plan, rows: range) -> Tensor:
+    """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
+    inputs = to_device(plan.examples.read(rows)[0], plan.device)
+    return _project(plan.engine, plan.projection, [inputs], [rows], plan.split, _Stopwatch())[0]
+
+
+class _Stopwatch:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.busy = {"jacobians": 0.0, "projection": 0.0, "writing": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as `stage`."""
+        now = time.perf_counter()
+        self.busy[stage] += now - self._last
+        self._last = now
+
+
+class _Run:
+    """Computes the missing shards of one store."""
+
+    def __init__(
+        self, plan: Plan, writer: StoreWriter, batch_size: int | None, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.plan, self.writer, self.progress = plan, writer, progress
+        self.group = writer.manifest.group
+        self.groups = self._groups_per_batch(batch_size)
+        self.watch = _Stopwatch()
+        self.truth = plan.project.poisoned_mask(plan.split)
+        self.computed = 0
+
+    def write_missing(self) -> None:
+        """Compute and publish the missing shards in ascending order."""
+        manifest = self.writer.manifest
+        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing)
+        began = time.perf_counter()
+
+        def report() -> None:
+            if self.progress is not None:
+                written = sum(shard.size for shard in self.writer.manifest.shards)
+                seconds = time.perf_counter() - began
+                rows = stored + self.computed
+                self.progress(
+                    Progress(rows, manifest.n, self.computed, seconds, written, self.plan.bytes, dict(self.watch.busy))
+                )
+
+        report()
+        for index in manifest.missing:
+            with self.writer.shard(index) as shard:
+                for batch in _batches(manifest.rows_of(index), self.group * self.groups):
+                    self._write(shard, batch)
+                    report()
+            self.watch.lap("writing")
+        report()
+        busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
+        seconds = round(time.perf_counter() - began, 3)
+        self.writer.log(event="finish", at=now_utc(), rows=self.computed, seconds=seconds, busy=busy)
+
+    def _groups_per_batch(self, batch_size: int | None) -> int:
+        if batch_size is not None:
+            if batch_size < 1:
+                raise UsageError("unusable batch size", where="--batch-size", expected="at least 1", got=batch_size)
+            return max(1, batch_size // self.group)
+        schema = self.writer.manifest.schema
+        enough = max(1, _ENOUGH_ROWS // (self.group * schema.c))
+        return max(1, min(enough, self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))))
+
+    def _write(self, shard: ShardWriter, rows: range) -> None:
+        """Write some groups of rows; out of memory, go on with half as many at a time."""
+        try:
+            columns = self._columns(rows)
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            if len(rows) <= self.group:
+                raise
+            self.groups = max(1, self.groups // 2)
+            for half in _batches(rows, self.group * self.groups):
+                self._write(shard, half)
+            return
+        shard.write(columns)
+        self.computed += len(rows)
+        self.watch.lap("writing")
+
+    def _columns(self, rows: range) -> dict[str, np.ndarray]:
+        """Every dataset but the digests, for some groups of rows."""
+        plan = self.plan
+        inputs, labels = plan.examples.read(rows)
+        spans = list(_batches(rows, self.group))
+        parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
+        features, sq_norm, logits = _project(plan.engine, plan.projection, parts, spans, plan.split, self.watch)
+        encoded = encode(features.cpu(), plan.settings.dtype)
+        columns = {
+            "features": encoded.features,
+            "scale": encoded.scale,
+            "sq_norm": sq_norm.float().cpu().numpy(),
+            "logits": logits.float().cpu().numpy(),
+            "label": labels,
+            "row": np.arange(rows.start, rows.stop, dtype=np.int64),
+            "norm": encoded.norm,
+        }
+        if self.truth is not None:
+            columns["poisoned"] = self.truth[rows.start : rows.stop].astype(np.uint8)
+        show = plan.project.show
+        if show is not None:
+            shape = self.writer.manifest.schema.preview
+            columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
+        return columns
+
+
+def _project(
+    engine: JacobianEngine,
+    projection: Projection,
+    groups: Sequence[Inputs],
+    spans: Sequence[range],
+    split: str,
+    watch: _Stopwatch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(features float32 [n, c, K], squared norms float64 [n, c], logits [n, classes]) of some groups of rows.
+
+    The groups' Jacobians are computed one group at a time and projected together, block by block.
+    """
+    rows = range(spans[0].start, spans[-1].stop)
+    watch.lap("jacobians")
+    streams = [engine(inputs) for inputs in groups]
+    logits = torch.cat([stream.logits for stream in streams]).detach()
+    features: Tensor | None = None
+    sq_norm: Tensor | None = None
+    for blocks in zip(*streams, strict=True):
+        block = _join(blocks)
+        part = block.sq_norm().detach()
+        require_finite_block(part, rows, block.name, split)
+        if features is None or sq_norm is None:
+            features = torch.zeros(*part.shape, projection.dim, device=logits.device)
+            sq_norm = torch.zeros_like(part)
+        sq_norm += part
+        watch.lap("jacobians")
+        projection.accumulate(features.flatten(0, 1), block.dense().flatten(0, 1), block.start)
+        watch.lap("projection")
+    assert features is not None and sq_norm is not None  # parameter_blocks refuses an empty selection
+    features.mul_(projection.scale)
+    require_preserved(features, sq_norm, rows, split)
+    return features, sq_norm, logits
+
+
+def _join(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
+    """The same columns of several groups of rows, one group after another."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return DenseBlock(blocks[0].name, blocks[0].start, torch.cat([block.dense() for block in blocks]))
+
+
+def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
+    """Begin or continue a store only where the same model writes the same rows."""
+    ours, theirs = asdict(plan.manifest.schema), asdict(writer.manifest.schema)
+    require_same(theirs, ours, where=writer.path, theirs="the store", ours="this run")
+    now = environment(plan.device, plan.projection)
+    require_same_environment(writer.path / RUN_LOG, now, allow_other_versions)
+    writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
+    if writer.manifest.shards:
+        _require_same_logits(plan, writer)
+
+
+def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
+    """Weights are compared by digest; this catches code that computes something else with the same weights."""
+    shard = writer.manifest.shards[0]
+    row = writer.manifest.rows_of(shard.index).start
+    stored = FeatureStore(writer.path, disk=writer.disk).shard_column(shard, "logits")[0]
+    inputs = to_device(plan.examples.read([row])[0], plan.device)
+    now = plan.project.logits(inputs)[0].float().cpu().numpy()
+    if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):
+        raise MismatchError(
+            f"the model computes other logits for row {row} than when this store was begun",
+            where=writer.path,
+            expected=np.array2string(stored[:4], precision=4),
+            got=np.array2string(now[:4], precision=4),
+            hint="The weights are the same, so the model's code has changed; choose another --out",
+        )
+
+
+def _batches(rows: range, size: int) -> Iterator[range]:
+    for start in range(rows.start, rows.stop, size):
+        yield range(start, min(start + size, rows.stop))

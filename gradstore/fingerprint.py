@@ -1,0 +1,152 @@
+"""Identity of a store: what must agree before its rows may be continued, compared or mixed with others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradstore.errors import MismatchError
+from gradstore.examples import Examples, input_bytes, sample_rows
+from gradstore.parameters import ParameterBlock, parameter_blocks
+from gradstore.project import Project
+from gradstore.projection import Projection
+from gradstore.schema import FORMAT_VERSION
+from gradstore.weights import weights_digest
+
+
+def identity(
+    project: Project,
+    examples: Examples,
+    blocks: Sequence[ParameterBlock],
+    projection: Projection,
+    *,
+    classes: int,
+    layout: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Everything that decides what the rows of a store are, as nested plain values.
+
+    Not part of it: the text of the project file, batch size, device index, workers, paths and clocks.
+    """
+    return {**model_identity(project, blocks, projection, classes=classes, layout=layout, dtype=dtype), "data": data_identity(examples)}
+
+
+def model_identity(
+    project: Project, blocks: Sequence[ParameterBlock], projection: Projection, *, classes: int, layout: str, dtype: str
+) -> dict[str, Any]:
+    """The identity without the data; its digest is the fingerprint."""
+    return {
+        "format": FORMAT_VERSION,
+        "projection": {"kind": projection.kind, "K": projection.dim, "seed": projection.seed, "version": Projection.VERSION},
+        "parameters": {
+            "count": sum(block.size for block in blocks),
+            "blocks": [[block.name, list(block.shape)] for block in blocks],
+        },
+        "weights": weights_digest(project.model),
+        "precision": str(next(project.model.parameters()).dtype).removeprefix("torch."),
+        "classes": classes,
+        "layout": layout,
+        "dtype": dtype,
+    }
+
+
+def data_identity(examples: Examples) -> dict[str, Any]:
+    """Length, labels and the bytes of 64 fixed rows, each of which must read the same twice.
+
+    Raises:
+        ProjectError: a row read twice differs.
+    """
+    rows = sample_rows(len(examples))
+    examples.require_repeatable(rows)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(input_bytes(examples.read([int(row)])[0]))
+    return {
+        "length": len(examples),
+        "labels": hashlib.sha256(examples.labels.tobytes()).hexdigest(),
+        "sampled rows": digest.hexdigest(),
+    }
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """128 bits over an identity without its data, as 32 hexadecimal digits."""
+    content = {name: value for name, value in identity.items() if name != "data"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(
+    project: Project,
+    *,
+    proj_dim: int = 10240,
+    projection: str = "rademacher",
+    seed: int = 0,
+    layout: str = "per-class",
+    dtype: str = "float16",
+) -> str:
+    """The fingerprint that a store of `project` has when it is featurized with these settings (`gradstore.fingerprint`).
+
+    Runs the model on one example of the first split, to count its logits.
+    """
+    project.prepare()
+    inputs, _ = project.examples(next(iter(project.splits))).read([0])
+    with torch.no_grad():
+        classes = project.logits(inputs).shape[1]
+    blocks = parameter_blocks(project.model, project.parameters)
+    content = model_identity(project, blocks, Projection(projection, proj_dim, seed), classes=classes, layout=layout, dtype=dtype)
+    return fingerprint_of(content)
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(field, value in a, value in b) for every leaf in which two identities differ."""
+    left, right = _leaves(a), _leaves(b)
+    names = [*left, *(name for name in right if name not in left)]
+    return [(n, left.get(n, "—"), right.get(n, "—")) for n in names if left.get(n) != right.get(n)]
+
+
+def require_same(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, where: str | Path, theirs: str, ours: str, data: bool = True
+) -> None:
+    """Refuse to mix two identities that differ.
+
+    Args:
+        a: identity of what exists, shown in the column `theirs`.
+        b: identity of what was asked for, shown in the column `ours`.
+        where: the path in question.
+        theirs: heading of the first column.
+        ours: heading of the second column.
+        data: whether the data must agree too; not so for a query store.
+
+    Raises:
+        MismatchError: lists every field that differs, in two columns.
+    """
+    found = differences(a, b)
+    if not data:
+        found = [row for row in found if not row[0].startswith("data.")]
+    if not found:
+        return
+    rows = [("", theirs, ours), *found]
+    widths = [max(len(_short(row[i])) for row in rows) for i in range(2)]
+    table = "\n".join(f"  {_short(f):<{widths[0]}}  {_short(x):<{widths[1]}}  {_short(y)}".rstrip() for f, x, y in rows)
+    hint = "Choose another --out, or the settings of the store" if data else "Featurize both with the same weights and settings"
+    raise MismatchError(f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)", where=where, hint=f"{hint}\n{table}")
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            found.update(_leaves(item, f"{prefix}{name}."))
+        elif isinstance(item, list):
+            found.update({f"{prefix}{name}[{i}]": json.dumps(entry) for i, entry in enumerate(item)})
+        else:
+            found[prefix + name] = str(item)
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 44 else text[:41] + "…"

@@ -1,0 +1,117 @@
+"""Kernels on stored features: each is a feature map Φ plus a normalisation, κ(x, x') = ⟨Φ(x), Φ(x')⟩ / (‖Φ(x)‖ ‖Φ(x')‖)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.encoding import decode
+from gradstore.errors import NonFiniteError, UsageError
+from gradstore.fingerprint import require_same
+from gradstore.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel on stored features (Engel et al., ICLR 2024).
+
+    Attributes:
+        name: the same in Python, on the command line and in files.
+        formula: what it computes.
+        sums_classes: Φ is Σ_c φ^c [K] rather than all φ^c side by side [c·K].
+        normalised: the kernel is a cosine.
+    """
+
+    name: str
+    formula: str
+    sums_classes: bool
+    normalised: bool
+
+
+PROJECTED = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("proj-trntk", "cosine of Σ_c ⟨P g_i^c, P g_j^c⟩ (eq. 8)", sums_classes=False, normalised=True),
+        Kernel("proj-pntk", "cosine of ⟨P Σ_c g_i^c, P Σ_c g_j^c⟩ (eq. 7)", sums_classes=True, normalised=True),
+        Kernel("proj-trntk0", "Σ_c ⟨P g_i^c, P g_j^c⟩, not normalised", sums_classes=False, normalised=False),
+    )
+}
+
+
+def projected_kernel(name: str) -> Kernel:
+    """The kernel of a name.
+
+    Raises:
+        UsageError: there is none; lists those there are.
+    """
+    if name not in PROJECTED:
+        raise UsageError("unknown kernel", where="--kernel", expected=f"one of {', '.join(PROJECTED)}", got=repr(name))
+    return PROJECTED[name]
+
+
+def require_served(kernel: Kernel, store: FeatureStore) -> None:
+    """Refuse a kernel that a store's layout cannot serve.
+
+    Raises:
+        UsageError: per-class features are needed and the store holds only their sum.
+    """
+    if store.identity["layout"] == "sum" and store.schema.classes > 1 and not kernel.sums_classes:
+        raise UsageError(
+            f"{kernel.name} needs the features of each class, and this store holds only P Σ_c g^c",
+            where=store.path,
+            expected="layout per-class",
+            got="layout sum",
+            hint="Use --kernel proj-pntk, or featurize with --layout per-class",
+        )
+
+
+def require_comparable(a: FeatureStore, b: FeatureStore) -> None:
+    """Refuse two stores whose features are not of one model and one projection, or that lack rows.
+
+    Raises:
+        MismatchError: lists every field that differs; class names too.
+        UsageError: one of the stores is unfinished.
+    """
+    left, right = ({**store.identity, "class names": list(store.classes)} for store in (a, b))
+    require_same(left, right, where=b.path, theirs=str(a.path), ours=str(b.path), data=False)
+    a.require_complete()
+    b.require_complete()
+
+
+def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Φ of some rows of a store.
+
+    Args:
+        kernel: which kernel.
+        columns: what `FeatureStore.read` returns: features [n, c, K] with their scale, norm and row.
+
+    Returns:
+        (Φ float32 [n, D], its norms float64 [n]); D is c·K, or K where classes are summed. The norms are 1 for a kernel
+        that is not normalised. Holds Φ and, where classes are summed, the features beside it.
+
+    Raises:
+        NonFiniteError: a row's Φ is zero or not finite, so that a cosine is undefined; names the row.
+    """
+    features = decode(columns["features"], columns["scale"])
+    if kernel.sums_classes:
+        phi = features.sum(dim=1)
+        norms = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64)
+    else:
+        phi = features.flatten(1)
+        norms = torch.linalg.vector_norm(torch.from_numpy(columns["norm"]), dim=1)
+    if not kernel.normalised:
+        norms = torch.where(torch.isfinite(norms), torch.ones_like(norms), norms)
+    bad = torch.nonzero(~(torch.isfinite(norms) & (norms > 0)))
+    if len(bad):
+        i = int(bad[0])
+        raise NonFiniteError(
+            f"the features of row {columns['row'][i]} have no direction, so {kernel.name} is undefined",
+            expected="a finite norm above zero",
+            got=f"norm {norms[i].item()}",
+            hint="Run `gradstore verify` on the store",
+        )
+    return phi, norms

@@ -1,0 +1,37 @@
+"""Byte counts as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from gradstore.errors import UsageError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes of "2GB", "512 MiB", "1e9" or a plain number.
+
+    Raises:
+        UsageError: it is no positive number of bytes.
+    """
+    if isinstance(value, int):
+        count = float(value)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?b?)\s*", value, re.IGNORECASE)
+        unit = match.group(2).upper() if match else "?"
+        unit = unit if unit in _UNITS else unit + "B"
+        if match is None or unit not in _UNITS:
+            raise UsageError("not a number of bytes", where="--memory", expected="for example 2GB or 512MiB", got=repr(value))
+        count = float(match.group(1)) * _UNITS[unit]
+    if count < 1:
+        raise UsageError("not a number of bytes", where="--memory", expected="at least 1", got=repr(value))
+    return int(count)
+
+
+def format_bytes(count: float) -> str:
+    """"1.50 GB", "20.5 MB", "3.1 kB", "17 bytes"."""
+    for unit, size, digits in (("TB", 1e12, 2), ("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{int(count)} bytes"

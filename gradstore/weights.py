@@ -1,0 +1,99 @@
+"""Loading weights without running code: safetensors, or a state_dict that holds nothing but tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gradstore.errors import ProjectError, UnsafeError
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights in `path` into `model`.
+
+    Args:
+        model: any module.
+        path: a `.safetensors` file, or a state_dict saved by `torch.save`, which is read with `weights_only=True`
+            whatever the environment says.
+
+    Raises:
+        ProjectError: no such file, or tensors that do not fit the model; lists the first few.
+        UnsafeError: a checkpoint that would have to run code to load.
+    """
+    if not path.is_file():
+        raise ProjectError("the weights file does not exist", where=path, hint="Check `weights=` in the project file")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
+    _require_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ProjectError("this is not a safetensors file", where=path, got=error) from error
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    try:
+        # An explicit weights_only=True wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which changes only the default.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError) as error:
+        raise UnsafeError(
+            "this checkpoint is more than tensors, so loading it could run code",
+            where=path,
+            expected="a state_dict, or safetensors",
+            got=str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__,
+            hint="Where you trust it, save `model.state_dict()` with safetensors.torch.save_file and name that file",
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ProjectError("this file holds no state_dict", where=path, expected="a mapping of names to tensors", got=type(state).__name__)
+    return state
+
+
+def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tied = _tied_names(model)
+    missing = [name for name in own if name not in state and not tied.get(name, set()) & set(state)]
+    extra = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in state
+        if name in own and state[name].shape != own[name].shape
+    ]
+    wrong = [f"missing {n}" for n in missing] + [f"unknown {n}" for n in extra] + [f"shape {s}" for s in shapes]
+    if wrong:
+        raise ProjectError(
+            "the weights do not fit the model",
+            where=path,
+            expected=f"{len(own)} tensors of the model's names and shapes",
+            got="; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            hint="Check that `model=` is built with the same options as when it was trained",
+        )
+
+
+def _tied_names(model: nn.Module) -> dict[str, set[str]]:
+    """For each name, the other names of the same tensor; safetensors stores a shared tensor once."""
+    groups: dict[int, set[str]] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        groups.setdefault(id(tensor), set()).add(name)
+    return {name: names - {name} for names in groups.values() for name in names}
