@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import h5py
@@ -81,3 +82,28 @@ def first_start(log: Path) -> dict[str, str | int] | None:
 def now_utc() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def system_card() -> dict[str, str]:
+    """What this machine offers, for people: projection path, devices, libraries."""
+    return {
+        "gradstore": version("gradstore"),
+        "projection": Projection().backend + " on the CPU",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; the CPU is used",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "h5py": f"{h5py.__version__} (HDF5 {h5py.version.hdf5_version})",
+        "numpy": np.__version__,
+        "faiss": _installed("faiss-cpu", "faiss-gpu"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+
+
+def _installed(*names: str) -> str:
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found) or f"not installed (pip install 'gradstore[cpu]')"

@@ -199,6 +199,25 @@ def confusion_dict(confusion: Confusion) -> dict[str, Any]:
     return {**proportions, **counts}
 
 
+def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
+    """Bool mask [n] from a file: one row index a line, or a `.npy` mask or index array (never unpickled).
+
+    Raises:
+        UsageError: the file is missing or holds something else.
+        ProjectError: its rows are not rows of the training store.
+    """
+    try:
+        value = np.load(path, allow_pickle=False) if str(path).endswith(".npy") else np.loadtxt(path, dtype=np.int64, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "not a list of poisoned rows",
+            where=path,
+            expected="one row index a line, or a .npy mask or index array",
+            got=str(error).splitlines()[0],
+        ) from error
+    return row_mask(value, n, str(path))
+
+
 def _poisoned_mask(train: FeatureStore, poisoned: np.ndarray | Sequence[int] | None) -> np.ndarray:
     if poisoned is not None:
         return row_mask(poisoned, len(train), "--poisoned")

@@ -44,7 +44,7 @@ class Project:
     weights: str | Path | None = None
     classes: Sequence[str] | None = None
     show: Show | None = None
-    poisoned: Mapping[str, Any] = field(default_factory=dict)
+    poisoned: Mapping[str, Any] | None = None
     forward: Forward | None = None
     parameters: str = ".*"
     root: Path = field(default_factory=Path, repr=False)
@@ -55,8 +55,7 @@ class Project:
             raise ProjectError("model is not a torch module", where="Project(model=…)", expected="nn.Module", got=type(self.model).__name__)
         if not isinstance(self.splits, Mapping) or not self.splits:
             raise ProjectError("there are no splits", where="Project(splits=…)", expected='a dict such as {"train": dataset}')
-        self.poisoned = dict(self.poisoned or {})
-        unknown = set(self.poisoned) - set(self.splits)
+        unknown = set(self.poisoned or {}) - set(self.splits)
         if unknown:
             raise ProjectError("poisoned names unknown splits", where="Project(poisoned=…)", expected=sorted(self.splits), got=sorted(unknown))
 
@@ -80,7 +79,7 @@ class Project:
 
     def poisoned_mask(self, split: str) -> np.ndarray | None:
         """Which rows of a split are poisoned, bool [n], or None where the project does not say."""
-        if self.poisoned.get(split) is None:
+        if not self.poisoned or self.poisoned.get(split) is None:
             return None
         return row_mask(self.poisoned[split], len(self.examples(split)), f"Project(poisoned[{split!r}])")
 

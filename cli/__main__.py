@@ -1,0 +1,5 @@
+"""`python -m gradstore_cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,37 @@
+"""`gradstore check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import as_json, memory_option, project_options, settings_options
+from .output import print_json, printable
+
+
+@click.command(epilog="Example: gradstore check project.py --split test")
+@project_options
+@settings_options
+@memory_option("2GB")
+@as_json
+def check(project_file: Path, options: dict[str, str], split: str, as_json: bool, **settings: Any) -> None:
+    """Try a project before spending hours on it.
+
+    Checks eval mode, logits, repeatable rows, labels and Jacobians; says how large the store would be and how long
+    featurize would take. Writes nothing.
+    """
+    import gradstore as gs
+    from gradstore.check import checks
+
+    results = []
+    for result in checks(gs.load_project(project_file, options), split=split, **settings):
+        results.append(result)
+        if not as_json:
+            click.echo(f"{'ok  ' if result.error is None else 'FAIL'}  {result.name:<12}  {printable(result.detail)}")
+    if as_json:
+        print_json([{"name": r.name, "ok": r.error is None, "detail": r.detail} for r in results])
+    failed = next((r.error for r in results if r.error is not None), None)
+    if failed is not None:
+        raise failed

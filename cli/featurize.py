@@ -1,0 +1,78 @@
+"""`gradstore featurize`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import as_json, memory_option, project_options, settings_options
+from .output import print_json, say
+from .progress import FeaturizeBar
+
+if TYPE_CHECKING:
+    from gradstore.plan import Plan
+
+
+@click.command(epilog="Example: gradstore featurize project.py --split train --out stores/train")
+@project_options
+@settings_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
+@click.option("--batch-size", default="auto", show_default=True, callback=lambda c, p, v: _batch_size(v), help="Rows projected together.")
+@memory_option("2GB")
+@click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
+@as_json
+def featurize(
+    project_file: Path, options: dict[str, str], split: str, out: Path, as_json: bool, **settings: Any
+) -> None:
+    """Store the projected per-example gradients of one split.
+
+    The same command continues an interrupted run; a finished store is left alone.
+    """
+    import gradstore as gs
+
+    project = gs.load_project(project_file, options)
+    try:
+        with FeaturizeBar(split) as bar:
+            store = gs.featurize(project, split=split, out=out, on_plan=_announce, progress=bar, **settings)
+    except KeyboardInterrupt:
+        _say_kept(out)
+        raise
+    if as_json:
+        print_json({"store": str(out), **store.card()})
+    else:
+        say(f"{out}: {store.card()['features']}, finished")
+        click.echo(out)
+
+
+def _announce(plan: Plan) -> None:
+    from gradstore.memory import format_bytes
+
+    n, parameters = plan.manifest.n, sum(block.size for block in plan.blocks)
+    say(
+        f"{n} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
+        f"{plan.device.type}, {plan.projection.backend} projection, rows in groups of {plan.manifest.group}"
+    )
+    for name, route in plan.engine.describe():
+        if "torch.func" in route:
+            say(f"note: {name} takes the general route ({route}), which is slower")
+
+
+def _say_kept(out: Path) -> None:
+    import gradstore as gs
+
+    try:
+        store = gs.open(out)
+    except gs.GradstoreError:
+        return
+    say(f"{len(store)} of {store.manifest.n} rows are stored in {shlex.quote(str(out))}")
+
+
+def _batch_size(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise click.BadParameter(f"expected auto or a positive integer, got {value!r}")
+    return int(value)

@@ -1,0 +1,29 @@
+"""`gradstore info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import as_json
+from .output import print_json, print_pairs
+
+
+@click.command(epilog="Examples: gradstore info stores/train   gradstore info --system")
+@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.option("--system", is_flag=True, help="Say which projection path, devices and libraries this machine has.")
+@as_json
+def info(store: Path | None, system: bool, as_json: bool) -> None:
+    """Describe a store, or this machine."""
+    if (store is None) == (not system):
+        raise click.UsageError("name a store, or give --system")
+    import gradstore as gs
+
+    if store is not None:
+        card = gs.open(store).card()
+    else:
+        from gradstore.environment import system_card
+
+        card = system_card()
+    print_json(card) if as_json else print_pairs(card)

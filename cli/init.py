@@ -1,0 +1,24 @@
+"""`gradstore init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import as_json
+from .output import print_json, say
+
+
+@click.command(epilog="Example: gradstore init && gradstore check project.py")
+@click.argument("path", default="project.py", type=click.Path(path_type=Path))
+@as_json
+def init(path: Path, as_json: bool) -> None:
+    """Write a commented project file to start from; it runs as it is.  [default: project.py]"""
+    from gradstore.starter import write_starter
+
+    write_starter(path)
+    if as_json:
+        print_json({"project": str(path)})
+    else:
+        say(f"wrote {path}; change it to your model and data, then try it with: gradstore check {path}")

@@ -1,0 +1,82 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KERNELS = ("proj-trntk", "proj-pntk", "proj-trntk0")
+
+
+def as_json(function: F) -> F:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead of text.")(function)
+
+
+def project_options(function: F) -> F:
+    """The project file and `-o`."""
+    function = click.option(
+        "-o",
+        "--option",
+        "options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_parse_options,
+        help="Keyword argument of project(); may be repeated.",
+    )(function)
+    return click.argument("project_file", metavar="PROJECT.PY", type=click.Path(path_type=Path))(function)
+
+
+def settings_options(function: F) -> F:
+    """How to featurize: the options that belong to a store's identity, and the device."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."),
+        click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32", "int8"]), help="Dtype of the stored features."),
+        click.option("--layout", default="per-class", show_default=True, type=click.Choice(["per-class", "sum"]), help="Store every class [n, c, K], or only P Σ_c g^c [n, 1, K]."),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the projection."),
+        click.option("--projection", default="rademacher", show_default=True, type=click.Choice(["rademacher", "gaussian"]), help="Entries of P."),
+        click.option("--proj-dim", default=10240, show_default=True, type=click.IntRange(1), help="Projected dimension K."),
+        click.option("--split", default="train", show_default=True, help="Split of the project."),
+    ):
+        function = option(function)
+    return function
+
+
+def memory_option(default: str) -> Callable[[F], F]:
+    """`--memory`."""
+    return click.option("--memory", default=default, show_default=True, metavar="BYTES", help="Memory to use beside the model and the result, e.g. 2GB.")
+
+
+def kernel_help() -> str:
+    """The kernels on stored features."""
+    return "proj-trntk (eq. 8), proj-pntk (eq. 7) or proj-trntk0 (not normalised)."
+
+
+def parse_rows(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Rows written as "0:100", "3,5,8" or a mixture; None for all."""
+    if value is None:
+        return None
+    rows: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
+        if match is None:
+            raise click.BadParameter(f"expected rows such as 0:100 or 3,5,8, got {value!r}", context, parameter)
+        start = int(match.group(1))
+        rows.extend(range(start, int(match.group(2))) if match.group(2) else [start])
+    return rows
+
+
+def _parse_options(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    options = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"expected NAME=VALUE, got {value!r}", context, parameter)
+        options[name] = text
+    return options

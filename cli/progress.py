@@ -1,0 +1,51 @@
+"""The progress bar of featurize: rows, rows a second, time left, gigabytes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from gradstore.featurize import Progress as State
+
+
+class FeaturizeBar:
+    """A bar on stderr where that is a terminal; otherwise a line every ten percent."""
+
+    def __init__(self, title: str) -> None:
+        self._console = Console(stderr=True)
+        self._title = title
+        self._tenth = -1
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} rows"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[bytes]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=None, rate="", bytes="")
+
+    def __enter__(self) -> FeaturizeBar:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing, leaving the last state on the screen."""
+        self._bar.stop()
+
+    def __call__(self, state: State) -> None:
+        """Show a state of the run."""
+        rate = f"{state.computed / state.seconds:.1f} rows/s" if state.computed and state.seconds else ""
+        size = f"{state.rows / state.total * state.size / 1e9:.2f}/{state.size / 1e9:.2f} GB"
+        self._bar.update(self._task, completed=state.rows, total=state.total, rate=rate, bytes=size)
+        tenth = 10 * state.rows // state.total
+        if not self._console.is_terminal and tenth > self._tenth:
+            self._tenth = tenth
+            self._console.print(f"{self._title}: {state.rows}/{state.total} rows  {rate}  {size}", soft_wrap=True, highlight=False)
