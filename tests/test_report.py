@@ -92,7 +92,6 @@ def demo_page():
         (report.Fact("98.9 %", "clean accuracy", "445 of 450"),),
         forensics_page(),
         topk_page(),
-        (("train", 2.4),),
         (("date", "today"),),
     )
 

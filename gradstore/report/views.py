@@ -221,7 +221,6 @@ class DemoPage:
         facts: headline numbers.
         forensics: which queries were flagged.
         topk: clean queries beside their neighbours.
-        seconds: (stage, seconds) in the order in which they ran.
         provenance: where the numbers come from.
         title: heading of the page.
     """
@@ -230,6 +229,5 @@ class DemoPage:
     facts: tuple[Fact, ...]
     forensics: ForensicsPage
     topk: TopKPage
-    seconds: tuple[tuple[str, float], ...] = ()
     provenance: Provenance = ()
     title: str = "A poisoned classifier, and the training images that give it away"
