@@ -35,7 +35,7 @@ class Project:
         classes: names of the classes, for reports; default "0", "1", ….
         show: how to show an example: `gs.image(...)`, `gs.text(...)` or None.
         poisoned: split -> bool mask or row indices of poisoned examples, where that is known.
-        forward: (model, x) -> logits; default `model(x)`, or `model(**x)` for a dict.
+        forward: (model, x) -> logits; default `model(x)`, also where x is a dict.
         parameters: regular expression that the name of a differentiated parameter must match in full.
     """
 
@@ -120,10 +120,8 @@ class Project:
 
 
 def call_model(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
-    """Logits by the project's own call, or by `model(x)` / `model(**x)`."""
-    if forward is not None:
-        return forward(model, inputs)
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """Logits by the project's own call, or by `model(x)`."""
+    return model(inputs) if forward is None else forward(model, inputs)
 
 
 def require_eval(model: nn.Module) -> None:

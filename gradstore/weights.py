@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ProjectError("the weights file does not exist", where=path, hint="Check `weights=` in the project file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
-    _require_fit(model, state, path)
-    model.load_state_dict(state)
+    tied = _tied_names(model)
+    _require_fit(model, state, tied, path)
+    repeated = {name: state[other] for name, others in tied.items() for other in others if name not in state and other in state}
+    model.load_state_dict({**state, **repeated})
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -55,7 +58,9 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     try:
         # An explicit weights_only=True wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which changes only the default.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on unusual pickles, which are then refused in our own words
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError) as error:
         raise UnsafeError(
             "this checkpoint is more than tensors, so loading it could run code",
@@ -69,9 +74,8 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _require_fit(model: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, set[str]], path: Path) -> None:
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    tied = _tied_names(model)
     missing = [name for name in own if name not in state and not tied.get(name, set()) & set(state)]
     extra = [name for name in state if name not in own]
     shapes = [
