@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradstore.plan import Plan
 
 
-@click.command(epilog="Example: gradstore featurize project.py --split train --out stores/train")
+@click.command(short_help="Store the projected gradients of a split.", epilog="Example: gradstore featurize project.py --split train --out stores/train")
 @project_options
 @settings_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
@@ -43,7 +43,7 @@ def featurize(
     if as_json:
         print_json({"store": str(out), **store.card()})
     else:
-        say(f"{out}: {store.card()['features']}, finished")
+        say(f"{out}: {store.card()['features']}, " + ("finished" if bar.used else "was finished before; nothing to do"))
         click.echo(out)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOWN = 10
 
 
-@click.command(epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html")
+@click.command(short_help="Flag queries that trace back to poison.", epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html")
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--poisoned", type=click.Path(path_type=Path), help="Poisoned training rows: one index a line, or a .npy mask or index array.  [default: what the store knows]")

@@ -10,7 +10,7 @@ from .options import as_json
 from .output import print_json, say
 
 
-@click.command(epilog="Example: gradstore init && gradstore check project.py")
+@click.command(short_help="Write a project file to start from.", epilog="Example: gradstore init && gradstore check project.py")
 @click.argument("path", default="project.py", type=click.Path(path_type=Path))
 @as_json
 def init(path: Path, as_json: bool) -> None:

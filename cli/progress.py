@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 
 
 class FeaturizeBar:
-    """A bar on stderr where that is a terminal; otherwise a line every ten percent."""
+    """A bar on stderr where that is a terminal; otherwise a line every ten percent.
+
+    Attributes:
+        used: whether there was anything to compute.
+    """
 
     def __init__(self, title: str) -> None:
         self._console = Console(stderr=True)
         self._title = title
         self._tenth = -1
+        self.used = False
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,6 +47,7 @@ class FeaturizeBar:
 
     def __call__(self, state: State) -> None:
         """Show a state of the run."""
+        self.used = True
         rate = f"{state.computed / state.seconds:.1f} rows/s" if state.computed and state.seconds else ""
         size = f"{state.rows / state.total * state.size / 1e9:.2f}/{state.size / 1e9:.2f} GB"
         self._bar.update(self._task, completed=state.rows, total=state.total, rate=rate, bytes=size)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-@click.command(epilog="Example: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html")
+@click.command(short_help="List the most similar training examples.", epilog="Example: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html")
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", type=click.Path(path_type=Path))
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
@@ -48,12 +48,14 @@ def topk(
 def _print(result: TopK) -> None:
     rows = []
     for record in result.records()[:SHOWN]:
-        near = "  ".join(f"{n['row']} {_label(n['label'])} {n['similarity']:.3f}" for n in record["neighbours"])
-        rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", near))
-    print_table(("row", "label", "predicted", f"{result.k} most similar training rows (row, label, similarity)"), rows, right=(0,))
+        near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}" for n in record["neighbours"]]
+        rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", *near))
+    ranks = [f"#{rank}" for rank in range(1, result.k + 1)]
+    click.echo(f"the {result.k} most similar training rows by {result.kernel}: row (label), similarity\n")
+    print_table(("query", "label", "predicted", *ranks), rows, right=(0,))
     if len(result.rows) > SHOWN:
         say(f"… and {len(result.rows) - SHOWN} more queries; --json, --csv FILE or --html FILE give the rest")
 
 
 def _label(label: str | None) -> str:
-    return f"({label})" if label is not None else ""
+    return f" ({label})" if label is not None else ""

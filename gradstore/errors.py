@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class GradstoreError(Exception):
     """Base of every error that a caller can act on.
@@ -12,6 +14,7 @@ class GradstoreError(Exception):
         expected: what would have been right.
         got: what was found.
         hint: what to do next, as a sentence without a full stop.
+        table: further lines, where the difference is more than a line can say.
 
     Attributes:
         exit_code: the exit status of the command line for this kind of error.
@@ -27,17 +30,21 @@ class GradstoreError(Exception):
         expected: object = None,
         got: object = None,
         hint: str | None = None,
+        table: Sequence[str] = (),
     ) -> None:
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
+        self.table = tuple(table)
         super().__init__(what)
 
     def __str__(self) -> str:
-        """The whole error as one line."""
+        """The whole error as one line, and the table below it where there is one."""
         line = self.what if self.where is None else f"{self.where}: {self.what}"
-        details = [f"{name} {value}" for name, value in (("expected", self.expected), ("got", self.got)) if value is not None]
+        named = (("expected", self.expected), ("got", self.got))
+        details = [f"{name} {value}" for name, value in named if value is not None]
         if details:
             line += " (" + ", ".join(details) + ")"
-        return line + "." + (f" {self.hint}." if self.hint else "")
+        line += "." + (f" {self.hint}." if self.hint else "")
+        return "\n".join([line, *self.table])
 
 
 class UsageError(GradstoreError):

@@ -268,8 +268,11 @@ def _project(
 
 def _join(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
     """The same columns of several groups of rows, one group after another."""
+    first = blocks[0]
     if len(blocks) == 1:
-        return blocks[0]
+        return first
+    if any((b.name, b.start, b.size) != (first.name, first.start, first.size) for b in blocks):
+        raise RuntimeError(f"the blocks of {first.name} are cut differently in different groups of rows")
     return DenseBlock(blocks[0].name, blocks[0].start, torch.cat([block.dense() for block in blocks]))
 
 

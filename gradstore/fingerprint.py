@@ -131,9 +131,9 @@ def require_same(
         return
     rows = [("", theirs, ours), *found]
     widths = [max(len(_short(row[i])) for row in rows) for i in range(2)]
-    table = "\n".join(f"  {_short(f):<{widths[0]}}  {_short(x):<{widths[1]}}  {_short(y)}".rstrip() for f, x, y in rows)
+    table = [f"  {_short(f):<{widths[0]}}  {_short(x):<{widths[1]}}  {_short(y)}".rstrip() for f, x, y in rows]
     hint = "Choose another --out, or the settings of the store" if data else "Featurize both with the same weights and settings"
-    raise MismatchError(f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)", where=where, hint=f"{hint}\n{table}")
+    raise MismatchError(f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)", where=where, hint=hint, table=table)
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
