@@ -1,6 +1,6 @@
 """Per-example Jacobians of a classifier's logits, streamed a block of parameters at a time."""
 
-from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
+from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
 from gradstore.jacobians.engine import JacobianEngine, JacobianStream
 
-__all__ = ["DenseBlock", "JacobianBlock", "JacobianEngine", "JacobianStream"]
+__all__ = ["DenseBlock", "EmbeddingBlock", "JacobianBlock", "JacobianEngine", "JacobianStream", "LinearBlock"]

@@ -1,6 +1,14 @@
-"""Blocks of the per-example Jacobian: some consecutive columns for all examples and classes of a batch."""
+"""Blocks of the per-example Jacobian: some consecutive columns for all examples and classes of a batch.
+
+A block may carry structure that a projection can use without forming its values: `LinearBlock` is a sum of outer
+products over positions, `EmbeddingBlock` has nonzero values only in the rows that occur. Shapes: n examples, c classes
+(1 in layout "sum"), T positions at which a weight is used, i inputs and o outputs of a layer, S tokens, d the width of
+an embedding.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,26 +25,132 @@ class JacobianBlock:
 
     def __init__(self, name: str, start: int, size: int) -> None:
         self.name, self.start, self.size = name, start, size
+        self._dense: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The values, [n, c, size] float32 contiguous. The block keeps them, so asking twice costs once."""
-        raise NotImplementedError
+        if self._dense is None:
+            self._dense = self._values().float().contiguous()
+        return self._dense
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
         return torch.linalg.vector_norm(self.dense(), dim=-1, dtype=torch.float64).square()
+
+    def _values(self) -> Tensor:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, start={self.start}, size={self.size})"
 
 
 class DenseBlock(JacobianBlock):
-    """A block that is nothing but its values."""
+    """A block of known values, [n, c, size]."""
 
     def __init__(self, name: str, start: int, values: Tensor) -> None:
         super().__init__(name, start, values.shape[-1])
-        self._values = values
+        self._given = values
 
-    def dense(self) -> Tensor:
-        """The values, [n, c, size] float32 contiguous."""
-        return self._values.float().contiguous()
+    def _values(self) -> Tensor:
+        return self._given
+
+
+class LazyBlock(JacobianBlock):
+    """A block without structure, made when first asked for, so that only the block in use is held.
+
+    Args:
+        make: gives [n, c, size].
+    """
+
+    def __init__(self, name: str, start: int, size: int, make: Callable[[], Tensor]) -> None:
+        super().__init__(name, start, size)
+        self._values = make  # type: ignore[method-assign]
+
+
+class LinearBlock(JacobianBlock):
+    """Whole rows of a weight `[o, i]`: the Jacobian of example i and class c is `Σ_t deltas[c, t] ⊗ activations[t]`.
+
+    A convolution's weight is one too, with its patches as activations: `i` is then channels × kernel positions.
+
+    Attributes:
+        activations: [n, T, i], shared by all classes and all blocks of the weight; the model's dtype.
+        deltas: [n, c, T, o], gradients of the logits with respect to the layer's output; the model's dtype.
+    """
+
+    def __init__(self, name: str, start: int, activations: Tensor, deltas: Tensor) -> None:
+        super().__init__(name, start, deltas.shape[-1] * activations.shape[-1])
+        self.activations, self.deltas = activations, deltas
+
+    def _values(self) -> Tensor:
+        return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])
+
+
+class EmbeddingBlock(JacobianBlock):
+    """A whole embedding matrix `[num_embeddings, d]`, whose Jacobian is zero except in the rows that occur.
+
+    `dense()` of a large vocabulary is large ([n, c, num_embeddings · d]); `rows()` gives it in parts.
+
+    Attributes:
+        indices: [n, S] int64, the row that each token takes; the same row may occur more than once.
+        deltas: [n, c, S, d], gradients of the logits with respect to each token's embedding; the model's dtype.
+        num_embeddings: number of rows.
+    """
+
+    def __init__(self, name: str, start: int, indices: Tensor, deltas: Tensor, num_embeddings: int) -> None:
+        super().__init__(name, start, num_embeddings * deltas.shape[-1])
+        self.indices, self.deltas, self.num_embeddings = indices, deltas, num_embeddings
+
+    def rows(self, first: int, last: int) -> LazyBlock:
+        """Rows [first, last) of the matrix as a block of their own."""
+        width = self.deltas.shape[-1]
+        start, size = self.start + first * width, (last - first) * width
+        return LazyBlock(self.name, start, size, lambda: self._scattered(first, last))
+
+    def sq_norm(self) -> Tensor:
+        """Σ of the squared values of each row, [n, c] float64; the dense values are not formed."""
+        return (self._merged().double() * self.deltas.double()).sum((2, 3))
+
+    def _values(self) -> Tensor:
+        return self._scattered(0, self.num_embeddings)
+
+    def _merged(self) -> Tensor:
+        """[n, c, S, d]: at each token, the sum over all tokens that take the same row."""
+        n, c, tokens, width = self.deltas.shape
+        same = (self.indices[:, :, None] == self.indices[:, None, :]).to(_at_least_float32(self.deltas))
+        flat = self.deltas.transpose(1, 2).reshape(n, tokens, c * width).to(same.dtype)
+        return torch.bmm(same, flat).view(n, tokens, c, width).transpose(1, 2)
+
+    def _scattered(self, first: int, last: int) -> Tensor:
+        # Tokens of one row carry equal sums, so plain assignment is enough and no atomic addition makes bits vary.
+        n, c, _, width = self.deltas.shape
+        merged = self._merged()
+        out = merged.new_zeros(n, c, last - first + 1, width)
+        inside = (self.indices >= first) & (self.indices < last)
+        target = torch.where(inside, self.indices - first, last - first)  # the extra row collects all others
+        out.scatter_(2, target[:, None, :, None].expand_as(merged), merged)
+        return out[:, :, :-1].flatten(2)
+
+
+def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
+    """Sum over positions of outer products, for all examples, classes and groups.
+
+    Args:
+        deltas: [n, c, o, T].
+        activations: [n, g, T, i]; output channels are split evenly over the g groups.
+
+    Returns:
+        [n, c, o · i], in float32 or, if the inputs are, in float64.
+    """
+    n, c, o, positions = deltas.shape
+    groups, i = activations.shape[1], activations.shape[3]
+    dtype = _at_least_float32(deltas)
+    deltas, activations = deltas.to(dtype), activations.to(dtype)
+    if positions == 1 and groups == 1:
+        return (deltas * activations).reshape(n, c, o * i)
+    split = deltas.reshape(n, c, groups, o // groups, positions).transpose(1, 2)
+    product = torch.bmm(split.reshape(n * groups, -1, positions), activations.flatten(0, 1))
+    return product.view(n, groups, c, o // groups, i).transpose(1, 2).reshape(n, c, o * i)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

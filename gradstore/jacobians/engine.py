@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from gradstore.errors import UsageError
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
-from gradstore.jacobians.exact import by_loop, by_torch_func
+from gradstore.jacobians.exact import by_loop
+from gradstore.jacobians.footprint import MAX_COLUMNS
+from gradstore.jacobians.plan import Exact, Plan, Prober
+from gradstore.jacobians.pullback import Pulled, pull_back
+from gradstore.jacobians.record import record
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs
+from gradstore.jacobians.terms import IndexTerm, Term, joined
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
@@ -34,12 +39,27 @@ class JacobianStream:
 class JacobianEngine:
     """Computes `g^c(x) = ∂ logits_c(x) / ∂θ` for every example and class of a batch.
 
+    One forward pass notes the inputs and outputs of the calls that use parameters; one vector-Jacobian product per
+    class gives the gradients at those outputs; per-example gradients follow from both (Goodfellow 2015, "Efficient
+    per-example gradient computations"; Rochette et al. 2019 for convolutions). On construction every parameter's result
+    is compared with looped autograd on three examples, and a parameter that disagrees takes a slower route, as
+    `describe` says. On every batch one further product proves that no use of a parameter was missed and that each
+    layer's rows are those of their example; a parameter that fails takes looped autograd for that batch.
+
+    A batch holds: the activations that autograd saves; per class, the output gradients of linear layers, convolutions
+    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ 131072] and
+    the unfolded input of one convolution. `bytes_needed` puts this in figures. Blocks are cut by shapes alone.
+
     Args:
-        model: the classifier; used in eval mode and left as it was found.
+        model: the classifier; used in eval mode and left as it was found. Any floating-point dtype.
         blocks: the parameters to differentiate, from `parameter_blocks`.
         forward: `(model, inputs) -> logits [n, classes]`; None calls `model(inputs)`.
         layout: "per-class" gives c = classes rows an example, "sum" gives their sum, c = 1.
         example: a batch of at least one example, on the model's device.
+
+    Raises:
+        UsageError: unknown layout.
+        ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
     """
 
     def __init__(
@@ -56,19 +76,22 @@ class JacobianEngine:
         self._blocks, self._layout = tuple(blocks), layout
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
         with self._subject.ready():
-            self._route = self._choose(as_inputs(example))
-
-    def _choose(self, example: Inputs) -> Callable[..., list[Tensor]]:
-        logits = self._subject.logits(example)
-        try:
-            by_torch_func(self._subject, [self._blocks[-1].name], example, torch.ones_like(logits[:1]))
-        except RuntimeError:
-            return by_loop
-        return by_torch_func
+            prober = Prober(self._subject, as_inputs(example))
+            self._plan: Plan = prober.plan()
+            self._classes = prober.classes if layout == "per-class" else 1
 
     def describe(self) -> list[tuple[str, str]]:
-        """How each parameter is differentiated: rows (parameter name, route)."""
-        return [(block.name, self._route.__name__) for block in self._blocks]
+        """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
+        return [(block.name, self._plan.routes[block.name]) for block in self._blocks]
+
+    def bytes_needed(self, n: int) -> int:
+        """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included."""
+        seen, classes = self._plan.footprint, self._classes
+        backward = seen.graph + classes * seen.kept + 3 * seen.deltas
+        widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
+        largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
+        streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
+        return n * max(backward, streaming)
 
     def __call__(self, inputs: Any) -> JacobianStream:
         """Run the model on a batch.
@@ -77,19 +100,77 @@ class JacobianEngine:
             inputs: Tensor [n, …] or dict of Tensors with first axis n, on the model's device.
 
         Returns:
-            A stream of blocks [n, c, size] in parameter order.
+            A stream of blocks [n, c, size] in parameter order; only generic routes run the model again as it is read.
         """
-        inputs = as_inputs(inputs)
-        with self._subject.ready(), torch.no_grad():
-            logits = self._subject.logits(inputs)
-        if self._layout == "sum":
-            cotangents = torch.ones_like(logits[:1])
-        else:
-            cotangents = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return JacobianStream(logits.float(), self._stream(inputs, cotangents))
+        inputs, plan = as_inputs(inputs), self._plan
+        with self._subject.ready():
+            recording = record(self._subject, plan.structured, inputs, plan.spread)
+            logits = recording.logits.detach()
+            cotangents = self._cotangents(logits)
+            if plan.matches(recording):
+                parameters = {name: self._subject.parameters[name] for name in plan.structured}
+                pulled = pull_back(recording, plan.arrangements, parameters, cotangents)
+            else:
+                pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
+        del recording
+        return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled))
 
-    def _stream(self, inputs: Any, cotangents: Tensor) -> Iterator[JacobianBlock]:
+    def _cotangents(self, logits: Tensor) -> Tensor:
+        if self._layout == "sum":
+            return torch.ones_like(logits[:1])
+        return torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+
+    def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled) -> Iterator[JacobianBlock]:
+        groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
+        routes = self._plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
+        ready: dict[str, Tensor] = {}
+        n = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
         for block in self._blocks:
-            with self._subject.ready():
-                (values,) = self._route(self._subject, [block.name], inputs, cotangents)
-            yield DenseBlock(block.name, block.start, values)
+            if block.name in groups:
+                names = [member.name for member in groups[block.name]]
+                with self._subject.ready():
+                    ready |= zip(names, routes[names[0]](self._subject, names, inputs, cotangents), strict=True)
+            if block.name in ready:
+                yield from _cut(block, ready.pop(block.name))
+            elif block.name in pulled.terms:
+                yield from _assembled(block, pulled.terms.pop(block.name))
+            else:
+                yield from _cut(block, torch.zeros((), device=cotangents.device).expand(n, len(cotangents), block.size))
+
+    def _groups(self, unsafe: dict[str, str]) -> list[list[ParameterBlock]]:
+        """Neighbours of one generic route, differentiated together while their columns fit in one block."""
+        routes: dict[str, Exact] = self._plan.exact | dict.fromkeys(unsafe, by_loop)
+        groups: list[list[ParameterBlock]] = []
+        for block in self._blocks:
+            if block.name not in routes:
+                continue
+            route: Callable[..., Any] = routes[block.name]
+            fits = groups and _group_columns(groups[-1]) + block.size <= MAX_COLUMNS
+            if fits and routes[groups[-1][0].name] is route:
+                groups[-1].append(block)
+            else:
+                groups.append([block])
+        return groups
+
+
+def _group_columns(group: Sequence[ParameterBlock]) -> int:
+    return sum(block.size for block in group)
+
+
+def _assembled(block: ParameterBlock, terms: list[Term]) -> Iterator[JacobianBlock]:
+    """A parameter's terms as blocks of whole rows."""
+    if len(terms) == 1 and isinstance(terms[0], IndexTerm):
+        yield terms[0].embedding_block(block.name, block.start)
+        return
+    rows, width = terms[0].rows, terms[0].width
+    step = max(1, MAX_COLUMNS // max(1, width))
+    for first in range(0, rows if width else 0, step):
+        last = min(first + step, rows)
+        yield joined(terms, block.name, block.start + first * width, first, last)
+
+
+def _cut(block: ParameterBlock, values: Tensor) -> Iterator[JacobianBlock]:
+    """Finished values [n, c, size] as blocks."""
+    for first in range(0, block.size, MAX_COLUMNS):
+        part = values[..., first : first + MAX_COLUMNS]
+        yield DenseBlock(block.name, block.start + first, part)

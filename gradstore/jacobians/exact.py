@@ -56,12 +56,13 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
         return functional_call(called, values, (tree_map(lambda tensor: tensor[None], example),))[0]
 
     def rows(example: Inputs) -> dict[str, Tensor]:
-        _, pull_back = vjp(lambda values: logits(values, example), parameters)
+        pull_back = vjp(lambda values: logits(values, example), parameters)[1]
         return vmap(pull_back)(cotangents)[0]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # vmap reports layers that it runs one example at a time
-        found = vmap(rows, randomness="same")(inputs)
+        with torch.no_grad():  # keeps the other parameters, which require gradients too, from growing a second graph
+            found = vmap(rows, randomness="same")(inputs)
     shape = (length(inputs), len(cotangents), -1)
     return [found[f"model.{name}"].reshape(shape) for name in names]
 

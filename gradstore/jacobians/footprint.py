@@ -1,0 +1,78 @@
+"""How much memory a batch needs, scaled up from what the probe was seen to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians.record import Tap
+from gradstore.jacobians.terms import OuterTerm, Term
+
+MAX_COLUMNS = 1 << 17
+"""Columns of the largest block, unless one row of a weight is longer; fixed, so that bits do not depend on memory."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes per example.
+
+    Attributes:
+        graph: activations that autograd and the taps hold during the backward passes.
+        kept: deltas and small gradients, per class.
+        deltas: every tap's delta for one class.
+        activations: inputs of the hungriest weight, unfolded.
+    """
+
+    graph: int
+    kept: int
+    deltas: int
+    activations: int
+
+
+@dataclass
+class Saved:
+    """Distinct storages that autograd saved, by address."""
+
+    storages: dict[int, int] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's storage once."""
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.storages.values())
+
+
+@contextmanager
+def saved_bytes() -> Iterator[Saved]:
+    """Count what autograd saves for the backward pass; parameters are not counted."""
+    saved = Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_leaf and tensor.requires_grad else saved.add(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def measured(taps: Sequence[Tap], terms: dict[str, list[Term]], saved: int, n: int) -> Footprint:
+    """Per-example figures from a probe of n examples and one class."""
+    flat = [term for several in terms.values() for term in several]
+    size = torch.finfo(torch.float32).bits // 8
+    deltas = sum(tap.shape.numel() for tap in taps) * size
+    inputs = sum(tensor.nbytes for tap in taps for tensor in tap.use.saved)
+    unfolded = [term.deltas.shape[-1] * term.width * size for term in flat if isinstance(term, OuterTerm)]
+    return Footprint(
+        graph=(saved + inputs) // n,
+        kept=sum(term.held for term in flat) // n,
+        deltas=deltas // n,
+        activations=max(unfolded, default=0),
+    )

@@ -1,0 +1,140 @@
+"""From a recorded forward pass to the terms of each parameter's Jacobian: one vector-Jacobian product per class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians.record import Recording, Tap
+from gradstore.jacobians.rows import candidates, fits, owned, weights
+from gradstore.jacobians.rules import Batch, channels_second
+from gradstore.jacobians.terms import Term
+
+
+@dataclass
+class Pulled:
+    """The outcome for one batch.
+
+    Attributes:
+        terms: per parameter, one term per use; absent where the logits do not depend on the parameter.
+        unsafe: parameters whose terms must not be used for this batch, with the reason.
+    """
+
+    terms: dict[str, list[Term]] = field(default_factory=dict)
+    unsafe: dict[str, str] = field(default_factory=dict)
+
+    def distrust(self, tap: Tap, reason: str) -> None:
+        """Mark every parameter of a call."""
+        self.unsafe.update(dict.fromkeys(tap.names.values(), reason))
+
+
+def pull_back(
+    recording: Recording, arrangements: Sequence[str], parameters: Mapping[str, Tensor], cotangents: Tensor
+) -> Pulled:
+    """Differentiate the logits class by class with respect to the noted outputs, never to parameters, and audit.
+
+    Args:
+        recording: the forward pass; its graph is freed.
+        arrangements: how each tap's rows are assigned to examples.
+        parameters: the noted parameters.
+        cotangents: [c, classes]; row k makes column k of the Jacobian.
+
+    Holds every tap's input, its delta or small gradient for all c, and the deltas of one class three times over.
+    """
+    pulled, n = Pulled(), len(recording.logits)
+    makers = [
+        _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
+    ]
+    factors = weights(len(cotangents), cotangents)
+    totals: list[Tensor] = []
+    for c, cotangent in enumerate(cotangents):
+        deltas = _deltas(recording, cotangent.expand_as(recording.logits))
+        for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
+            view = tap.use.view(delta, n, how) if terms else delta
+            for term in terms:
+                term.absorb(c, view)
+        if c == 0:
+            totals = [delta * factors[0] for delta in deltas]
+        else:
+            for total, delta in zip(totals, deltas, strict=True):
+                total.add_(delta, alpha=factors[c].item())
+    _audit(recording, arrangements, parameters, totals, factors @ cotangents, pulled)
+    return pulled
+
+
+def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
+    """Find how each tap's rows belong to examples; None where no arrangement passes the audit.
+
+    Args:
+        recording: a forward pass on n ≥ 2 examples; its graph is kept.
+        cotangent: [classes], any combination of the logits.
+    """
+    n = len(recording.logits)
+    totals = _deltas(recording, cotangent.expand_as(recording.logits))
+    weighted = _deltas(recording, weights(n, cotangent)[:, None] * cotangent)
+    return [
+        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how)), None)
+        for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
+    ]
+
+
+def _candidates(tap: Tap, n: int) -> list[str]:
+    return candidates(tap.shape, n, tap.use.view is channels_second)
+
+
+def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> list[Term]:
+    """Empty terms for a tap's parameters; none where its input changed or its rows no longer fit."""
+    if tap.stale:
+        pulled.distrust(tap, "input changed in place")
+        return []
+    if not fits(tap.shape, n, arrangement):
+        pulled.distrust(tap, "rows not by example")
+        return []
+    batch = Batch(n, classes, arrangement, tap.shape.numel())
+    made = {name: tap.use.terms[role](batch) for role, name in tap.names.items()}
+    for name, term in made.items():
+        pulled.terms.setdefault(name, []).append(term)
+    return list(made.values())
+
+
+def _audit(
+    recording: Recording,
+    arrangements: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    totals: list[Tensor],
+    cotangent: Tensor,
+    pulled: Pulled,
+) -> None:
+    """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed."""
+    n, names = len(recording.logits), list(parameters)
+    asked: list[Any] = [*(tap.edge for tap in recording.taps), *parameters.values()]
+    found = torch.autograd.grad(
+        recording.logits,
+        asked,
+        weights(n, cotangent)[:, None] * cotangent,
+        allow_unused=True,
+    )
+    count = len(recording.taps)
+    for name, gradient in zip(names, found[count:], strict=True):
+        if gradient is not None:
+            pulled.unsafe[name] = "used outside a known layer"
+    for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True):
+        if weighted is not None and fits(tap.shape, n, how) and not owned(weighted, total, n, how):
+            pulled.distrust(tap, "rows not by example")
+
+
+def _deltas(recording: Recording, cotangent: Tensor) -> list[Tensor]:
+    """Gradient of `Σ cotangent · logits` with respect to each tap's output, zero where there is none."""
+    if not recording.taps:
+        return []
+    found = torch.autograd.grad(
+        recording.logits, [tap.edge for tap in recording.taps], cotangent, retain_graph=True, allow_unused=True
+    )
+    return [
+        cotangent.new_zeros(tap.shape) if delta is None else delta
+        for tap, delta in zip(recording.taps, found, strict=True)
+    ]

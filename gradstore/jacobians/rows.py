@@ -1,0 +1,76 @@
+"""Which rows of a layer's output belong to which example, and a proof that they do.
+
+Models fold, transpose and reorder their batch. A layer's rows are therefore assigned to examples by one of a few
+arrangements, guessed from shapes, and the guess is audited on every batch with one extra backward pass: weighting
+example i's logits by `w_i` must weight exactly its own rows of every layer's output gradient by `w_i`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FIRST, SECOND, FOLDED, FOLDED_LAST = "first", "second", "folded", "folded-last"
+
+# Relative disagreement that rounding may cause between two backward passes, by the coarsest dtype involved.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def candidates(shape: torch.Size, n: int, channels_second: bool) -> list[str]:
+    """Arrangements that a tensor of this shape allows, the likeliest first.
+
+    Args:
+        shape: of the layer's output.
+        n: examples in the batch.
+        channels_second: the second axis holds channels (convolutions and their norms), so it cannot hold examples.
+    """
+    found = []
+    if shape[0] == n:
+        found.append(FIRST)
+    if not channels_second and len(shape) > 2 and shape[1] == n:
+        found.append(SECOND)
+    if shape[0] % n == 0 and shape[0] > n:
+        found += [FOLDED, FOLDED_LAST]
+    return found
+
+
+def by_example(tensor: Tensor, n: int, arrangement: str) -> Tensor:
+    """Bring a tensor of rows to [n, rows per example, …]."""
+    if arrangement == FIRST:
+        return tensor.unsqueeze(1)
+    if arrangement == SECOND:
+        return tensor.movedim(1, 0)
+    if arrangement == FOLDED:
+        return tensor.unflatten(0, (n, -1))
+    return tensor.unflatten(0, (-1, n)).movedim(1, 0)
+
+
+def fits(shape: torch.Size, n: int, arrangement: str) -> bool:
+    """Whether a tensor of this shape can be arranged so at all."""
+    if arrangement == SECOND:
+        return len(shape) > 2 and shape[1] == n
+    return shape[0] == n if arrangement == FIRST else shape[0] % n == 0
+
+
+def weights(count: int, like: Tensor) -> Tensor:
+    """Distinct fixed weights in ±[0.5, 1.5), [count]; the golden ratio spreads them for any count."""
+    steps = torch.arange(1, count + 1, dtype=torch.float64) * 0.6180339887498949
+    values = (steps % 1.0) + 0.5
+    values[1::2] *= -1
+    return values.to(like.dtype).to(like.device)
+
+
+def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> bool:
+    """The audit: whether `weighted` is `total` with each example's rows scaled by that example's weight.
+
+    Args:
+        weighted: gradient of `Σ_i w_i Σ_c u_c logits[i, c]` with respect to a layer's output.
+        total: gradient of `Σ_i Σ_c u_c logits[i, c]`, the same shape.
+        n: examples in the batch.
+        arrangement: the assignment of rows to be proved.
+    """
+    ours = by_example(total, n, arrangement).flatten(1)
+    theirs = by_example(weighted, n, arrangement).flatten(1)
+    scale = torch.linalg.vector_norm(ours, dim=1)
+    error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
+    return bool((error <= ROUNDING[total.dtype] * (scale + 1e-2 * scale.max())).all())

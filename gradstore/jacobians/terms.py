@@ -1,0 +1,162 @@
+"""Terms of a parameter's Jacobian: one per use of the parameter in a forward pass, filled class by class.
+
+A term takes the gradient of each class's logits with respect to the output of the layer ("delta"). It keeps either
+that, with the layer's input, or at once the gradient, where this is the smaller of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, outer_sum
+
+# A gradient this many times smaller than its delta is formed per class and the delta dropped.
+SHRINKS = 4
+
+
+class Term:
+    """One use of a parameter.
+
+    Attributes:
+        rows: length of the parameter's first axis, along which blocks are cut.
+        width: columns per row.
+    """
+
+    rows: int
+    width: int
+
+    _kept: Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes kept for all examples and classes so far."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Take class c's delta, in the form that the rule which made the term agreed on."""
+        raise NotImplementedError
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the parameter, [n, c, (last − first) · width] in float32 or wider."""
+        raise NotImplementedError
+
+    def block(self, name: str, start: int, first: int, last: int) -> JacobianBlock:
+        """The same as a block, whose first column is `start`."""
+        return LazyBlock(name, start, (last - first) * self.width, lambda: self.values(first, last))
+
+
+class ReducedTerm(Term):
+    """A gradient that is small beside its delta: kept for every class, [n, c, size]."""
+
+    def __init__(self, n: int, c: int, shape: tuple[int, ...], reduce: Callable[[Tensor], Tensor]) -> None:
+        size = torch.Size(shape).numel()
+        self.rows = shape[0] if shape else 1
+        self.width = size // self.rows
+        self._shape, self._reduce = (n, c, size), reduce
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Reduce the delta over positions to the parameter's gradient."""
+        found = self._reduce(delta).reshape(self._shape[0], self._shape[2])
+        if self._kept is None:
+            self._kept = found.new_zeros(self._shape)
+        self._kept[:, c] = found
+
+    def values(self, first: int, last: int) -> Tensor:
+        """The kept gradient of these rows."""
+        assert self._kept is not None
+        return self._kept[..., first * self.width : last * self.width]
+
+
+class OuterTerm(Term):
+    """A weight `[o, i]` of a linear layer or convolution: Σ over positions of delta ⊗ activation.
+
+    Args:
+        c: number of classes.
+        outputs: o.
+        width: i.
+        activations: makes [n, g, T, i]; called when the first block is asked for.
+    """
+
+    def __init__(self, c: int, outputs: int, width: int, activations: Callable[[], Tensor]) -> None:
+        self.rows, self.width, self._classes = outputs, width, c
+        self._make = activations
+        self._made: Tensor | None = None
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Keep the delta, [n, o, T]."""
+        if self._kept is None:
+            self._kept = delta.new_empty(len(delta), self._classes, *delta.shape[1:])
+        self._kept[:, c] = delta
+
+    @property
+    def activations(self) -> Tensor:
+        """[n, g, T, i], made once."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    @property
+    def deltas(self) -> Tensor:
+        """[n, c, o, T]."""
+        assert self._kept is not None
+        return self._kept
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows; a convolution's groups are computed whole and cut."""
+        groups = self.activations.shape[1]
+        each = self.rows // groups
+        low, high = first // each, -(-last // each)
+        found = outer_sum(self.deltas[:, :, low * each : high * each], self.activations[:, low:high])
+        skipped = first - low * each
+        return found[..., skipped * self.width : (skipped + last - first) * self.width]
+
+    def block(self, name: str, start: int, first: int, last: int) -> JacobianBlock:
+        """A LinearBlock, or without structure for a grouped convolution."""
+        if self.activations.shape[1] > 1:
+            return super().block(name, start, first, last)
+        return LinearBlock(name, start, self.activations[:, 0], self.deltas[:, :, first:last].transpose(2, 3))
+
+
+class IndexTerm(Term):
+    """An embedding matrix: each token's delta belongs to the row that the token takes."""
+
+    def __init__(self, c: int, indices: Tensor, rows: int, width: int, padding: int | None) -> None:
+        self.rows, self.width, self._classes = rows, width, c
+        self._indices, self._padding = indices, padding
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Keep the delta, [n, d, S]; the padding row has no gradient by definition."""
+        delta = delta.transpose(1, 2)
+        if self._kept is None:
+            self._kept = delta.new_empty(len(delta), self._classes, *delta.shape[1:])
+        if self._padding is not None:
+            delta = delta.masked_fill((self._indices == self._padding)[..., None], 0)
+        self._kept[:, c] = delta
+
+    def embedding_block(self, name: str, start: int) -> EmbeddingBlock:
+        """The whole matrix; `start` is its first column."""
+        assert self._kept is not None
+        return EmbeddingBlock(name, start, self._indices, self._kept, self.rows)
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows."""
+        return self.embedding_block("", 0).rows(first, last).dense()
+
+
+def joined(terms: list[Term], name: str, start: int, first: int, last: int) -> JacobianBlock:
+    """A block of a parameter with several uses: the uses add up."""
+    if len(terms) == 1:
+        return terms[0].block(name, start, first, last)
+    size = (last - first) * terms[0].width
+    return LazyBlock(name, start, size, lambda: sum_of([term.values(first, last) for term in terms]))
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """Elementwise sum in the given order."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
