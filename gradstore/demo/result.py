@@ -72,8 +72,8 @@ class DemoResult:
             "stores": {split: str(path) for split, path in self.stores.items()},
         }
 
-    def __str__(self) -> str:
-        """A short summary of several lines."""
+    def summary(self) -> str:
+        """Several lines for people; the last one names the page."""
         facts = (
             ("clean accuracy", f"{self.clean_accuracy:.1%}", f"{self.clean_correct} of {self.clean} test images"),
             (
@@ -91,7 +91,7 @@ class DemoResult:
         lines += ["", f"{'forensics':<16}{'precision':>9}{'recall':>9}{'tp':>7}{'fp':>5}{'fn':>5}{'tn':>6}"]
         lines += [_line(kernel, confusion) for kernel, confusion in self.confusions.items()]
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stages.items())
-        return "\n".join([*lines, "", f"{self.seconds:.0f} seconds: {stages}"])
+        return "\n".join([*lines, "", f"{self.seconds:.0f} seconds: {stages}", f"Pictures: {self.report}"])
 
 
 def _scores(confusion: Confusion) -> dict[str, float | int | None]:
