@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.projection import reference
+from gradstore.projection import native, reference
 from gradstore.projection.entries import KINDS, Entries
 
 ALIGNMENT = 128
@@ -59,7 +59,8 @@ class Projection:
         _check_range("dim", self.dim, 1, 2**32 + 1)
         _check_range("seed", self.seed, 0, 2**64)
         _check_range("stream", self.stream, 0, 2**31)
-        object.__setattr__(self, "backend", _resolve(self.backend))
+        if self.backend == "auto":
+            object.__setattr__(self, "backend", "native" if native.available() else "reference")
 
     @property
     def scale(self) -> float:
@@ -120,11 +121,7 @@ class Projection:
         return Entries(self.kind, self.seed, self.stream)
 
     def _accumulate_on(self, device: torch.device) -> Callable[[Entries, Tensor, Tensor, int, int], None]:
-        return reference.accumulate
-
-
-def _resolve(backend: str) -> str:
-    return "reference" if backend == "auto" else backend
+        return native.accumulate if self.backend == "native" and device.type == "cpu" else reference.accumulate
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,198 @@
+// The compiled projection: the same source at several SIMD levels, the choice among them, and the threads.
+//
+// A plain C interface: no Python header is needed to build it, and the caller holds no lock while it runs.
+// Threads live for one call (starting one takes microseconds, a call milliseconds), so a fork at any time is safe.
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "job.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define NEON 0
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#define NEON 1
+#else
+#define NEON 0
+#endif
+
+namespace {
+
+// Uninitialised memory for vectors of any width.
+template <class T>
+struct Buffer {
+    T* data;
+    size_t bytes;
+    explicit Buffer(int64_t count) : bytes((std::max<size_t>(count * sizeof(T), 64) + 63) / 64 * 64) {
+        data = static_cast<T*>(std::aligned_alloc(64, bytes));
+        if (!data) throw std::bad_alloc();
+    }
+    void clear() { memset(static_cast<void*>(data), 0, bytes); }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+#define STRING(text) #text
+#if defined(__clang__)
+#define BEGIN_TARGET(features) _Pragma(STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define BEGIN_TARGET(features) _Pragma("GCC push_options") _Pragma(STRING(GCC target(features)))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
+#if defined(__x86_64__)
+#define VECTOR_BYTES 64
+BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
+namespace avx512 {
+#include "philox.h"
+#include "rademacher.h"
+#include "gaussian.h"
+#include "shared.h"
+}  // namespace avx512
+END_TARGET
+#undef VECTOR_BYTES
+#define VECTOR_BYTES 32
+BEGIN_TARGET("avx2,fma,bmi,bmi2")
+namespace avx2 {
+#include "philox.h"
+#include "rademacher.h"
+#include "gaussian.h"
+#include "shared.h"
+}  // namespace avx2
+END_TARGET
+#undef VECTOR_BYTES
+#endif
+
+#define VECTOR_BYTES 16
+namespace baseline {
+#include "philox.h"
+#include "rademacher.h"
+#include "gaussian.h"
+#include "shared.h"
+}  // namespace baseline
+#undef VECTOR_BYTES
+
+struct Level {
+    const char* name;
+    bool available;
+    void (*rademacher)(const Job&, Range, Range);
+    void (*gaussian)(const Job&, Range, Range);
+    void (*shared)(const SharedJob&, Range, Range);
+};
+
+const std::vector<Level>& levels() {
+    static const std::vector<Level> all = {
+#if defined(__x86_64__)
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"),
+         avx512::rademacher, avx512::gaussian, avx512::shared},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+         avx2::rademacher, avx2::gaussian, avx2::shared},
+#endif
+        {NEON ? "neon" : "plain", true, baseline::rademacher, baseline::gaussian, baseline::shared},
+    };
+    return all;
+}
+
+struct Tiling {
+    int64_t k, rows;  // the most columns of out and rows that one task takes
+};
+
+int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// The largest tile of K up to `largest` that gives every thread the same number of tiles, unless that makes them small.
+int64_t even_tile(int64_t count, int64_t largest, int64_t smallest, int64_t row_tiles, int threads) {
+    int64_t k_tiles = tiles(count, largest);
+    while (k_tiles * row_tiles % threads && count / k_tiles > smallest) ++k_tiles;
+    return tiles(tiles(count, k_tiles), 16) * 16;
+}
+
+Tiling tiling(const Job& job, int threads) {
+    if (job.domain % 2 == KIND_GAUSSIAN) return {64, 4096};
+    return {even_tile(job.count, 2560, 512, tiles(job.rows, 256), threads), 256};
+}
+
+// About 4 MB of float64 totals and 1 MB of sign words and of projected activations a task.
+Tiling tiling(const SharedJob& job, int threads) {
+    const int64_t examples = std::max<int64_t>(1, 64 / job.positions), outputs = outputs_at_a_time(job);
+    const int64_t totals = examples * job.positions * job.classes * 8, words = outputs * job.inputs / 8 + 64;
+    const int64_t fitting = std::min({(4 << 20) / totals, (1 << 20) / words, (1 << 20) / (outputs * 64)});
+    const int64_t largest = std::max<int64_t>(64, std::min<int64_t>(1024, fitting));
+    return {even_tile(job.weight.count, largest, 128, tiles(job.examples, examples), threads), examples};
+}
+
+// Calls compute(ks, rows) for every tile, on up to `threads` threads; false where memory ran out.
+template <class Compute>
+bool run(int64_t count, int64_t rows, Tiling tile, int threads, const Compute& compute) {
+    const int64_t k_tiles = tiles(count, tile.k), tasks = k_tiles * tiles(rows, tile.rows);
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    const auto work = [&] {
+        fenv_t environment;
+        feholdexcept(&environment);
+        fesetenv(FE_DFL_ENV);  // a caller that flushes subnormals must not change the result
+        try {
+            for (int64_t task; !failed && (task = next++) < tasks;) {
+                const int64_t k = task % k_tiles * tile.k, row = task / k_tiles * tile.rows;
+                compute(Range{k, std::min(k + tile.k, count)}, Range{row, std::min(row + tile.rows, rows)});
+            }
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+        fesetenv(&environment);
+    };
+    std::vector<std::thread> others;
+    try {
+        while ((int64_t)others.size() + 1 < std::min<int64_t>(threads, tasks)) others.emplace_back(work);
+    } catch (const std::exception&) {  // fewer threads than asked for: the rest of the work is done here
+    }
+    work();
+    for (std::thread& thread : others) thread.join();
+    return !failed;
+}
+
+int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1e7 ? 1 : std::max(threads, 1); }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What this library and its caller must agree on: the structures in job.h and the functions below.
+EXPORT int gradstore_interface() { return 1; }
+
+// The name of SIMD level `index`, fastest first; null after the last. `available` says whether this processor has it.
+EXPORT const char* gradstore_level(int index, int* available) {
+    if (index < 0 || index >= (int)levels().size()) return nullptr;
+    *available = levels()[index].available;
+    return levels()[index].name;
+}
+
+// Adds block @ P.T to out. Returns 0, or 1 where memory ran out.
+EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
+    threads = useful_threads((double)job->rows * job->columns * job->count, threads);
+    const auto kernel = job->domain % 2 == KIND_GAUSSIAN ? levels()[level].gaussian : levels()[level].rademacher;
+    return !run(job->count, job->rows, tiling(*job, threads), threads,
+                [&](Range ks, Range rows) { kernel(*job, ks, rows); });
+}
+
+// Adds the projected gradients of a linear layer's weight to out, for signs only. Returns 0, or 1 where memory ran out.
+EXPORT int gradstore_accumulate_shared(const SharedJob* job, int level, int threads) {
+    threads = useful_threads((double)job->weight.rows * job->inputs * job->outputs * job->weight.count, threads);
+    const auto kernel = levels()[level].shared;
+    return !run(job->weight.count, job->examples, tiling(*job, threads), threads,
+                [&](Range ks, Range examples) { kernel(*job, ks, examples); });
+}
