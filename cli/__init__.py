@@ -18,6 +18,7 @@ from .featurize import featurize
 from .forensics import forensics
 from .info import info
 from .init import init
+from .output import say
 from .topk import topk
 
 TRACEBACK = "--traceback"
@@ -74,7 +75,7 @@ def _status(arguments: list[str], traceback: bool) -> int:
     except GradstoreError as error:
         if traceback:
             raise
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

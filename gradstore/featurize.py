@@ -291,7 +291,7 @@ def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
     """Weights are compared by digest; this catches code that computes something else with the same weights."""
     shard = writer.manifest.shards[0]
     row = writer.manifest.rows_of(shard.index).start
-    stored = FeatureStore(writer.path, disk=writer.disk).shard_column(shard, "logits")[0]
+    stored = FeatureStore(writer.path, disk=writer.disk).shard_file(shard.index).column("logits")[0]
     inputs = to_device(plan.examples.read([row])[0], plan.device)
     now = plan.project.logits(inputs)[0].float().cpu().numpy()
     if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):

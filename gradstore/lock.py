@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gradstore.errors import LockedError
+from gradstore.disk import Disk
+from gradstore.errors import GradstoreError, LockedError
 
 LOCK = ".lock"
 
 
 @contextmanager
-def writer_lock(directory: Path) -> Iterator[None]:
+def writer_lock(directory: Path, disk: Disk) -> Iterator[None]:
     """Hold the writer's lock of the store in `directory`.
 
     The lock is `flock` on a file that stays in place and names its owner for the message only: a dead owner's
@@ -25,27 +25,35 @@ def writer_lock(directory: Path) -> Iterator[None]:
     Raises:
         LockedError: another process holds it; names its pid and host.
     """
-    fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    path = directory / LOCK
+    fd = _locked(path, disk)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(
-                "another process is writing this store",
-                where=directory,
-                got=_owner(fd),
-                hint="Wait for it to finish, or stop it; finished shards are kept",
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        disk.overwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), path)
         yield
     finally:
         os.close(fd)
 
 
-def _owner(fd: int) -> str:
+def _locked(path: Path, disk: Disk) -> int:
+    while True:
+        fd = disk.lock(path)
+        if fd is None:
+            raise LockedError(
+                "another process is writing this store",
+                where=path.parent,
+                got=_owner(path, disk),
+                hint="Wait for it to finish, or stop it; finished shards are kept",
+            )
+        # Someone may have removed the file between our opening and our locking it; a lock on it would bind nobody.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return fd
+        os.close(fd)
+
+
+def _owner(path: Path, disk: Disk) -> str:
     try:
-        owner = json.loads(os.pread(fd, 4096, 0))
-        return f"pid {int(owner['pid'])} on host {str(owner['host'])[:64]}"
-    except (ValueError, KeyError, TypeError):
+        owner = json.loads(disk.read_file(path, 4096))
+        return f"pid {int(owner['pid'])} on host {str(owner['host'])[:64]!r}".replace("'", "")
+    except (ValueError, KeyError, TypeError, OSError, GradstoreError):
         return "an owner that has not written its name yet"

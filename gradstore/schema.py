@@ -1,22 +1,14 @@
-"""What a feature file contains: every dataset with its shape, dtype and meaning, and the header that says so.
-
-A shard is plain HDF5 (libver v110, so its metadata is checksummed): contiguous datasets aligned to 4096 bytes,
-no filters, no links. Its header is composed in memory and written once; libhdf5 never has the file on disk open
-while rows are written, and gradstore reads rows by position, so a malformed header is never parsed.
-"""
+"""What a feature file contains: every dataset with its shape, dtype and meaning."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 
-import h5py
 import numpy as np
 
 FORMAT = "gradstore"
 FORMAT_VERSION = 1
-PAGE = 4096
 DTYPES = ("float16", "float32", "int8")
 LAYOUTS = ("per-class", "sum")
 BULK = ("features", "preview")  # datasets too large to be held for all rows at once
@@ -35,7 +27,7 @@ class Column:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -82,100 +74,15 @@ class Schema:
         """Bytes of one row in all datasets."""
         return sum(column.row_bytes for column in self.columns)
 
+    def column(self, name: str) -> Column:
+        """The dataset of a name."""
+        return next(column for column in self.columns if column.name == name)
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """Where things are in a shard of a given number of rows.
-
-    Attributes:
-        size: bytes of the whole file.
-        offsets: position of each dataset's first byte.
-        header: (position, bytes) pieces that hold everything but the rows.
-    """
-
-    size: int
-    offsets: Mapping[str, int]
-    header: tuple[tuple[int, bytes], ...]
+    def empty(self, rows: int) -> dict[str, np.ndarray]:
+        """Uninitialised arrays for every dataset of some rows."""
+        return {c.name: np.empty((rows, *c.shape), c.dtype) for c in self.columns}
 
 
-def shard_layout(schema: Schema, rows: int, attributes: Mapping[str, str | int]) -> ShardLayout:
-    """Compose the HDF5 header of a shard in memory; holds a few kilobytes, whatever the number of rows."""
-    image = _SparseImage()
-    offsets = {}
-    with h5py.File(
-        image, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=PAGE
-    ) as file:
-        for name, value in {"format": FORMAT, "version": FORMAT_VERSION, **attributes}.items():
-            _set_attribute(file, name, value)
-        for column in schema.columns:
-            dataset = _create_contiguous(file, column, rows)
-            _set_attribute(dataset, "axes", column.axes)
-            _set_attribute(dataset, "meaning", column.meaning)
-            offsets[column.name] = dataset.id.get_offset()
-    size = max(image.size, *(offsets[column.name] + rows * column.row_bytes for column in schema.columns))
-    return ShardLayout(size, offsets, image.pieces())
-
-
-def _create_contiguous(file: h5py.File, column: Column, rows: int) -> h5py.Dataset:
-    """A dataset whose place is fixed now and whose bytes HDF5 never touches."""
-    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    options.set_layout(h5py.h5d.CONTIGUOUS)
-    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    options.set_obj_track_times(False)
-    dtype = h5py.h5t.py_create(column.dtype)
-    space = h5py.h5s.create_simple((rows, *column.shape))
-    return h5py.Dataset(h5py.h5d.create(file.id, column.name.encode(), dtype, space, options))
-
-
-def _set_attribute(owner: h5py.File | h5py.Dataset, name: str, value: str | int) -> None:
-    """A fixed-length string or an integer: variable-length ones would need a heap that older readers trip over."""
-    owner.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
-
-
-class _SparseImage(io.RawIOBase):
-    """A file that remembers only what was written to it, so a 256 MB shard's header costs kilobytes."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._at = 0
-        self._writes: list[tuple[int, bytes]] = []
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def truncate(self, size: int | None = None) -> int:
-        self.size = self._at if size is None else size
-        return self.size
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self._writes.append((self._at, bytes(data)))
-        self._at += len(data)
-        self.size = max(self.size, self._at)
-        return len(data)
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        view = memoryview(buffer).cast("B")
-        view[:] = bytes(len(view))
-        for start, data in self._writes:
-            low, high = max(start, self._at), min(start + len(data), self._at + len(view))
-            if low < high:
-                view[low - self._at : high - self._at] = data[low - start : high - start]
-        self._at += len(view)
-        return len(view)
-
-    def pieces(self) -> tuple[tuple[int, bytes], ...]:
-        """Non-overlapping (position, bytes), ascending, later writes winning."""
-        edges = sorted({edge for start, data in self._writes for edge in (start, start + len(data))})
-        found = []
-        for low, high in zip(edges, edges[1:], strict=False):
-            if any(start <= low and high <= start + len(data) for start, data in self._writes):
-                piece = bytearray(high - low)
-                self.seek(low)
-                self.readinto(piece)
-                found.append((low, bytes(piece)))
-        return tuple(found)
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return array.data.cast("B")

@@ -1,11 +1,10 @@
 """`FeatureStore`: a read-only handle on a store; opens files briefly, reads by position, checks every row's digest.
 
-A handle holds a path and the manifest, so it can be pickled to workers; it needs no lock and sees only published shards.
+A handle holds a path and the manifest, so it can be pickled; it needs no lock and sees only published shards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.disk import Disk
+from gradstore.digests import THREADS
+from gradstore.disk import Disk, MissingFileError
 from gradstore.encoding import decode
 from gradstore.errors import CorruptError, UsageError
-from gradstore.manifest import Manifest, Shard, read_manifest
+from gradstore.manifest import Manifest
+from gradstore.manifest_file import read_manifest
+from gradstore.memory import format_bytes
 from gradstore.schema import Schema
+from gradstore.shards import VERIFY, ShardFile
 
 if TYPE_CHECKING:
     import torch
 
-_VERIFY = "Run `gradstore verify` on the store to list the damaged rows"
+_SPAN_BYTES = 4 << 20  # what one thread reads and hashes at a time
 
 
 def open_store(path: str | os.PathLike[str], *, verify: bool = True) -> FeatureStore:
@@ -37,7 +40,7 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = True) -> FeatureS
 
     Raises:
         UsageError: there is no store at `path`.
-        CorruptError: its manifest, or the size of a shard, is not what was written.
+        CorruptError: its manifest is not what was written. Shards are checked when they are first read.
     """
     return FeatureStore(path, verify=verify)
 
@@ -54,7 +57,8 @@ class FeatureStore:
         self.verify = verify
         self.disk = disk or Disk()
         self.manifest: Manifest = read_manifest(self.path, self.disk)
-        self._checked: set[int] = set()
+        self._files: dict[int, ShardFile] = {}
+        self._digests: dict[int, np.ndarray] = {}
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -160,8 +164,13 @@ class FeatureStore:
         value = self.read(row, row + 1)["preview"][0]
         return value.tobytes().rstrip(b"\0").decode(errors="replace") if self.manifest.preview == "text" else value
 
-    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+    def read(self, start: int, stop: int, *, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Every column of rows start:stop as stored, digests checked.
+
+        Args:
+            start: first row.
+            stop: one past the last row.
+            out: arrays of at least stop - start rows to read into, such as `schema.empty` makes; default new ones.
 
         Returns:
             name of the dataset -> array [stop - start, ...] in its stored dtype. Holds just these arrays.
@@ -170,12 +179,23 @@ class FeatureStore:
             CorruptError: a row does not match its digest, or a shard its manifest; names the rows.
         """
         if not 0 <= start <= stop <= len(self):
-            raise UsageError("rows out of range", where=self.path, expected=f"within 0:{len(self)}", got=f"{start}:{stop}")
-        data = {c.name: np.empty((stop - start, *c.shape), c.dtype) for c in self.schema.columns}
-        for shard, low, high in self._spans(start, stop):
-            base = shard.index * self.manifest.shard_rows
-            views = {name: array[base + low - start : base + high - start] for name, array in data.items()}
-            self._read_shard(shard, low, views)
+            raise UsageError(
+                "rows out of range", where=self.path, expected=f"within 0:{len(self)}", got=f"{start}:{stop}"
+            )
+        new = self.schema.empty(stop - start) if out is None else out
+        data = {name: array[: stop - start] for name, array in new.items()}
+        step = max(1, _SPAN_BYTES // self.schema.row_bytes)
+        jobs = []
+        for index, low, high in self._spans(start, stop, step):
+            at = index * self.manifest.shard_rows + low - start
+            jobs.append((index, low, {name: array[at : at + high - low] for name, array in data.items()}))
+        # Reading and hashing both release the interpreter lock, so one span is read while another is hashed.
+        if len(jobs) <= 1:
+            for job in jobs:
+                self._read_span(*job)
+        else:
+            with ThreadPoolExecutor(THREADS + 1) as pool:
+                list(pool.map(lambda job: self._read_span(*job), jobs))
         return data
 
     def blocks(self, rows: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -189,85 +209,65 @@ class FeatureStore:
 
         return FeatureDataset(self)
 
-    def damaged_rows(self, shard: Shard) -> np.ndarray:
-        """Rows of one shard whose bytes do not match their digest; all of them when the shard cannot be read at all."""
-        span = self.manifest.rows_of(shard.index)
-        views = {c.name: np.empty((shard.rows, *c.shape), c.dtype) for c in self.schema.columns}
-        try:
-            self._fill(shard, 0, views)
-            self._check_shard(shard)
-        except (CorruptError, OSError):
-            return np.arange(span.start, span.stop)
-        return span.start + np.flatnonzero(~_digests_match(self.schema, views))
+    def shard_file(self, index: int) -> ShardFile:
+        """The published shard `index` on the disk."""
+        if index not in self._files:
+            self._files[index] = ShardFile(self.path, self.manifest, index, self.disk)
+        return self._files[index]
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
-        """(shard, first, last) in rows of the shard."""
+    def _spans(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first, last) in rows of the shard, at most `rows` at a time."""
         size = self.manifest.shard_rows
-        by_index = {shard.index: shard for shard in self.manifest.shards}
-        for index in range(start // size, -(-stop // size) if stop > start else start // size):
-            base = index * size
-            yield by_index[index], max(start - base, 0), min(stop - base, by_index[index].rows)
+        at = start
+        while at < stop:
+            low = at % size
+            high = min(low + rows, low + stop - at, size)
+            yield at // size, low, high
+            at += high - low
 
-    def _read_shard(self, shard: Shard, low: int, views: Mapping[str, np.ndarray]) -> None:
-        if shard.index not in self._checked:
-            self._check_shard(shard)
-        self._fill(shard, low, views)
-        if self.verify:
-            bad = np.flatnonzero(~_digests_match(self.schema, views))
-            if bad.size:
-                first = shard.index * self.manifest.shard_rows + low
-                raise CorruptError(
-                    f"row {first + bad[0]} does not match its digest",
-                    where=self.path / shard.file,
-                    got=f"{bad.size} damaged of {len(views['row'])} rows read",
-                    hint=_VERIFY,
-                )
-
-    def _fill(self, shard: Shard, low: int, views: Mapping[str, np.ndarray]) -> None:
-        path = self.path / shard.file
-        with self.disk.open(path) as fd:
-            for column in self.schema.columns:
-                view = views[column.name]
-                if view.nbytes:
-                    offset = shard.offsets[column.name] + low * column.row_bytes
-                    self.disk.read_into(fd, memoryview(view).cast("B"), offset, path)
-
-    def _check_shard(self, shard: Shard) -> None:
-        """Size, header and digests of a shard, once for each handle, before any of its rows is used."""
-        path = self.path / shard.file
+    def _read_span(self, index: int, low: int, views: Mapping[str, np.ndarray]) -> None:
+        file = self.shard_file(index)
         try:
-            with self.disk.open(path) as fd:
-                size = os.fstat(fd).st_size
-                if size != shard.size:
-                    raise CorruptError("the file has another size", where=path, expected=shard.size, got=size, hint=_VERIFY)
-                if header_digest(self.disk, fd, path, self.schema, shard) != shard.header:
-                    raise CorruptError("the header is not what was written", where=path, hint=_VERIFY)
-        except OSError as error:
-            raise CorruptError("the shard cannot be read", where=path, got=error.strerror, hint=_VERIFY) from error
-        self.shard_column(shard, "digest")
-        self._checked.add(shard.index)
+            if index not in self._digests:
+                self._digests[index] = file.check()
+            file.fill(low, views)
+        except MissingFileError:
+            self._require_unchanged()
+            raise
+        if self.verify:
+            self._require_digests(file, low, views)
 
-    def shard_column(self, shard: Shard, name: str) -> np.ndarray:
-        """One small column of one shard, checked as a whole."""
-        path = self.path / shard.file
-        column = next(c for c in self.schema.columns if c.name == name)
-        data = np.empty((shard.rows, *column.shape), column.dtype)
-        with self.disk.open(path) as fd:
-            self.disk.read_into(fd, memoryview(data).cast("B"), shard.offsets[name], path)
-        if hashlib.sha256(data).hexdigest() != shard.columns[name]:
-            raise CorruptError(f"the dataset /{name} is not what was written", where=path, hint=_VERIFY)
-        return data
+    def _require_digests(self, file: ShardFile, low: int, views: Mapping[str, np.ndarray]) -> None:
+        rows = len(views["row"])
+        bad = file.damaged(views, self._digests[file.index][low : low + rows])
+        if bad.size:
+            raise CorruptError(
+                f"row {file.index * self.manifest.shard_rows + low + bad[0]} does not match its digest",
+                where=file.path,
+                got=f"{bad.size} damaged of {rows} rows read",
+                hint=VERIFY,
+            )
+
+    def _require_unchanged(self) -> None:
+        """A handle sees the store as it was opened; appending removes the short last shard that it knew."""
+        if read_manifest(self.path, self.disk) != self.manifest:
+            raise UsageError("the store has changed since it was opened", where=self.path, hint="Open it again")
 
     def _column(self, name: str) -> np.ndarray:
         """One small column of all readable rows."""
-        shards = [shard for shard, _, _ in self._spans(0, len(self))]
-        if not shards:
-            column = next(c for c in self.schema.columns if c.name == name)
-            return np.empty((0, *column.shape), column.dtype)
-        for shard in shards:
-            if shard.index not in self._checked:
-                self._check_shard(shard)
-        return np.concatenate([self.shard_column(shard, name) for shard in shards])
+        if not len(self):
+            return self.schema.empty(0)[name]
+        parts = []
+        for index in range(-(-len(self) // self.manifest.shard_rows)):
+            file = self.shard_file(index)
+            try:
+                if index not in self._digests:
+                    self._digests[index] = file.check()
+                parts.append(file.column(name))
+            except MissingFileError:
+                self._require_unchanged()
+                raise
+        return np.concatenate(parts)
 
     # -- manners -------------------------------------------------------------------------------------------------
 
@@ -275,34 +275,42 @@ class FeatureStore:
         """A store holds no open file, so leaving the block closes nothing."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Nothing to close."""
 
     def card(self) -> dict[str, str]:
         """What the store is, for people."""
-        projection = self.identity["projection"]
+        projection, parameters = self.identity["projection"], self.identity["parameters"]
         n, c, K = self.shape
-        return {
-            "split": f"{self.manifest.split}, {self.manifest.n} rows" + ("" if self.complete else f", {n} stored so far"),
-            "features": f"[{n}, {c}, {K}] {self.schema.dtype}, {self.nbytes / 1e9:.2f} GB in {len(self.manifest.shards)} shards",
-            "projection": f"{projection['kind']}, K = {projection['K']}, seed {projection['seed']}, version {projection['version']}",
-            "parameters": f"{self.identity['parameters']['count']:,} in {len(self.identity['parameters']['blocks'])} tensors",
+        card = {
+            "split": f"{self.manifest.split}, {self.manifest.n} rows",
+            "features": f"[{n}, {c}, {K}] {self.schema.dtype}",
+            "size": f"{format_bytes(self.nbytes)} in {len(self.manifest.shards)} shards",
+            "projection": "{kind}, K = {K}, seed {seed}, version {version}".format(**projection),
+            "parameters": f"{parameters['count']:,} in {len(parameters['blocks'])} tensors",
             "layout": str(self.identity["layout"]),
             "classes": ", ".join(self.classes[:10]) + (" …" if len(self.classes) > 10 else ""),
             "poisoned": "not known" if self.poisoned is None else f"{int(self.poisoned.sum())} rows",
             "fingerprint": self.fingerprint,
         }
+        if not self.complete:
+            card["split"] += f", {n} stored so far"
+        return card
 
     def __repr__(self) -> str:
         """Path, shape and projection on one line."""
-        card = self.card()
-        return f"FeatureStore({str(self.path)!r}: {card['features']}; {card['projection']})"
+        n, c, K = self.shape
+        return f"FeatureStore({str(self.path)!r}, [{n}, {c}, {K}] {self.schema.dtype}, fingerprint {self.fingerprint[:8]}…)"
 
     def _repr_html_(self) -> str:
         """The card as a table for notebooks."""
         from html import escape
 
-        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{escape(v)}</td></tr>" for k, v in self.card().items())
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{k}</th><td>{escape(v)}</td></tr>" for k, v in self.card().items()
+        )
         return f"<table><caption>{escape(str(self.path))}</caption>{rows}</table>"
 
 
@@ -334,53 +342,11 @@ class Features:
             rows = np.flatnonzero(rows)
         if rows.size == 0:
             return np.empty((0, *self.shape[1:]), np.float32)
-        return np.stack([self[int(row)] for row in rows])
+        out = np.empty((len(rows), *self.shape[1:]), np.float32)
+        for i, row in enumerate(rows):
+            out[i] = self[int(row)]
+        return out
 
     def _decoded(self, start: int, stop: int) -> np.ndarray:
         data = self._store.read(start, stop)
         return decode(data["features"], data["scale"]).numpy()
-
-
-def header_digest(disk: Disk, fd: int, path: Path, schema: Schema, shard: Shard) -> str:
-    """SHA-256 of every byte of a shard that belongs to no dataset."""
-    digest = hashlib.sha256()
-    at = 0
-    extents = sorted((shard.offsets[c.name], shard.offsets[c.name] + shard.rows * c.row_bytes) for c in schema.columns)
-    for start, stop in [*extents, (shard.size, shard.size)]:
-        gap = bytearray(start - at)
-        disk.read_into(fd, memoryview(gap), at, path)
-        digest.update(gap)
-        at = stop
-    return digest.hexdigest()
-
-
-def row_digests(schema: Schema, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """First 16 bytes of SHA-256 over each row's bytes in every dataset but `digest`, uint8 [n, 16].
-
-    Rows are spread over two threads or more: hashing releases the interpreter lock.
-    """
-    views = [np.ascontiguousarray(columns[c.name]) for c in schema.columns if c.name != "digest"]
-    n = len(views[0])
-    flat = [view.reshape(n, -1).view(np.uint8) for view in views]
-    out = np.empty((n, 16), np.uint8)
-
-    def hash_rows(span: range) -> None:
-        for i in span:
-            digest = hashlib.sha256()
-            for view in flat:
-                digest.update(view[i])
-            out[i] = np.frombuffer(digest.digest()[:16], np.uint8)
-
-    workers = min(os.cpu_count() or 1, 8)
-    step = -(-n // workers) if n * schema.row_bytes > 1 << 20 else n
-    spans = [range(i, min(i + step, n)) for i in range(0, n, max(step, 1))]
-    if len(spans) <= 1:
-        hash_rows(range(n))
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(hash_rows, spans))
-    return out
-
-
-def _digests_match(schema: Schema, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    return (row_digests(schema, columns) == columns["digest"]).all(axis=1)

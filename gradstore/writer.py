@@ -1,171 +1,207 @@
-"""`StoreWriter`: shards are written under a temporary name and published whole; a row counts only after that."""
+"""`StoreWriter`: the one writer of a store. A row counts as stored only after the manifest lists its shard."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gradstore.disk import Disk
 from gradstore.errors import NoSpaceError, UsageError
 from gradstore.fingerprint import require_same
 from gradstore.lock import LOCK, writer_lock
-from gradstore.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
-from gradstore.schema import BULK, ShardLayout, shard_layout
-from gradstore.store import header_digest, row_digests
+from gradstore.manifest import MANIFEST, Manifest, Shard, short_name
+from gradstore.manifest_file import read_manifest, write_manifest
+from gradstore.memory import format_bytes
+from gradstore.shard_writer import ShardWriter, write_shard
 
 RUN_LOG = "run.jsonl"
+# Shards under a temporary name, and short last shards, which appending replaces by longer ones.
+_PASSING = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp|shard-\d{5,}-\d+\.h5")
 
 
 class StoreWriter:
     """The one writer of a store; made by `open_writer`, which holds the lock.
 
+    Args:
+        path: the store.
+        manifest: what is published so far.
+        disk: where bytes go.
+        short: a short last shard, listed on the disk, that a longer one will replace. Until then the manifest on the
+            disk stays as it is, so that no stored row is lost, not even for a moment.
+
     Attributes:
         manifest: what is published so far.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, disk: Disk) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.disk = disk
-        self._layouts: dict[int, ShardLayout] = {}
+    def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
+        self.path, self.manifest, self.disk = path, manifest, disk
+        self._short = short
 
     @property
     def bytes_missing(self) -> int:
         """Bytes that the missing shards will take."""
-        return sum(self._layout(len(self.manifest.rows_of(i))).size for i in self.manifest.missing)
+        return sum(self.manifest.layout_of(i).size for i in self.manifest.missing)
 
     def require_space(self) -> None:
         """Refuse to start what the disk cannot hold.
 
         Raises:
-            NoSpaceError: fewer bytes are free than the missing shards take.
+            NoSpaceError: fewer bytes are free than the missing shards take, or a shard is larger than a file may be.
         """
         need, free = self.bytes_missing, self.disk.free_bytes(self.path)
+        hint = "Choose another --out, a smaller --proj-dim, --dtype int8, or --layout sum"
         if need > free:
             raise NoSpaceError(
                 "the store does not fit the disk",
                 where=self.path,
-                expected=f"{need / 1e9:.2f} GB free",
-                got=f"{free / 1e9:.2f} GB",
-                hint="Choose another --out, a smaller --proj-dim, --dtype int8, or --layout sum",
+                expected=f"{format_bytes(need)} free",
+                got=format_bytes(free),
+                hint=hint,
+            )
+        largest = max((self.manifest.layout_of(i).size for i in self.manifest.missing), default=0)
+        limit = self.disk.largest_file()
+        if limit is not None and largest > limit:
+            raise NoSpaceError(
+                "a shard is larger than a file of this process may be (ulimit -f)",
+                where=self.path,
+                expected=format_bytes(largest),
+                got=format_bytes(limit),
+                hint=hint,
             )
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
-        """Write shard `index`; it is published when the block ends, and removed when the block raises."""
-        rows = len(self.manifest.rows_of(index))
-        layout = self._layout(rows)
-        final = self.path / Shard(index, rows, 0, {}, "", {}).file
-        temporary = self.path / f".{final.name}.tmp"
-        try:
-            with self.disk.create(temporary, layout.size) as fd:
-                writer = ShardWriter(self, index, layout, fd, temporary)
-                yield writer
-                shard = writer.finish()
-            self.disk.publish(temporary, final)
-        except BaseException:
-            self.disk.remove(temporary)
-            raise
+        """Write shard `index`; it counts when the block ends, and is removed when the block raises."""
+        with write_shard(self.path, self.manifest, index, self.disk) as writer:
+            yield writer
+        self.adopt(writer.shard)
+
+    def adopt(self, shard: Shard) -> None:
+        """List a shard that has its final name and is on the medium, whoever wrote it."""
         self.manifest = self.manifest.with_shard(shard)
-        write_manifest(self.path, self.manifest, self.disk)
+        replaces_short = self._short is not None and shard.index == self._short.index
+        if self._short is None or replaces_short:
+            write_manifest(self.path, self.manifest, self.disk)
+        if replaces_short:
+            self._short = None
+            self.clean()
+
+    def drop(self, indices: Iterable[int]) -> None:
+        """Make damaged shards missing, so that they are computed again."""
+        dropped = set(indices)
+        files = [self.manifest.file_of(index) for index in dropped]
+        self.manifest = self.manifest.without(dropped)
+        if dropped and self._short is None:
+            write_manifest(self.path, self.manifest, self.disk)
+        for name in files:
+            self.disk.remove(self.path / name)
+
+    def clean(self) -> None:
+        """Remove what an interrupted run or a finished append left behind."""
+        kept = {self.manifest.file_of(shard.index) for shard in self.manifest.shards}
+        if self._short is not None:
+            kept.add(short_name(self._short.index, self._short.rows))
+        for name in sorted(os.listdir(self.path)):
+            if _PASSING.fullmatch(name) and name not in kept:
+                self.disk.remove(self.path / name)
 
     def log(self, **event: Any) -> None:
         """Add one line to the run log, which is a record for people and no part of the store's identity."""
-        with (self.path / RUN_LOG).open("a") as file:
-            file.write(json.dumps(event) + "\n")
-
-    def _layout(self, rows: int) -> ShardLayout:
-        if rows not in self._layouts:
-            attributes = {"fingerprint": self.manifest.fingerprint, "split": self.manifest.split}
-            self._layouts[rows] = shard_layout(self.manifest.schema, rows, attributes)
-        return self._layouts[rows]
-
-
-class ShardWriter:
-    """Rows of one shard, written at their final positions in ascending order."""
-
-    def __init__(self, store: StoreWriter, index: int, layout: ShardLayout, fd: int, path: Path) -> None:
-        self._store, self._layout, self._fd, self._path = store, layout, fd, path
-        self._index = index
-        self._rows = store.manifest.rows_of(index)
-        self._next = self._rows.start
-        self._sums = {c.name: hashlib.sha256() for c in store.manifest.schema.columns if c.name not in BULK}
-        for position, data in layout.header:
-            store.disk.write(fd, data, position, path)
-
-    def write(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Write the next rows: every dataset but `digest`, each [rows, ...] in its stored shape and dtype."""
-        schema = self._store.manifest.schema
-        data = {**columns, "digest": row_digests(schema, columns)}
-        rows = len(data["row"])
-        if not np.array_equal(data["row"], np.arange(self._next, self._next + rows)) or self._next + rows > self._rows.stop:
-            raise ValueError(f"rows of shard {self._index} come in order from {self._next}")
-        for column in schema.columns:
-            array = np.ascontiguousarray(data[column.name])
-            if array.dtype != column.dtype or array.shape != (rows, *column.shape):
-                raise ValueError(f"/{column.name} is {array.dtype} {array.shape}, not {column.dtype} {(rows, *column.shape)}")
-            offset = self._layout.offsets[column.name] + (self._next - self._rows.start) * column.row_bytes
-            if array.nbytes:
-                self._store.disk.write(self._fd, memoryview(array).cast("B"), offset, self._path)
-            if column.name in self._sums:
-                self._sums[column.name].update(array)
-        self._next += rows
-
-    def finish(self) -> Shard:
-        """Put the shard on the medium and describe it."""
-        if self._next != self._rows.stop:
-            raise ValueError(f"shard {self._index} ends at row {self._next}, not {self._rows.stop}")
-        disk, schema = self._store.disk, self._store.manifest.schema
-        disk.sync(self._fd)
-        columns = {name: total.hexdigest() for name, total in self._sums.items()}
-        shard = Shard(self._index, len(self._rows), self._layout.size, self._layout.offsets, "", columns)
-        return replace(shard, header=header_digest(disk, self._fd, self._path, schema, shard))
+        self.disk.append_line(self.path / RUN_LOG, json.dumps(event))
 
 
 @contextmanager
-def open_writer(path: Path, plan: Manifest, disk: Disk | None = None) -> Iterator[StoreWriter]:
-    """Create the store that `plan` describes, or continue it, as its only writer.
+def open_writer(
+    path: Path, plan: Manifest, disk: Disk | None = None, prefix: Callable[[int], Mapping[str, Any]] | None = None
+) -> Iterator[StoreWriter]:
+    """Create the store that `plan` describes, continue it, or append to it, as its only writer.
 
     Args:
         path: directory of the store; created where missing.
         plan: what the store shall be. Of a store that exists, the row groups and shard size are kept as they are.
         disk: where bytes go.
+        prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
 
     Raises:
         UsageError: `path` exists and is not a store.
         MismatchError: `path` is a store of another identity; the difference is listed field by field.
         LockedError: another process is writing it.
+        CorruptError: the manifest is damaged.
     """
     disk = disk or Disk()
     _require_store_or_nothing(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with writer_lock(path):
-        if (path / MANIFEST).exists():
-            manifest = read_manifest(path, disk)
-            require_same(manifest.identity, plan.identity, where=path, theirs="the store", ours="this run")
+    disk.make_directory(path)
+    with writer_lock(path, disk):
+        if os.path.lexists(path / MANIFEST):
+            writer = _continued(path, plan, disk, prefix)
         else:
-            manifest = plan
-            write_manifest(path, manifest, disk)
-        for leftover in [*path.glob(".shard-*.h5.tmp"), path / f".{MANIFEST}.tmp"]:
-            disk.remove(leftover)
-        yield StoreWriter(path, manifest, disk)
+            writer = StoreWriter(path, plan, disk)
+            write_manifest(path, plan, disk)
+        writer.clean()
+        yield writer
+
+
+@contextmanager
+def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWriter]:
+    """The writer of a store that exists, just as it is.
+
+    Raises:
+        UsageError: there is no store.
+        LockedError: another process is writing it.
+        CorruptError: the manifest is damaged.
+    """
+    disk = disk or Disk()
+    read_manifest(path, disk)
+    with writer_lock(path, disk):
+        yield StoreWriter(path, read_manifest(path, disk), disk)
+
+
+def _continued(
+    path: Path, plan: Manifest, disk: Disk, prefix: Callable[[int], Mapping[str, Any]] | None
+) -> StoreWriter:
+    stored = read_manifest(path, disk)
+    planned = plan.identity
+    longer = prefix is not None and stored.n < plan.n
+    if longer and prefix is not None:
+        planned = {**planned, "data": prefix(stored.n)}
+    ours = "the first rows of this run" if longer else "this run"
+    for a, b in ((stored.identity, planned), (asdict(stored.schema), asdict(plan.schema))):
+        require_same(a, b, where=path, theirs="the store", ours=ours)
+    if not longer:
+        return StoreWriter(path, stored, disk)
+    return _extended(path, plan, stored, disk)
+
+
+def _extended(path: Path, plan: Manifest, stored: Manifest, disk: Disk) -> StoreWriter:
+    """The writer of a longer store that keeps the full shards; a short last one is computed again as a longer one."""
+    last = stored.shards[-1] if stored.shards else None
+    short = last if last is not None and last.rows < stored.shard_rows else None
+    kept = tuple(shard for shard in stored.shards if shard is not short)
+    manifest = replace(plan, group=stored.group, shard_rows=stored.shard_rows, shards=kept)
+    if short is None:
+        write_manifest(path, manifest, disk)
+    return StoreWriter(path, manifest, disk, short)
 
 
 def _require_store_or_nothing(path: Path) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UsageError("the output exists and is not a directory", where=path, hint="Choose another --out")
-    if not path.exists() or (path / MANIFEST).exists():
-        return
-    ours = {LOCK, RUN_LOG}
-    foreign = [n for n in sorted(os.listdir(path)) if n not in ours and not (n.startswith(".") and n.endswith(".tmp"))]
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UsageError("the output exists and is not a directory", where=path, hint="Choose another --out")
+        if not path.exists() or os.path.lexists(path / MANIFEST):
+            return
+        names = sorted(os.listdir(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            "the output cannot be used", where=repr(str(path))[:200], got=reason, hint="Choose another --out"
+        ) from error
+    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not _PASSING.fullmatch(n)]
     if foreign:
         raise UsageError(
             "the output exists and is not a gradstore store",

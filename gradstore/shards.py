@@ -1,0 +1,93 @@
+"""Reading one shard: checks of its size, header and digests first, then plain positioned reads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gradstore.digests import row_digests
+from gradstore.disk import Disk
+from gradstore.errors import CorruptError
+from gradstore.foreign import require_plain_hdf5
+from gradstore.layout import gaps
+from gradstore.manifest import Manifest, Shard
+from gradstore.schema import raw
+
+VERIFY = "Run `gradstore verify` on the store to list the damaged rows; `gradstore featurize` computes them again"
+
+
+class ShardFile:
+    """One published shard on the disk.
+
+    Args:
+        directory: the store.
+        manifest: lists the shard.
+        index: which one.
+        disk: where bytes come from.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, index: int, disk: Disk) -> None:
+        self.path = directory / manifest.file_of(index)
+        self.manifest, self.index, self.disk = manifest, index, disk
+        self.schema = manifest.schema
+        self.shard: Shard = next(shard for shard in manifest.shards if shard.index == index)
+
+    def check(self) -> np.ndarray:
+        """Size, header and digest column, which together vouch for every byte of every row.
+
+        Returns:
+            the checked digests, uint8 [rows, 16].
+
+        Raises:
+            CorruptError: one of them is not what was written.
+            UnsafeError: the header is not that of a plain gradstore shard, or the file is no regular file.
+        """
+        with self.disk.open(self.path) as fd:
+            size = os.fstat(fd).st_size
+            if size != self.shard.size:
+                raise CorruptError(
+                    "the file has another size", where=self.path, expected=self.shard.size, got=size, hint=VERIFY
+                )
+            if self._header_digest(fd) != self.shard.header:
+                raise CorruptError("the header is not what was written", where=self.path, hint=VERIFY)
+        self._require_known_header()
+        return self.column("digest")
+
+    def column(self, name: str) -> np.ndarray:
+        """One small column, checked as a whole."""
+        column = self.schema.column(name)
+        data = np.empty((self.shard.rows, *column.shape), column.dtype)
+        with self.disk.open(self.path) as fd:
+            self.disk.read_into(fd, raw(data), self.shard.offsets[name], self.path)
+        if hashlib.sha256(raw(data)).hexdigest() != self.shard.columns[name]:
+            raise CorruptError(f"the dataset /{name} is not what was written", where=self.path, hint=VERIFY)
+        return data
+
+    def fill(self, low: int, views: Mapping[str, np.ndarray]) -> None:
+        """Read every column from row `low` of the shard into arrays, nothing checked."""
+        with self.disk.open(self.path) as fd:
+            for column in self.schema.columns:
+                offset = self.shard.offsets[column.name] + low * column.row_bytes
+                self.disk.read_into(fd, raw(views[column.name]), offset, self.path)
+
+    def damaged(self, views: Mapping[str, np.ndarray], digests: np.ndarray) -> np.ndarray:
+        """Positions in `views` whose bytes do not match their checked digests."""
+        return np.flatnonzero((row_digests(self.schema, views, threads=1) != digests).any(axis=1))
+
+    def _header_digest(self, fd: int) -> str:
+        digest = hashlib.sha256()
+        for start, stop in gaps(self.schema, self.shard.rows, self.shard.offsets, self.shard.size):
+            gap = bytearray(stop - start)
+            self.disk.read_into(fd, memoryview(gap), start, self.path)
+            digest.update(gap)
+        return digest.hexdigest()
+
+    def _require_known_header(self) -> None:
+        """The header is the one that gradstore composes for this shard, or, of another HDF5, says just the same."""
+        layout = self.manifest.layout_of(self.index)
+        if (layout.digest, layout.size, layout.offsets) != (self.shard.header, self.shard.size, self.shard.offsets):
+            require_plain_hdf5(self.path, self.schema, self.shard)
