@@ -104,14 +104,13 @@ class Disk:
         finally:
             os.close(fd)
 
-    @contextmanager
-    def reopen(self, path: Path) -> Iterator[int]:
-        """An existing regular file for reading and writing, its bytes kept."""
-        fd = self._open(path, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def allocate(self, fd: int, size: int, path: Path) -> None:
+        """Pay now for `size` bytes of an open file.
+
+        Raises:
+            NoSpaceError: there is no room for them.
+        """
+        self._call(path, lambda: self._allocate(fd, size), size)
 
     def write(self, fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
         """All of `data` at `offset`, however many calls it takes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -45,28 +45,33 @@ def shard_layout(schema: Schema, rows: int, fingerprint: str, split: str) -> Sha
 
     The same arguments give the same bytes under one version of HDF5, at any time and place.
     """
+    attributes = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": fingerprint, "split": split}
+    return file_layout(schema.columns, rows, attributes)
+
+
+def file_layout(columns: Sequence[Column], rows: int, attributes: Mapping[str, str | int]) -> ShardLayout:
+    """The same for any datasets that share their first axis."""
     image = _SparseImage()
     offsets = {}
     with h5py.File(image, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=PAGE) as file:
-        attributes: dict[str, str | int] = {"format": FORMAT, "version": FORMAT_VERSION}
-        for name, value in {**attributes, "fingerprint": fingerprint, "split": split}.items():
+        for name, value in attributes.items():
             _set_attribute(file, name, value)
-        for column in schema.columns:
+        for column in columns:
             dataset = _create_contiguous(file, column, rows)
             _set_attribute(dataset, "axes", column.axes)
             _set_attribute(dataset, "meaning", column.meaning)
             offsets[column.name] = dataset.id.get_offset()
-    size = max(image.size, *(offsets[column.name] + rows * column.row_bytes for column in schema.columns))
+    size = max(image.size, *(offsets[column.name] + rows * column.row_bytes for column in columns))
     digest = hashlib.sha256()
-    for start, stop in gaps(schema, rows, offsets, size):
+    for start, stop in gaps(columns, rows, offsets, size):
         digest.update(image.between(start, stop))
     return ShardLayout(size, offsets, image.pieces(), digest.hexdigest())
 
 
-def gaps(schema: Schema, rows: int, offsets: Mapping[str, int], size: int) -> Iterable[tuple[int, int]]:
-    """(start, stop) of every stretch of a shard that belongs to no dataset, ascending."""
+def gaps(columns: Sequence[Column], rows: int, offsets: Mapping[str, int], size: int) -> Iterable[tuple[int, int]]:
+    """(start, stop) of every stretch of a file that belongs to no dataset, ascending."""
     at = 0
-    for start, length in sorted((offsets[c.name], rows * c.row_bytes) for c in schema.columns):
+    for start, length in sorted((offsets[c.name], rows * c.row_bytes) for c in columns):
         yield at, start
         at = start + length
     yield at, size

@@ -200,7 +200,7 @@ def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
     )
     if shard.rows != len(manifest.rows_of(index)):
         raise ValueError(f"shard {index} has {shard.rows} rows")
-    if any(start > stop for start, stop in gaps(manifest.schema, shard.rows, shard.offsets, shard.size)):
+    if any(start > stop for start, stop in gaps(manifest.schema.columns, shard.rows, shard.offsets, shard.size)):
         raise ValueError(f"datasets of shard {index} overlap or leave the file")
     return shard
 

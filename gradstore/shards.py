@@ -80,7 +80,7 @@ class ShardFile:
 
     def _header_digest(self, fd: int) -> str:
         digest = hashlib.sha256()
-        for start, stop in gaps(self.schema, self.shard.rows, self.shard.offsets, self.shard.size):
+        for start, stop in gaps(self.schema.columns, self.shard.rows, self.shard.offsets, self.shard.size):
             gap = bytearray(stop - start)
             self.disk.read_into(fd, memoryview(gap), start, self.path)
             digest.update(gap)
