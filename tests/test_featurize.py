@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gradstore.audit import norm_band
 from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageError
 from gradstore.parameters import parameter_blocks
 from gradstore.projection import Projection
+from gradstore.projection.routes import accumulate_block
 
 MAIN = CASES[:5]  # MLP, CNN with BatchNorm, transformer with dict input, one logit, tied weights
 
@@ -209,13 +211,11 @@ def test_a_zero_gradient_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
 def test_a_projection_that_is_silently_wrong_is_refused(digits: gs.Project, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Projection.accumulate
-
-    def wrong(self: Projection, out: Tensor, *args: Any, **kwargs: Any) -> None:
-        right(self, out, *args, **kwargs)
+    def wrong(projection: Projection, out: Tensor, block: Any) -> None:
+        accumulate_block(projection, out, block)
         out.mul_(factor)
 
-    monkeypatch.setattr(Projection, "accumulate", wrong)
+    monkeypatch.setattr(sys.modules["gradstore.featurize"], "accumulate_block", wrong)
     with pytest.raises(NonFiniteError, match="the projection of row 0, class 0 did not keep its norm"):
         gs.featurize(digits, split="train", out=tmp_path / "a", proj_dim=2048)
 

@@ -1,6 +1,6 @@
 """Per-example Jacobians of a classifier's logits, streamed a block of parameters at a time."""
 
-from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock, join_blocks
 from gradstore.jacobians.engine import JacobianEngine, JacobianStream
 
-__all__ = ["DenseBlock", "EmbeddingBlock", "JacobianBlock", "JacobianEngine", "JacobianStream", "LinearBlock"]
+__all__ = ["DenseBlock", "EmbeddingBlock", "JacobianBlock", "JacobianEngine", "JacobianStream", "LinearBlock", "join_blocks"]

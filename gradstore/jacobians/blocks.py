@@ -8,7 +8,7 @@ an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ class LinearBlock(JacobianBlock):
         super().__init__(name, start, deltas.shape[-1] * activations.shape[-1])
         self.activations, self.deltas = activations, deltas
 
+    def sq_norm(self) -> Tensor:
+        """Σ of the squared values of each row, [n, c] float64; ‖δ‖² ‖a‖² where the weight is used at one position."""
+        if self.deltas.shape[2] > 1:
+            return super().sq_norm()
+        return self.deltas.double().square().sum((2, 3)) * self.activations.double().square().sum((1, 2))[:, None]
+
     def _values(self) -> Tensor:
         return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])
 
@@ -129,6 +135,26 @@ class EmbeddingBlock(JacobianBlock):
         target = torch.where(inside, self.indices - first, last - first)  # the extra row collects all others
         out.scatter_(2, target[:, None, :, None].expand_as(merged), merged)
         return out[:, :, :-1].flatten(2)
+
+
+def join_blocks(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
+    """The same columns of several batches of examples, one batch after another; structure that all share is kept.
+
+    Raises:
+        ValueError: the blocks are not of the same columns.
+    """
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    if any((b.name, b.start, b.size) != (first.name, first.start, first.size) for b in blocks):
+        raise ValueError(f"the blocks of {first.name} are cut differently in different batches")
+    if all(isinstance(b, LinearBlock) for b in blocks):
+        activations, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("activations", "deltas"))
+        return LinearBlock(first.name, first.start, activations, deltas)
+    if all(isinstance(b, EmbeddingBlock) for b in blocks):
+        indices, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("indices", "deltas"))
+        return EmbeddingBlock(first.name, first.start, indices, deltas, first.num_embeddings)  # type: ignore[attr-defined]
+    return DenseBlock(first.name, first.start, torch.cat([block.dense() for block in blocks]))
 
 
 def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
