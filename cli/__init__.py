@@ -20,6 +20,7 @@ from .info import info
 from .init import init
 from .output import say
 from .topk import topk
+from .verify import verify
 
 TRACEBACK = "--traceback"
 
@@ -47,7 +48,7 @@ def gradstore(traceback: bool) -> None:
     """
 
 
-for _command in (demo, init, check, featurize, info, topk, forensics):
+for _command in (demo, init, check, featurize, info, topk, forensics, verify):
     gradstore.add_command(_command)
 
 

@@ -13,7 +13,10 @@ from .output import print_json, say
 from .progress import FeaturizeBar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gradstore.plan import Plan
+    from gradstore.verify import Damage
 
 
 @click.command(short_help="Store the projected gradients of a split.", epilog="Example: gradstore featurize project.py --split train --out stores/train")
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
 @click.option("--batch-size", default="auto", show_default=True, callback=lambda c, p, v: _batch_size(v), help="Rows projected together.")
 @memory_option("2GB")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Read existing shards first, compute damaged ones again.")
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(
@@ -36,7 +40,9 @@ def featurize(
     project = gs.load_project(project_file, options)
     try:
         with FeaturizeBar(split) as bar:
-            store = gs.featurize(project, split=split, out=out, on_plan=_announce, progress=bar, **settings)
+            store = gs.featurize(
+                project, split=split, out=out, on_plan=_announce, on_damage=_say_damage, progress=bar, **settings
+            )
     except KeyboardInterrupt:
         _say_kept(out)
         raise
@@ -58,6 +64,11 @@ def _announce(plan: Plan) -> None:
     for name, route in plan.engine.describe():
         if "torch.func" in route:
             say(f"note: {name} takes the general route ({route}), which is slower")
+
+
+def _say_damage(damage: Sequence[Damage]) -> None:
+    for found in damage:
+        say(f"{found.file}: {found.problem}; its rows are computed again")
 
 
 def _say_kept(out: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradstore.store import FeatureStore
     from gradstore.store import open_store as open
     from gradstore.topk import topk
+    from gradstore.verify import verify
 
 _WHERE = {
     "FeatureStore": "store",
@@ -37,6 +38,7 @@ _WHERE = {
     "open": "store:open_store",
     "text": "show",
     "topk": "topk",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "open",
     "text",
     "topk",
+    "verify",
 ]
 
 __version__ = _version("gradstore")

@@ -1,10 +1,11 @@
-"""Device and library versions: recorded with every run, and not allowed to change unnoticed in the middle of a store."""
+"""Device and library versions: recorded with every run, and not allowed to change unnoticed within a store."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,9 +14,11 @@ import h5py
 import numpy as np
 import torch
 
-from gradstore.errors import MismatchError, UsageError
+from gradstore.disk import Disk
+from gradstore.errors import GradstoreError, MismatchError, UsageError
 from gradstore.projection import Projection
 
+_LOG_BYTES = 256 << 20
 # What can move the last bits of a feature.
 _DECISIVE = ("device", "torch", "projection_backend")
 
@@ -31,9 +34,13 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UsageError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)) from None
+        raise UsageError(
+            "unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)
+        ) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu")
+        raise UsageError(
+            "this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu"
+        )
     return chosen
 
 
@@ -52,14 +59,16 @@ def environment(device: torch.device, projection: Projection) -> dict[str, str |
     }
 
 
-def require_same_environment(log: Path, now: dict[str, str | int], allowed: bool) -> None:
+def require_same_environment(log: Path, now: dict[str, str | int], allowed: bool, disk: Disk) -> None:
     """Compare with the run that began the store.
 
     Raises:
         MismatchError: the device type, torch or the projection's backend has changed and `allowed` is not set.
     """
-    began = first_start(log)
-    changed = [f"{key} {began[key]} → {now[key]}" for key in _DECISIVE if began is not None and began.get(key) != now[key]]
+    began = first_start(log, disk)
+    changed = [
+        f"{key} {began[key]} → {now[key]}" for key in _DECISIVE if began is not None and began.get(key) != now[key]
+    ]
     if changed and not allowed:
         raise MismatchError(
             "this store was begun in another environment, so its rows would differ in their last bits",
@@ -69,14 +78,18 @@ def require_same_environment(log: Path, now: dict[str, str | int], allowed: bool
         )
 
 
-def first_start(log: Path) -> dict[str, str | int] | None:
-    """The first start event of a run log; None where there is none that can be read."""
+def first_start(log: Path, disk: Disk) -> dict[str, str | int] | None:
+    """The first start event of a run log; None where there is none that can be read. Torn lines are passed over."""
     try:
-        with log.open() as file:
-            events = (json.loads(line) for line in file)
-            return next((event for event in events if event.get("event") == "start"), None)
-    except (OSError, ValueError, AttributeError):
+        lines = disk.read_file(log, _LOG_BYTES).splitlines()
+    except GradstoreError:
         return None
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("event") == "start":
+                return event
+    return None
 
 
 def now_utc() -> str:
@@ -106,4 +119,4 @@ def _installed(*names: str) -> str:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found) or f"not installed (pip install 'gradstore[cpu]')"
+    return ", ".join(found) or "not installed (pip install 'gradstore[cpu]')"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,16 @@ from gradstore.encoding import encode
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
-from gradstore.fingerprint import require_same
-from gradstore.jacobians import DenseBlock, JacobianBlock, JacobianEngine
+from gradstore.jacobians import JacobianEngine, join_blocks
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
 from gradstore.previews import preview_table
 from gradstore.project import Project
 from gradstore.projection import Projection
+from gradstore.projection.routes import accumulate_block
+from gradstore.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
+from gradstore.verify import Damage, find_damage
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
 
 # Rows (example × class) from which generating P is cheap beside multiplying by it.
@@ -69,7 +71,9 @@ def featurize(
     batch_size: int | None = None,
     memory: int | str = "2GB",
     allow_other_versions: bool = False,
+    verify: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
+    on_damage: Callable[[Sequence[Damage]], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     disk: Disk | None = None,
 ) -> FeatureStore:
@@ -77,7 +81,8 @@ def featurize(
 
     Jacobians are of logits, in eval mode (Engel et al., ICLR 2024, eq. 7 and 8). Rows are computed in fixed groups, so
     that their bits depend neither on the batch size nor on interruptions. Calling it again continues an unfinished
-    store and leaves a finished one alone.
+    store, computes damaged shards again, appends the new rows of a split that has grown, and leaves a finished store
+    alone.
 
     Args:
         project: model, weights and splits.
@@ -94,7 +99,9 @@ def featurize(
             the model and the data.
         allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
             the change is written to the run log.
+        verify: read the shards that exist first and compute the damaged ones again; False trusts them.
         on_plan: called once with the plan, before anything is written.
+        on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         progress: called after every batch.
         disk: where bytes go; for tests.
 
@@ -113,7 +120,9 @@ def featurize(
     plan = Plan(project, split, settings, device, parse_bytes(memory))
     if on_plan is not None:
         on_plan(plan)
-    with open_writer(Path(out), plan.manifest, disk) as writer:
+    with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
+        if verify:
+            _drop_damaged(writer, on_damage)
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
@@ -246,19 +255,19 @@ def _project(
     rows = range(spans[0].start, spans[-1].stop)
     watch.lap("jacobians")
     streams = [engine(inputs) for inputs in groups]
-    logits = torch.cat([stream.logits for stream in streams]).detach()
+    logits = torch.cat([stream.logits for stream in streams])
     features: Tensor | None = None
     sq_norm: Tensor | None = None
     for blocks in zip(*streams, strict=True):
-        block = _join(blocks)
-        part = block.sq_norm().detach()
+        block = join_blocks(blocks)
+        part = block.sq_norm()
         require_finite_block(part, rows, block.name, split)
         if features is None or sq_norm is None:
             features = torch.zeros(*part.shape, projection.dim, device=logits.device)
             sq_norm = torch.zeros_like(part)
         sq_norm += part
         watch.lap("jacobians")
-        projection.accumulate(features.flatten(0, 1), block.dense().flatten(0, 1), block.start)
+        accumulate_block(projection, features, block)
         watch.lap("projection")
     assert features is not None and sq_norm is not None  # parameter_blocks refuses an empty selection
     features.mul_(projection.scale)
@@ -266,22 +275,20 @@ def _project(
     return features, sq_norm, logits
 
 
-def _join(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
-    """The same columns of several groups of rows, one group after another."""
-    first = blocks[0]
-    if len(blocks) == 1:
-        return first
-    if any((b.name, b.start, b.size) != (first.name, first.start, first.size) for b in blocks):
-        raise RuntimeError(f"the blocks of {first.name} are cut differently in different groups of rows")
-    return DenseBlock(blocks[0].name, blocks[0].start, torch.cat([block.dense() for block in blocks]))
+def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
+    """Make the damaged shards of a store missing, so that they are computed again."""
+    damage = find_damage(writer.path, writer.manifest, writer.disk)
+    if damage:
+        if on_damage is not None:
+            on_damage(damage)
+        writer.log(event="damage", at=now_utc(), files=[found.file for found in damage])
+        writer.drop(found.shard for found in damage)
 
 
 def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
     """Begin or continue a store only where the same model writes the same rows."""
-    ours, theirs = asdict(plan.manifest.schema), asdict(writer.manifest.schema)
-    require_same(theirs, ours, where=writer.path, theirs="the store", ours="this run")
     now = environment(plan.device, plan.projection)
-    require_same_environment(writer.path / RUN_LOG, now, allow_other_versions)
+    require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
     writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
     if writer.manifest.shards:
         _require_same_logits(plan, writer)
@@ -291,7 +298,7 @@ def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
     """Weights are compared by digest; this catches code that computes something else with the same weights."""
     shard = writer.manifest.shards[0]
     row = writer.manifest.rows_of(shard.index).start
-    stored = FeatureStore(writer.path, disk=writer.disk).shard_file(shard.index).column("logits")[0]
+    stored = ShardFile(writer.path, writer.manifest, shard.index, writer.disk).column("logits")[0]
     inputs = to_device(plan.examples.read([row])[0], plan.device)
     now = plan.project.logits(inputs)[0].float().cpu().numpy()
     if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):

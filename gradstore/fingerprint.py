@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradstore.errors import MismatchError
@@ -33,7 +34,8 @@ def identity(
 
     Not part of it: the text of the project file, batch size, device index, workers, paths and clocks.
     """
-    return {**model_identity(project, blocks, projection, classes=classes, layout=layout, dtype=dtype), "data": data_identity(examples)}
+    model = model_identity(project, blocks, projection, classes=classes, layout=layout, dtype=dtype)
+    return {**model, "data": data_identity(examples, project.poisoned_mask(examples.split))}
 
 
 def model_identity(
@@ -42,7 +44,12 @@ def model_identity(
     """The identity without the data; its digest is the fingerprint."""
     return {
         "format": FORMAT_VERSION,
-        "projection": {"kind": projection.kind, "K": projection.dim, "seed": projection.seed, "version": Projection.VERSION},
+        "projection": {
+            "kind": projection.kind,
+            "K": projection.dim,
+            "seed": projection.seed,
+            "version": Projection.VERSION,
+        },
         "parameters": {
             "count": sum(block.size for block in blocks),
             "blocks": [[block.name, list(block.shape)] for block in blocks],
@@ -55,20 +62,27 @@ def model_identity(
     }
 
 
-def data_identity(examples: Examples) -> dict[str, Any]:
-    """Length, labels and the bytes of 64 fixed rows, each of which must read the same twice.
+def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
+    """Length, labels, known poison and the bytes of 64 fixed rows, each of which must read the same twice.
+
+    Args:
+        examples: the split.
+        poisoned: which rows are poisoned, bool [rows], where that is known.
+        n: look at the first n rows only, as if the split ended there.
 
     Raises:
         ProjectError: a row read twice differs.
     """
-    rows = sample_rows(len(examples))
+    n = len(examples) if n is None else n
+    rows = sample_rows(n)
     examples.require_repeatable(rows)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(input_bytes(examples.read([int(row)])[0]))
     return {
-        "length": len(examples),
-        "labels": hashlib.sha256(examples.labels.tobytes()).hexdigest(),
+        "length": n,
+        "labels": hashlib.sha256(examples.labels[:n].tobytes()).hexdigest(),
+        "poisoned": "not known" if poisoned is None else hashlib.sha256(poisoned[:n].tobytes()).hexdigest(),
         "sampled rows": digest.hexdigest(),
     }
 
@@ -88,7 +102,7 @@ def fingerprint(
     layout: str = "per-class",
     dtype: str = "float16",
 ) -> str:
-    """The fingerprint that a store of `project` has when it is featurized with these settings (`gradstore.fingerprint`).
+    """The fingerprint of a store of `project` featurized with these settings (`gradstore.fingerprint`).
 
     Runs the model on one example of the first split, to count its logits.
     """
@@ -97,7 +111,9 @@ def fingerprint(
     with torch.no_grad():
         classes = project.logits(inputs).shape[1]
     blocks = parameter_blocks(project.model, project.parameters)
-    content = model_identity(project, blocks, Projection(projection, proj_dim, seed), classes=classes, layout=layout, dtype=dtype)
+    content = model_identity(
+        project, blocks, Projection(projection, proj_dim, seed), classes=classes, layout=layout, dtype=dtype
+    )
     return fingerprint_of(content)
 
 
@@ -132,8 +148,17 @@ def require_same(
     rows = [("", theirs, ours), *found]
     widths = [max(len(_short(row[i])) for row in rows) for i in range(2)]
     table = [f"  {_short(f):<{widths[0]}}  {_short(x):<{widths[1]}}  {_short(y)}".rstrip() for f, x, y in rows]
-    hint = "Choose another --out, or the settings of the store" if data else "Featurize both with the same weights and settings"
-    raise MismatchError(f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)", where=where, hint=hint, table=table)
+    hint = (
+        "Choose another --out, or the settings of the store"
+        if data
+        else "Featurize both with the same weights and settings"
+    )
+    raise MismatchError(
+        f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)",
+        where=where,
+        hint=hint,
+        table=table,
+    )
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

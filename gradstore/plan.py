@@ -13,7 +13,7 @@ from gradstore.audit import require_labels
 from gradstore.environment import choose_device
 from gradstore.errors import UsageError
 from gradstore.examples import Examples, Inputs
-from gradstore.fingerprint import fingerprint_of, identity
+from gradstore.fingerprint import data_identity, fingerprint_of, identity
 from gradstore.jacobians import JacobianEngine
 from gradstore.manifest import Manifest
 from gradstore.memory import format_bytes
@@ -51,7 +51,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value, choices in (("--layout", self.layout, LAYOUTS), ("--dtype", self.dtype, DTYPES)):
             if value not in choices:
-                raise UsageError(f"unknown {name[2:]}", where=name, expected=f"one of {', '.join(choices)}", got=repr(value))
+                raise UsageError(
+                    f"unknown {name[2:]}", where=name, expected=f"one of {', '.join(choices)}", got=repr(value)
+                )
 
     @classmethod
     def of(cls, identity: Mapping[str, Any]) -> Settings:
@@ -95,12 +97,18 @@ class Plan:
         inputs = to_device(self.examples.read(range(min(MAX_GROUP, len(self.examples))))[0], self.device)
         self.classes = int(project.logits(inputs).shape[1])
         require_labels(self.examples.labels, self.classes, split)
-        self.engine = JacobianEngine(project.model, self.blocks, forward=project.forward, layout=settings.layout, example=inputs)
+        self.engine = JacobianEngine(
+            project.model, self.blocks, forward=project.forward, layout=settings.layout, example=inputs
+        )
         self.manifest = self._make_manifest(inputs)
         n, schema = self.manifest.n, self.manifest.schema
         self.flops = n * self._row_flops(schema)
         self.bytes = n * schema.row_bytes
         self.group_bytes = self.bytes_needed(schema, self.manifest.group)
+
+    def data_of_first(self, n: int) -> dict[str, Any]:
+        """Data identity of the first n rows of the split, by which a store that may be appended to is recognised."""
+        return data_identity(self.examples, self.project.poisoned_mask(self.split), n)
 
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations and blocks, plus features as they grow, rounded, and in float64 for their norms."""

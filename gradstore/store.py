@@ -302,7 +302,8 @@ class FeatureStore:
     def __repr__(self) -> str:
         """Path, shape and projection on one line."""
         n, c, K = self.shape
-        return f"FeatureStore({str(self.path)!r}, [{n}, {c}, {K}] {self.schema.dtype}, fingerprint {self.fingerprint[:8]}…)"
+        shape = f"[{n}, {c}, {K}] {self.schema.dtype}"
+        return f"FeatureStore({str(self.path)!r}, {shape}, fingerprint {self.fingerprint[:8]}…)"
 
     def _repr_html_(self) -> str:
         """The card as a table for notebooks."""
