@@ -1,0 +1,118 @@
+"""Queries as a search holds them: float32 pieces of Φ, grouped by feature map, with their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.errors import NonFiniteError
+from gradstore.phi import Phi, Scaled
+from gradstore.store import FeatureStore
+
+# Rows read together where wanted rows follow one another.
+_RUN = 16
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that share one feature map.
+
+    Attributes:
+        phi: the feature map.
+        members: int64 [g], places of the queries in their batch.
+        pieces: float32 [pieces, g, width], Φ · 2^-exponent, a shorter last piece padded with zeros.
+        norms: float64 [g], ‖Φ‖ / 2^exponent.
+        exponent: int [g].
+    """
+
+    phi: Phi
+    members: np.ndarray
+    pieces: Tensor
+    norms: np.ndarray
+    exponent: np.ndarray
+
+    def write_vector(self, place: int, out: np.ndarray) -> None:
+        """Φ · 2^-exponent of the query at `place` in this group into float64 [D]."""
+        phi = self.phi
+        padded = self.pieces[:, place].numpy().reshape(phi.length // phi.K, -1)
+        np.copyto(out.reshape(-1, phi.K), padded[:, : phi.K])
+
+    @property
+    def scale(self) -> np.ndarray:
+        """float64 [g], what turns an inner product of scaled vectors into the query's part of a similarity."""
+        return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
+
+
+def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi]) -> list[QueryGroup]:
+    """Read queries.
+
+    Args:
+        store: holds them.
+        rows: int64 [m], in any order, repeated or not.
+        phis: the feature map of each.
+
+    Returns:
+        One group for each distinct feature map. Holds 4·D bytes a query.
+
+    Raises:
+        NonFiniteError: a query has no direction; names the row.
+    """
+    groups = []
+    for phi in dict.fromkeys(phis):
+        members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
+        groups.append(_load_group(store, rows[members], members, phi))
+    return groups
+
+
+def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi: Phi) -> QueryGroup:
+    pieces = torch.zeros(phi.pieces, len(rows), phi.width)
+    norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
+    vector = np.empty(phi.length)
+    padded = torch.zeros(phi.length // phi.K, phi.pieces * phi.width // (phi.length // phi.K))
+    for row, columns in read_rows(store, rows):
+        scaled = Scaled.of(phi, columns, store.path)
+        phi.write_row(torch.from_numpy(columns["features"][0]), scaled.factors[0], vector)
+        norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[0])
+        _require_finite(norm, vector, row, store, phi)
+        padded[:, : phi.K] = torch.from_numpy(vector).view(-1, phi.K)
+        for place in np.flatnonzero(rows == row):
+            pieces[:, place] = padded.view(phi.pieces, phi.width)
+            norms[place], exponents[place] = norm, scaled.exponent[0]
+    return QueryGroup(phi, members, pieces, norms, exponents)
+
+
+def _require_finite(norm: float, vector: np.ndarray, row: int, store: FeatureStore, phi: Phi) -> None:
+    phi.require_direction(np.array([norm]), np.array([row]), store.path)
+    if not np.isfinite(np.add.reduce(vector)):
+        raise NonFiniteError(
+            f"the features of row {row} are not finite",
+            where=store.path,
+            expected="finite values",
+            hint="Run `gradstore verify` on the store",
+        )
+
+
+def read_rows(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(row, its columns [1, ...]) for each distinct row in ascending order; neighbours are read together."""
+    for start, stop in runs(np.unique(rows)):
+        columns = store.read(start, stop)
+        for i in range(stop - start):
+            yield start + i, {name: array[i : i + 1] for name, array in columns.items()}
+
+
+def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:
+    """Half-open runs of consecutive numbers in ascending distinct `rows`, each of at most `most`."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for part in np.split(rows, breaks):
+        for i in range(0, len(part), most):
+            chunk = part[i : i + most]
+            yield int(chunk[0]), int(chunk[-1]) + 1
+
+
+def vector_norm(vector: np.ndarray) -> float:
+    """‖·‖ in float64, summed pairwise, so that its bits depend on nothing but the vector."""
+    return float(np.sqrt(np.add.reduce(vector * vector)))

@@ -1,0 +1,203 @@
+"""The exhaustive search: one pass over the training store, blocks of rows in order, some queries at a time.
+
+As many workers as cores each read, check, convert and multiply a block of their own, with one thread a product: while
+one waits for the disk or hashes, another multiplies, and no core waits at a barrier. Buffers are allocated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.best import Best, pending_limit
+from gradstore.engines import Engine, full_float32, single_threaded
+from gradstore.errors import NonFiniteError, UsageError
+from gradstore.exact_score import ExactScore
+from gradstore.memory import format_bytes
+from gradstore.phi import Phi, Scaled
+from gradstore.query_batch import QueryGroup
+from gradstore.store import FeatureStore
+
+# A block is large enough for a good matrix product and no larger.
+_BLOCK_BYTES = 48 << 20
+_BLOCK_ROWS = 4096
+_BATCH = 512
+_MAX_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """What a scan holds in memory.
+
+    Attributes:
+        batch: queries a pass.
+        block: rows of the training store a worker handles at a time.
+        workers: threads.
+    """
+
+    batch: int
+    block: int
+    workers: int
+
+
+def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> ScanPlan:
+    """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
+
+    Args:
+        train: the training store.
+        phi: the longest feature map of the queries.
+        m: queries.
+        k: neighbours a query.
+        memory: bytes.
+
+    Raises:
+        UsageError: the budget does not hold one query, one row and what their product takes.
+    """
+    row = train.schema.row_bytes
+    vectors = 28 * phi.length + 2 * row  # of one worker as it scores exactly
+    per_query = 4 * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
+    cap = int(np.clip(_BLOCK_BYTES // row, 1, _BLOCK_ROWS))
+    for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
+        left = memory - workers * vectors
+        batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
+        per_row = workers * (row + 8 * phi.width + 40 * max(batch, 1))
+        block = int(min(cap, len(train), (left - batch * per_query) // per_row))
+        if batch >= 1 and block >= (1 if workers == 1 else min(8, cap, len(train))):
+            return ScanPlan(batch, block, workers)
+    need = vectors + 2 * max(per_query, row + 8 * phi.width + 40)
+    raise UsageError(
+        "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
+    )
+
+
+def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan) -> Best:
+    """The k best rows of every query, over all rows.
+
+    Args:
+        train: the training store.
+        groups: queries, one batch of them.
+        k: neighbours a query.
+        engine: computes the products.
+        plan: block size and workers.
+
+    Raises:
+        NonFiniteError: a row has no direction or is not finite; names it.
+        CorruptError: a row does not match its digest.
+    """
+    m = sum(len(group.members) for group in groups)
+    best = Best(m, k, ExactScore(train, groups, plan.workers))
+    with single_threaded(), full_float32(engine):
+        _Scan(train, groups, best, engine, plan).run()
+        best.settle()
+    return best
+
+
+class _Scan:
+    """One pass: workers take blocks in order, and offer their bounds under one lock."""
+
+    def __init__(
+        self, train: FeatureStore, groups: Sequence[QueryGroup], best: Best, engine: Engine, plan: ScanPlan
+    ) -> None:
+        self.train, self.groups, self.best, self.engine, self.plan = train, groups, best, engine, plan
+        self._on_device = [group.pieces.to(engine.device) for group in groups]
+        self._starts = count(0, plan.block)
+        self._lock = Lock()
+        self._errors: list[tuple[int, Exception]] = []
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(self.plan.workers) as pool:
+            for future in [pool.submit(self._work) for _ in range(self.plan.workers)]:
+                future.result()
+        if self._errors:
+            raise min(self._errors, key=lambda found: found[0])[1]
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)  # counts for this thread only
+        buffers = _Buffers.of(self.train, self.groups, self.engine.device, self.plan.block)
+        while not self._errors:
+            start = next(self._starts)
+            if start >= len(self.train):
+                return
+            try:
+                self._do(start, min(start + self.plan.block, len(self.train)), buffers)
+            except Exception as error:
+                self._errors.append((start, error))
+
+    def _do(self, start: int, stop: int, buffers: _Buffers) -> None:
+        columns = self.train.read(start, stop, out=buffers.columns)
+        rows = np.arange(start, stop)
+        features = torch.from_numpy(columns["features"]).to(self.engine.device)
+        for group, pieces in zip(self.groups, self._on_device, strict=True):
+            scaled = Scaled.of(group.phi, columns, self.train.path)
+            center, norms = self._product(group, pieces, features, scaled, buffers)
+            group.phi.require_direction(norms, rows, self.train.path)
+            lower, upper = self._bounds(group, center, norms, scaled.exponent)
+            self._require_finite(lower, rows)
+            with self._lock:
+                self.best.offer(group.members, rows, lower, upper)
+
+    def _product(
+        self, group: QueryGroup, pieces: Tensor, features: Tensor, scaled: Scaled, buffers: _Buffers
+    ) -> tuple[Tensor, np.ndarray]:
+        """Inner products float64 [g, B] of scaled vectors, and the norms of the rows' float64 [B]."""
+        phi, factors = group.phi, scaled.factors.to(features.device)
+        out = buffers.products[: pieces.shape[1] * len(features)].view(pieces.shape[1], len(features)).zero_()
+        squares = torch.zeros(len(features), dtype=torch.float64, device=features.device)
+        for j in range(phi.pieces):
+            piece = phi.write_piece(j, features, factors, buffers.piece, buffers.spare)
+            self.engine.add_product(pieces[j, :, : piece.shape[1]], piece, out)
+            if scaled.norms is None:
+                squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square_()
+        norms = squares.sqrt_().cpu().numpy() if scaled.norms is None else scaled.norms
+        return out.double().cpu(), norms
+
+    def _bounds(
+        self, group: QueryGroup, center: Tensor, norms: np.ndarray, exponent: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds float64 [g, B] on the similarities; `center` becomes the lower one."""
+        phi = group.phi
+        row_scale = 1 / norms if phi.kernel.normalised else np.ldexp(1.0, exponent)
+        query_side, row_side = torch.from_numpy(group.scale), torch.from_numpy(row_scale)
+        center.mul_(query_side[:, None]).mul_(row_side)
+        error = self.engine.bound(phi.width, phi.pieces)
+        spread = torch.outer(query_side * torch.from_numpy(group.norms) * error, row_side * torch.from_numpy(norms))
+        return center - spread, center.add_(spread)
+
+    def _require_finite(self, values: Tensor, rows: np.ndarray) -> None:
+        bad = torch.nonzero(~torch.isfinite(values).all(dim=0))
+        if len(bad):
+            raise NonFiniteError(
+                f"the features of row {rows[int(bad[0])]} are not finite",
+                where=self.train.path,
+                expected="finite values",
+                hint="Run `gradstore verify` on the store",
+            )
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What one worker reuses for every block."""
+
+    columns: dict[str, np.ndarray]
+    piece: Tensor
+    spare: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, train: FeatureStore, groups: Sequence[QueryGroup], device: torch.device, block: int) -> _Buffers:
+        columns = train.schema.empty(block)
+        width = max(group.phi.width for group in groups)
+        summed = any(group.phi.weights is not None for group in groups)
+        return cls(
+            columns,
+            torch.empty(block * width, device=device),
+            torch.empty(block * width if summed else 0, device=device),
+            torch.empty(block * max(len(group.members) for group in groups), device=device),
+        )

@@ -1,0 +1,113 @@
+"""What a search returns: the neighbours of each query, and how to show them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
+from gradstore.shown import class_name, predicted_class, provenance, shown_example
+from gradstore.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a result was found.
+
+    Attributes:
+        mode: "exact" (every row was scored), "certified" (the rest is proved to be less similar) or "approx".
+        rows_read: rows of the training store that were read, a row read twice counted twice.
+        engine: what multiplied, or the name of the index.
+        recall: of "approx", measured on held-out rows when the index was built; 1 where the result is exact.
+        note: what a person should know, such as why an index was not used; empty for nothing.
+    """
+
+    mode: str
+    rows_read: int
+    engine: str = ""
+    recall: float = 1.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most similar training rows of each query, best first; equal similarities by ascending row.
+
+    Attributes:
+        indices: int64 [m, k], rows of the training store.
+        similarity: float64 [m, k].
+        rows: int64 [m], rows of the query store.
+        kernel: name of the kernel.
+        train: the training store.
+        queries: the query store.
+        search: how it was found.
+    """
+
+    indices: np.ndarray
+    similarity: np.ndarray
+    rows: np.ndarray
+    kernel: str
+    train: FeatureStore
+    queries: FeatureStore
+    search: Search = Search("exact", 0)
+
+    @property
+    def k(self) -> int:
+        """Neighbours a query."""
+        return int(self.indices.shape[1])
+
+    def records(self) -> list[dict[str, Any]]:
+        """One plain record a query, for JSON."""
+        return [
+            {
+                "row": int(row),
+                "label": class_name(self.queries, int(self.queries.labels[row])),
+                "predicted": predicted_class(self.queries, int(row)),
+                "neighbours": [
+                    {"row": int(i), "similarity": float(s), "label": class_name(self.train, int(self.train.labels[i]))}
+                    for i, s in zip(self.indices[q], self.similarity[q], strict=True)
+                ],
+            }
+            for q, row in enumerate(self.rows)
+        ]
+
+    def explanation(self, q: int, votes: int | None = None) -> Explanation:
+        """Query number q beside its neighbours, with pictures; reads k + 1 rows."""
+        neighbours = tuple(
+            Neighbour(shown_example(self.train, int(i)), float(s))
+            for i, s in zip(self.indices[q], self.similarity[q], strict=True)
+        )
+        return Explanation(shown_example(self.queries, int(self.rows[q])), neighbours, votes)
+
+    def page(self, limit: int = 50) -> TopKPage:
+        """The first `limit` queries as a page."""
+        return TopKPage(
+            kernel=self.kernel,
+            train=self.train.manifest.split,
+            train_size=len(self.train),
+            queries=self.queries.manifest.split,
+            query_size=len(self.rows),
+            explanations=tuple(self.explanation(q) for q in range(min(limit, len(self.rows)))),
+            provenance=provenance(self.train, self.queries),
+        )
+
+    def save_html(self, path: str | os.PathLike[str], limit: int = 50) -> Path:
+        """Write the first `limit` queries as one HTML page that opens offline."""
+        return write_topk(self.page(limit), path)
+
+    def save_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Write one line a query and neighbour."""
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["query_row", "rank", "train_row", "similarity"])
+            for row, indices, similarity in zip(self.rows, self.indices, self.similarity, strict=True):
+                writer.writerows(
+                    [int(row), rank, int(i), repr(float(s))]
+                    for rank, (i, s) in enumerate(zip(indices, similarity, strict=True), 1)
+                )
+        return Path(path)
