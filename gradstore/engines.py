@@ -2,7 +2,7 @@
 
 An engine's error bound holds for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2nd
 ed., §3.1): products are added up within a piece of columns, and the pieces one after another, so each passes through at
-most N = width + pieces roundings, and |computed − ⟨q, t⟩| ≤ γ Σ|q_i t_i| ≤ γ ‖q‖ ‖t‖ with γ = N u / (1 − N u), u = 2^-24.
+most N = width + pieces roundings, and |computed − ⟨q, t⟩| ≤ γ Σ|q_i t_i| ≤ γ ‖q‖ ‖t‖, γ = N u / (1 − N u), u = 2^-24.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def topk(
     """The k training rows that a kernel finds most similar to each query, over all training rows.
 
     Blocks of the training store are multiplied in float32 under a rigorous error bound; whatever could be among the k
-    best is scored again in float64. So neither values nor order depend on memory, block size, engine or number of threads:
+    best is scored again in float64. So neither values nor order depend on memory, block size, engine or threads:
     similarity descending, then row ascending.
 
     Args:
