@@ -1,0 +1,173 @@
+"""Gram matrices of stores, larger than memory: tiles by chunked matrix products, to an iterator or to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from gradstore.disk import Disk
+from gradstore.errors import UsageError
+from gradstore.gram_file import Gram, Report, write_tiles
+from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
+from gradstore.memory import parse_bytes
+from gradstore.products import ARITHMETICS, Operand, multiply, operand
+from gradstore.store import FeatureStore
+from gradstore.tiles import Grid, Skip, Tile, nothing, plan_grid
+
+
+@overload
+def gram(
+    a: FeatureStore,
+    b: FeatureStore | None = ...,
+    kernel: str = ...,
+    *,
+    out: None = ...,
+    memory: int | str = ...,
+    arithmetic: str = ...,
+    progress: Report | None = ...,
+    disk: Disk | None = ...,
+) -> Iterator[Tile]: ...
+
+
+@overload
+def gram(
+    a: FeatureStore,
+    b: FeatureStore | None = ...,
+    kernel: str = ...,
+    *,
+    out: str | os.PathLike[str],
+    memory: int | str = ...,
+    arithmetic: str = ...,
+    progress: Report | None = ...,
+    disk: Disk | None = ...,
+) -> Gram: ...
+
+
+def gram(
+    a: FeatureStore,
+    b: FeatureStore | None = None,
+    kernel: str = "proj-trntk",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    memory: int | str = "2GB",
+    arithmetic: str = "float32",
+    progress: Report | None = None,
+    disk: Disk | None = None,
+) -> Iterator[Tile] | Gram:
+    """The matrix of kernel values between the rows of two stores, [n, m].
+
+    Rows of `a` are held a group at a time while those of `b` pass by; the next block is read, checked and converted
+    while the last one is multiplied. Only two groups' worth of features is ever in memory, whatever the stores' size;
+    the larger the memory, the fewer passes over `b`: about n · D · 4 bytes / memory.
+
+    Args:
+        a: store of the rows.
+        b: store of the columns; None for `a` itself, which computes one half and mirrors it.
+        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        out: HDF5 file to write the matrix to. None returns an iterator of tiles, each on or above the diagonal where b
+            is None. A run that was interrupted is continued by the same call.
+        memory: bytes, or text like "2GB", that operands and tiles may take.
+        arithmetic: "float32": sums of float32 products, a cosine right to about 1e-6. "int8": rows rounded to int8 and
+            multiplied exactly, several times faster where the processor has int8 instructions, typically 1e-4 off;
+            see `gradstore.products.operand` for the bound.
+        progress: called after every tile that is written, with the number of finished cells and of all cells.
+        disk: where the file goes; for tests.
+
+    Returns:
+        Tiles of float32 values, or the written file.
+
+    Raises:
+        UsageError: an unknown kernel or arithmetic, a kernel that a store's layout cannot serve, an unfinished store
+            (the missing rows are named), too little memory, or int8 would lose too much.
+        MismatchError: the stores are not of one model and one projection, or `out` is another matrix.
+        NoSpaceError: the matrix does not fit the disk; said before anything is computed.
+        NonFiniteError: a row of norm zero, for which a cosine is undefined; it is named.
+        CorruptError: a row does not match its digest.
+    """
+    tiles = StoreTiles(a, b, projected_kernel(kernel), parse_bytes(memory), arithmetic)
+    if out is None:
+        return tiles.tiles()
+    return write_tiles(
+        Path(out), (tiles.grid.n, tiles.grid.m), tiles.attributes(), tiles.tiles, progress=progress, disk=disk
+    )
+
+
+class StoreTiles:
+    """The tiles of one kernel between two stores.
+
+    Attributes:
+        grid: how the matrix is cut.
+    """
+
+    def __init__(self, a: FeatureStore, b: FeatureStore | None, kernel: Kernel, memory: int, arithmetic: str) -> None:
+        if arithmetic not in ARITHMETICS:
+            raise UsageError(
+                "unknown arithmetic",
+                where="--arithmetic",
+                expected=f"one of {', '.join(ARITHMETICS)}",
+                got=repr(arithmetic),
+            )
+        self.symmetric = b is None or _same(a, b)
+        self.a, self.b = a, a if b is None else b
+        self.kernel, self.arithmetic = kernel, arithmetic
+        for store in (self.a, self.b):
+            require_served(kernel, store)
+        require_comparable(self.a, self.b)
+        n, c, K = self.a.shape
+        D = K if kernel.sums_classes else c * K
+        held = D * (4 if arithmetic == "float32" else 1)
+        loading = self.a.schema.row_bytes + 4 * c * K + (8 * K if arithmetic == "int8" else 0)
+        self.grid: Grid = plan_grid(
+            n, len(self.b), symmetric=self.symmetric, held=held, loading=loading, value=12, memory=memory
+        )
+
+    def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
+        """Compute the tiles that are not to be skipped; each row's digest is checked when the row is first read."""
+        load_a = self._reader(self.a)
+        load_b = load_a if self.symmetric else self._reader(self.b)
+        return self.grid.tiles(load_a, load_b, multiply, skip)
+
+    def attributes(self) -> dict[str, str | int]:
+        """What the matrix is, for its file."""
+        return {
+            "kernel": self.kernel.name,
+            "formula": self.kernel.formula,
+            "symmetric": int(self.symmetric),
+            "arithmetic": self.arithmetic,
+            "fingerprint": self.a.fingerprint,
+            "split_a": self.a.manifest.split,
+            "split_b": self.b.manifest.split,
+            "data_a": _data_digest(self.a),
+            "data_b": _data_digest(self.b),
+        }
+
+    def _reader(self, store: FeatureStore) -> Callable[[range], Operand]:
+        unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
+        checked = np.zeros(len(store), bool)
+        return partial(self._load, store, unchecked, checked)
+
+    def _load(self, store: FeatureStore, unchecked: FeatureStore, checked: np.ndarray, rows: range) -> Operand:
+        known = bool(checked[rows.start : rows.stop].all())
+        columns = (unchecked if known else store).read(rows.start, rows.stop)
+        checked[rows.start : rows.stop] = True
+        phi, norms = feature_map(self.kernel, columns)
+        del columns
+        return operand(
+            phi, norms, rows, normalised=self.kernel.normalised, arithmetic=self.arithmetic, width=store.schema.K
+        )
+
+
+def _same(a: FeatureStore, b: FeatureStore) -> bool:
+    return a.path.resolve() == b.path.resolve()
+
+
+def _data_digest(store: FeatureStore) -> str:
+    """32 digits that stand for what the store's identity says of its data."""
+    return sha256(json.dumps(store.identity["data"], sort_keys=True).encode()).hexdigest()[:32]

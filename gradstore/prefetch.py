@@ -1,0 +1,54 @@
+"""Read ahead: one item is made in a thread while the one before it is in use."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def prefetched(make: Callable[[S], T], requests: Iterable[S]) -> Iterator[tuple[S, T]]:
+    """(request, make(request)) in order; besides the item in use one more is held and one is being made.
+
+    An exception of `make` is raised where its item would have come. Leaving the loop early stops the thread after the
+    item that it is making.
+    """
+    made: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def hand_over(kind: str, value: object) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put((kind, value), timeout=0.05)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for request in requests:
+                if not hand_over("item", (request, make(request))):
+                    return
+            hand_over("end", None)
+        except BaseException as error:
+            hand_over("error", error)
+
+    thread = threading.Thread(target=work, name="gradstore-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = made.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value  # type: ignore[misc]
+            yield value  # type: ignore[misc]
+            del value  # it is not to be held while the next one is awaited
+    finally:
+        stopped.set()
+        thread.join()

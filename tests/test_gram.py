@@ -1,0 +1,379 @@
+"""Gram matrices of stores against dense float64 products, however they are cut, killed and continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import clustered, dense_similarity, write_store
+
+import gradstore as gs
+from gradstore.disk import Disk
+from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
+from gradstore.store import FeatureStore
+from gradstore.tiles import Grid, plan_grid
+
+KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, FeatureStore]:
+    path = tmp_path_factory.mktemp("stores")
+    return write_store(path / "train", clustered(150, 3, 200)), write_store(
+        path / "test", clustered(70, 3, 200, seed=1)
+    )
+
+
+def assemble(tiles: object, shape: tuple[int, int]) -> np.ndarray:
+    """The matrix, NaN where no tile came; no value may come twice."""
+    found = np.full(shape, np.nan)
+    for tile in tiles:  # type: ignore[attr-defined]
+        assert np.isnan(found[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop]).all()
+        found[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop] = tile.values
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("memory", ["400KB", "1GB"])
+def test_two_stores_give_the_dense_products(stores: tuple, kernel: str, memory: str, tmp_path: Path) -> None:
+    train, test = stores
+    expected = dense_similarity(test, train, kernel)
+    scale = np.abs(expected).max()
+    tiles = list(gs.gram(train, test, kernel, memory=memory))
+    assert (len(tiles) > 1) == (memory == "400KB")
+    np.testing.assert_allclose(assemble(tiles, expected.shape), expected, rtol=2e-6, atol=2e-6 * scale)
+    written = gs.gram(train, test, kernel, out=tmp_path / "gram.h5", memory=memory)
+    np.testing.assert_allclose(written[:], expected, rtol=2e-6, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("memory", ["400KB", "1GB"])
+def test_one_store_computes_the_upper_half_and_writes_both(
+    stores: tuple, kernel: str, memory: str, tmp_path: Path
+) -> None:
+    train = stores[0]
+    expected = dense_similarity(train, train, kernel)
+    computed = assemble(gs.gram(train, kernel=kernel, memory=memory), expected.shape)
+    upper = np.triu(np.ones(expected.shape, bool))
+    assert not np.isnan(computed[upper]).any()
+    if memory == "400KB":
+        assert np.isnan(computed).mean() > 0.3, "most of the lower half is left out"
+    whole = gs.gram(train, kernel=kernel, memory=memory, out=tmp_path / "gram.h5")[:]
+    np.testing.assert_array_equal(whole, whole.T)
+    np.testing.assert_allclose(whole, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    if kernel != "proj-trntk0":
+        np.testing.assert_array_equal(np.diag(whole), 1.0)
+    assert np.linalg.eigvalsh(whole.astype(np.float64)).min() > -1e-5 * np.abs(expected).max()
+
+
+def test_a_store_given_twice_is_one_store(stores: tuple, tmp_path: Path) -> None:
+    assert gs.gram(stores[0], gs.open(stores[0].path), out=tmp_path / "gram.h5").symmetric
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_int8_products_stay_within_their_bound(dtype: str, kernel: str, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", np.random.default_rng(0).standard_normal((90, 3, 2000)), dtype=dtype)
+    expected = dense_similarity(store, store, kernel)
+    found = gs.gram(store, kernel=kernel, out=tmp_path / "gram.h5", arithmetic="int8")[:]
+    norms = np.sqrt(np.diag(expected))
+    error = (found - expected) / np.outer(norms, norms)
+    np.fill_diagonal(error, 0)  # a square does not average its rounding out
+    e = 4.5 / (127 * np.sqrt(12))  # rounding of a row whose peak is 4.5 standard deviations
+    assert np.abs(error).max() < 6 * e * np.sqrt(2 / (2000 * (1 if kernel == "proj-pntk" else 3)))
+
+
+def test_int8_refuses_a_row_that_is_mostly_one_value(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((40, 1, 4000)).astype(np.float32)
+    features[7, 0, 0] = 2000
+    store = write_store(tmp_path / "store", features)
+    gs.gram(store, out=tmp_path / "float.h5")
+    features[7, 0, 0] = 300
+    store = write_store(tmp_path / "other", features)
+    with pytest.raises(UsageError, match=r"int8 loses too much of row 7 .*use float32"):
+        gs.gram(store, out=tmp_path / "int8.h5", arithmetic="int8")
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_a_cosine_neither_overflows_nor_vanishes(scale: float, tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((20, 2, 64)).astype(np.float32)
+    near = gs.gram(write_store(tmp_path / "a", features, dtype="float32"), out=tmp_path / "a.h5")[:]
+    far = gs.gram(write_store(tmp_path / "b", features * np.float32(scale), dtype="float32"), out=tmp_path / "b.h5")[:]
+    np.testing.assert_allclose(far, near, atol=1e-6)
+
+
+@given(
+    n=st.integers(1, 90),
+    m=st.one_of(st.none(), st.integers(1, 90)),
+    block=st.sampled_from([16, 32, 48]),
+    blocks=st.integers(1, 4),
+    done=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_wanted_value_is_computed_once_from_the_right_rows(
+    n: int, m: int | None, block: int, blocks: int, done: int
+) -> None:
+    grid = Grid(n, n if m is None else m, m is None, block, block * blocks)
+    rng = np.random.default_rng(done)
+    known = np.repeat(rng.random((n, -(-grid.m // 16))) < 0.7, 16, axis=1)[:, : grid.m]
+    skipped: list[tuple[range, range]] = []
+
+    def skip(rows: range, columns: range) -> bool:
+        if known[rows.start : rows.stop, columns.start : columns.stop].all():
+            skipped.append((rows, columns))
+            return True
+        return False
+
+    def multiply(rows: list[range], columns: range) -> np.ndarray:
+        return np.concatenate([np.add.outer(1000 * np.asarray(r), np.asarray(columns)) for r in rows])
+
+    found = assemble(grid.tiles(lambda r: r, lambda r: r, multiply, skip), (n, grid.m))
+    for rows, columns in skipped:
+        found[rows.start : rows.stop, columns.start : columns.stop] = np.add.outer(
+            1000 * np.asarray(rows), np.asarray(columns)
+        )
+    upper = np.triu(np.ones(found.shape, bool)) if grid.symmetric else np.ones(found.shape, bool)
+    np.testing.assert_array_equal(found[upper], np.add.outer(1000 * np.arange(n), np.arange(grid.m))[upper])
+
+
+@given(
+    n=st.integers(1, 10**6),
+    held=st.integers(4, 10**6),
+    loading=st.integers(4, 10**6),
+    memory=st.integers(10**4, 10**11),
+)
+def test_a_grid_keeps_its_budget(n: int, held: int, loading: int, memory: int) -> None:
+    try:
+        grid = plan_grid(n, n, symmetric=True, held=held, loading=loading, value=12, memory=memory)
+    except UsageError:
+        assert memory < 16 * (loading + 4 * held + 12 * 16)
+        return
+    assert grid.group * held + grid.block * (3 * held + loading) + grid.group * grid.block * 12 <= memory
+    assert grid.group % grid.block == grid.block % 16 == 0
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_says_what_it_is(stores: tuple, tmp_path: Path) -> None:
+    train, test = stores
+    written = gs.gram(train, test, out=tmp_path / "gram.h5")
+    assert (written.shape, written.kernel, written.symmetric) == ((150, 70), "proj-trntk", False)
+    assert written.attributes["fingerprint"] == train.fingerprint
+    assert (written.attributes["split_a"], written.attributes["split_b"]) == ("train", "test")
+    with h5py.File(written.path) as file:
+        assert file["gram"].shape == (150, 70)
+        assert file["gram"].dtype == np.float32
+        assert file["finished"][:].all()
+    assert os.listdir(tmp_path) == ["gram.h5"]
+    again = gs.open_gram(written.path)
+    assert again == written
+    np.testing.assert_array_equal(again[3:5, 7], written[:][3:5, 7])
+
+
+class CrashError(Exception):
+    pass
+
+
+class DyingDisk(Disk):
+    """Stops after some writes, as a killed process does: what was written stays, nothing is tidied."""
+
+    def __init__(self, writes: int) -> None:
+        self.left = writes
+
+    def _pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        if self.left <= 0:
+            raise CrashError
+        self.left -= 1
+        return super()._pwrite(fd, data, offset)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5, 300, 900])
+def test_an_interrupted_matrix_is_continued_to_the_same_values(
+    stores: tuple, writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = stores[0]
+    monkeypatch.setattr("gradstore.gram_file._SYNC_EVERY", 0.0)
+    whole = gs.gram(train, out=tmp_path / "whole.h5", memory="400KB")[:]
+    out = tmp_path / "gram.h5"
+    with pytest.raises(CrashError):
+        gs.gram(train, out=out, memory="400KB", disk=DyingDisk(writes))
+    assert not out.exists()
+    first: list[int] = []
+    continued = gs.gram(train, out=out, memory="400KB", progress=lambda done, total: first.append(done))
+    np.testing.assert_array_equal(continued[:], whole)
+    assert first[-1] == 150 * 150, "progress ends at the whole matrix"
+    if writes == 900:
+        fresh: list[int] = []
+        gs.gram(train, out=tmp_path / "fresh.h5", memory="400KB", progress=lambda done, total: fresh.append(done))
+        assert len(first) < len(fresh), "finished tiles are not computed again"
+
+
+def test_a_killed_process_leaves_what_it_wrote(stores: tuple, tmp_path: Path) -> None:
+    code = f"""
+        import os, signal, gradstore as gs, gradstore.gram_file as f
+        f._SYNC_EVERY = 0.0
+        seen = []
+        def progress(done, total):
+            seen.append(done)
+            if len(seen) == 6: os.kill(os.getpid(), signal.SIGKILL)
+        gs.gram(gs.open({str(stores[0].path)!r}), out={str(tmp_path / "gram.h5")!r}, memory="400KB", progress=progress)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    steps: list[int] = []
+    gram = gs.gram(stores[0], out=tmp_path / "gram.h5", memory="400KB", progress=lambda done, total: steps.append(done))
+    np.testing.assert_allclose(gram[:], dense_similarity(stores[0], stores[0], "proj-trntk"), atol=2e-6)
+    assert steps[0] > 0.2 * 150 * 150
+
+
+def test_a_finished_matrix_is_left_alone(stores: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "gram.h5"
+    gs.gram(stores[0], out=out)
+    before = out.stat()
+    gs.gram(stores[0], out=out, memory="400KB")
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(
+        MismatchError, match=r"gram\.h5: the output exists and is not the Gram matrix .*nothing was touched"
+    ):
+        gs.gram(stores[0], out=out, kernel="proj-pntk")
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_an_unfinished_matrix_of_another_kind_is_refused(stores: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "gram.h5"
+    with pytest.raises(CrashError):
+        gs.gram(stores[0], out=out, memory="400KB", disk=DyingDisk(200))
+    with pytest.raises(MismatchError, match="an unfinished Gram matrix of another kind"):
+        gs.gram(stores[0], stores[1], out=out)
+
+
+def test_a_second_writer_is_refused(stores: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "gram.h5"
+
+    def progress(done: int, total: int) -> None:
+        with pytest.raises(LockedError, match="another process is writing this Gram matrix"):
+            gs.gram(stores[0], out=out)
+
+    gs.gram(stores[0], out=out, progress=progress)
+
+
+class FullDisk(Disk):
+    def free_bytes(self, directory: Path) -> int:
+        return 1000
+
+
+def test_a_matrix_that_does_not_fit_is_refused_before_it_is_begun(stores: tuple, tmp_path: Path) -> None:
+    seen: list[int] = []
+    with pytest.raises(
+        NoSpaceError, match=r"the Gram matrix does not fit the disk \(expected .* kB free, got 1.0 kB\)"
+    ):
+        gs.gram(stores[0], out=tmp_path / "gram.h5", disk=FullDisk(), progress=lambda done, total: seen.append(done))
+    assert seen == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_is_no_gram_matrix_is_named(stores: tuple, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no Gram matrix"):
+        gs.open_gram(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(CorruptError, match="HDF5 cannot read this Gram matrix"):
+        gs.open_gram(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["gram"] = np.eye(3)
+    with pytest.raises(UsageError, match="this is not a Gram matrix"):
+        gs.open_gram(tmp_path / "other.h5")
+    with pytest.raises(UsageError, match="the directory does not exist"):
+        gs.gram(stores[0], out=tmp_path / "no" / "gram.h5")
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_unusable_arguments_are_named(stores: tuple) -> None:
+    train = stores[0]
+    with pytest.raises(UsageError, match=r"--kernel: unknown kernel \(expected one of proj-trntk"):
+        gs.gram(train, kernel="rbf")
+    with pytest.raises(
+        UsageError, match=r"--arithmetic: unknown arithmetic \(expected one of float32, int8, got 'bf4'\)"
+    ):
+        gs.gram(train, arithmetic="bf4")
+    with pytest.raises(UsageError, match=r"--memory: too little memory \(expected at least .* kB, got 1.0 kB\)"):
+        gs.gram(train, memory="1KB")
+
+
+def test_stores_that_cannot_be_compared_are_refused(stores: tuple, tmp_path: Path) -> None:
+    other = write_store(tmp_path / "other", clustered(20, 3, 100))
+    with pytest.raises(MismatchError, match=r"projection\.K"):
+        gs.gram(stores[0], other)
+    unfinished = write_store(tmp_path / "part", clustered(64, 3, 200), n=100)
+    with pytest.raises(UsageError, match=r"unfinished \(expected 100 rows, got rows 64:100 missing\)"):
+        gs.gram(stores[0], unfinished)
+
+
+def test_a_sum_store_serves_pntk_only(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "sum", clustered(20, 1, 50), layout="sum", names=("a", "b"))
+    with pytest.raises(UsageError, match="needs the features of each class"):
+        gs.gram(store)
+    expected = dense_similarity(store, store, "proj-pntk")
+    found = gs.gram(store, kernel="proj-pntk", out=tmp_path / "gram.h5")[:]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_row_of_norm_zero_is_named(tmp_path: Path) -> None:
+    features = clustered(70, 2, 50)
+    features[37] = 0
+    store = write_store(tmp_path / "store", features)
+    for kernel in ("proj-trntk", "proj-pntk"):
+        with pytest.raises(NonFiniteError, match=f"the features of row 37 have no direction, so {kernel} is undefined"):
+            list(gs.gram(store, kernel=kernel))
+    tiles = list(gs.gram(store, kernel="proj-trntk0"))
+    assert not tiles[0].values[37].any()
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", clustered(70, 2, 50))
+    start = store.manifest.shards[0].offsets["features"]
+    with next(store.path.glob("shard-00000*")).open("r+b") as file:
+        file.seek(start + 5 * 2 * 50 * 2)
+        file.write(b"\x01\x02\x03")
+    with pytest.raises(CorruptError, match="row 5 does not match its digest"):
+        list(gs.gram(gs.open(store.path)))
+
+
+def test_features_ten_times_larger_than_memory(tmp_path: Path) -> None:
+    """The process may take 24 MB beyond what it has when it starts; the features are 240 MB."""
+    n, c, K = 2000, 10, 3000
+    rng = np.random.default_rng(0)
+    basis = rng.standard_normal((8, c * K)).astype(np.float32)
+    features = (rng.standard_normal((n, 8)).astype(np.float32) @ basis).reshape(n, c, K)
+    store = write_store(tmp_path / "store", features, dtype="float32")
+    assert store.nbytes >= 240e6
+    code = f"""
+        import resource, numpy as np, torch, gradstore as gs
+        torch.set_num_threads(1)
+        store = gs.open({str(store.path)!r})
+        next(gs.gram(store, memory="16MB"))  # libraries take what they need
+        taken = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+        limit = taken + 24_000_000
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            np.ones(60_000_000, np.uint8)
+        except MemoryError:
+            print("limited")
+        gs.gram(store, out={str(tmp_path / "gram.h5")!r}, memory="16MB")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("limited\n", 0), done.stderr
+    flat = features.reshape(n, -1).astype(np.float64)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    np.testing.assert_allclose(gs.open_gram(tmp_path / "gram.h5")[:], flat @ flat.T, atol=5e-6)
