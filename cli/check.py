@@ -11,7 +11,9 @@ from .options import as_json, memory_option, project_options, settings_options
 from .output import print_json, printable
 
 
-@click.command(short_help="Try a project before spending hours on it.", epilog="Example: gradstore check project.py --split test")
+@click.command(
+    short_help="Try a project before spending hours on it.", epilog="Example: gradstore check project.py --split test"
+)
 @project_options
 @settings_options
 @memory_option("2GB")

@@ -10,10 +10,20 @@ from .options import as_json
 from .output import print_json, say
 
 
-@click.command(short_help="Find the poison in a digits classifier.", epilog="Example: gradstore demo demo && open demo/report.html")
+@click.command(
+    short_help="Find the poison in a digits classifier.", epilog="Example: gradstore demo demo && open demo/report.html"
+)
 @click.argument("directory", default="demo", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the data, the training and the projection.")
-@click.option("--proj-dim", type=click.IntRange(1), help="Projected dimension K.  [default: 10240, or 4096 without compiled code]")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seed of the data, the training and the projection.",
+)
+@click.option(
+    "--proj-dim", type=click.IntRange(1), help="Projected dimension K.  [default: 10240, or 4096 without compiled code]"
+)
 @as_json
 def demo(directory: Path, seed: int, proj_dim: int | None, as_json: bool) -> None:
     """Poison a digits classifier, then find the poison: the whole of gradstore on real data in about a minute.

@@ -17,18 +17,42 @@ if TYPE_CHECKING:
 SHOWN = 10
 
 
-@click.command(short_help="Flag queries that trace back to poison.", epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html")
+@click.command(
+    short_help="Flag queries that trace back to poison.",
+    epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html",
+)
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--poisoned", type=click.Path(path_type=Path), help="Poisoned training rows: one index a line, or a .npy mask or index array.  [default: what the store knows]")
+@click.option(
+    "--poisoned",
+    type=click.Path(path_type=Path),
+    help="Poisoned training rows: one index a line, or a .npy mask or index array.  [default: what the store knows]",
+)
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours that vote.")
-@click.option("--votes", default=3, show_default=True, type=click.IntRange(1), help="Votes from which a query is flagged.")
-@click.option("--kernel", "kernels", multiple=True, default=[KERNELS[0]], show_default=True, help=kernel_help() + " May be repeated.")
+@click.option(
+    "--votes", default=3, show_default=True, type=click.IntRange(1), help="Votes from which a query is flagged."
+)
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    default=[KERNELS[0]],
+    show_default=True,
+    help=kernel_help() + " May be repeated.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
 @memory_option("1GB")
 @as_json
 def forensics(
-    train: Path, queries: tuple[Path, ...], poisoned: Path | None, k: int, votes: int, kernels: tuple[str, ...], html: Path | None, memory: str, as_json: bool
+    train: Path,
+    queries: tuple[Path, ...],
+    poisoned: Path | None,
+    k: int,
+    votes: int,
+    kernels: tuple[str, ...],
+    html: Path | None,
+    memory: str,
+    as_json: bool,
 ) -> None:
     """Flag the queries whose most similar training examples are poisoned.
 
@@ -41,7 +65,9 @@ def forensics(
     store = gs.open(train)
     stores = [gs.open(path) for path in queries]
     mask = None if poisoned is None else read_poisoned(poisoned, len(store))
-    results = [gs.forensics(store, stores, poisoned=mask, k=k, votes=votes, kernel=name, memory=memory) for name in kernels]
+    results = [
+        gs.forensics(store, stores, poisoned=mask, k=k, votes=votes, kernel=name, memory=memory) for name in kernels
+    ]
     if html is not None:
         say(f"wrote {write_forensics(forensics_page(results), html)}")
     if as_json:
@@ -53,12 +79,13 @@ def forensics(
 
 
 def _print(result: Forensics) -> None:
-    found = result.confusion
-    poisoned = int(result.poisoned.sum())
+    found, k = result.confusion, result.neighbours[0].k
+    poisoned, flagged = int(result.poisoned.sum()), int(result.flagged.sum())
+    rule = f"≥ {result.threshold} of {k} neighbours poisoned"
     pairs = {
         "kernel": result.kernel,
         "training rows": f"{len(result.train)}, of which {poisoned} are poisoned",
-        "flagged": f"{int(result.flagged.sum())} of {len(result.votes)} queries (≥ {result.threshold} of {result.neighbours[0].k} neighbours poisoned)",
+        "flagged": f"{flagged} of {len(result.votes)} queries ({rule})",
     }
     if found is not None:
         pairs["precision"] = _proportion(found.precision, f"{found.tp} of {found.tp + found.fp} flagged are poisoned")

@@ -10,7 +10,10 @@ from .options import as_json
 from .output import print_json, print_pairs
 
 
-@click.command(short_help="Describe a store, or this machine.", epilog="Examples: gradstore info stores/train   gradstore info --system")
+@click.command(
+    short_help="Describe a store, or this machine.",
+    epilog="Examples: gradstore info stores/train   gradstore info --system",
+)
 @click.argument("store", required=False, type=click.Path(path_type=Path))
 @click.option("--system", is_flag=True, help="Say which projection path, devices and libraries this machine has.")
 @as_json

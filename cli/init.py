@@ -10,11 +10,13 @@ from .options import as_json
 from .output import print_json, say
 
 
-@click.command(short_help="Write a project file to start from.", epilog="Example: gradstore init && gradstore check project.py")
+@click.command(
+    short_help="Write a project file to start from.", epilog="Example: gradstore init && gradstore check project.py"
+)
 @click.argument("path", default="project.py", type=click.Path(path_type=Path))
 @as_json
 def init(path: Path, as_json: bool) -> None:
-    """Write a commented project file to start from; it runs as it is.  [default: project.py]"""
+    """Write a commented project file, by default project.py, that runs as it is."""
     from gradstore.starter import write_starter
 
     write_starter(path)

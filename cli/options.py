@@ -37,11 +37,31 @@ def settings_options(function: F) -> F:
     """How to featurize: the options that belong to a store's identity, and the device."""
     for option in (
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."),
-        click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "float32", "int8"]), help="Dtype of the stored features."),
-        click.option("--layout", default="per-class", show_default=True, type=click.Choice(["per-class", "sum"]), help="Store every class [n, c, K], or only P Σ_c g^c [n, 1, K]."),
+        click.option(
+            "--dtype",
+            default="float16",
+            show_default=True,
+            type=click.Choice(["float16", "float32", "int8"]),
+            help="Dtype of the stored features.",
+        ),
+        click.option(
+            "--layout",
+            default="per-class",
+            show_default=True,
+            type=click.Choice(["per-class", "sum"]),
+            help="Store every class [n, c, K], or only P Σ_c g^c [n, 1, K].",
+        ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the projection."),
-        click.option("--projection", default="rademacher", show_default=True, type=click.Choice(["rademacher", "gaussian"]), help="Entries of P."),
-        click.option("--proj-dim", default=10240, show_default=True, type=click.IntRange(1), help="Projected dimension K."),
+        click.option(
+            "--projection",
+            default="rademacher",
+            show_default=True,
+            type=click.Choice(["rademacher", "gaussian"]),
+            help="Entries of P.",
+        ),
+        click.option(
+            "--proj-dim", default=10240, show_default=True, type=click.IntRange(1), help="Projected dimension K."
+        ),
         click.option("--split", default="train", show_default=True, help="Split of the project."),
     ):
         function = option(function)
@@ -50,7 +70,13 @@ def settings_options(function: F) -> F:
 
 def memory_option(default: str) -> Callable[[F], F]:
     """`--memory`."""
-    return click.option("--memory", default=default, show_default=True, metavar="BYTES", help="Memory to use beside the model and the result, e.g. 2GB.")
+    return click.option(
+        "--memory",
+        default=default,
+        show_default=True,
+        metavar="BYTES",
+        help="Memory to use beside the model and the result, e.g. 2GB.",
+    )
 
 
 def kernel_help() -> str:

@@ -41,7 +41,9 @@ class FeaturizeBar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop drawing, leaving the last state on the screen."""
         self._bar.stop()
 
@@ -54,4 +56,6 @@ class FeaturizeBar:
         tenth = 10 * state.rows // state.total
         if not self._console.is_terminal and tenth > self._tenth:
             self._tenth = tenth
-            self._console.print(f"{self._title}: {state.rows}/{state.total} rows  {rate}  {size}", soft_wrap=True, highlight=False)
+            self._console.print(
+                f"{self._title}: {state.rows}/{state.total} rows  {rate}  {size}", soft_wrap=True, highlight=False
+            )

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-@click.command(short_help="List the most similar training examples.", epilog="Example: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html")
+@click.command(
+    short_help="List the most similar training examples.",
+    epilog="Example: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html",
+)
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", type=click.Path(path_type=Path))
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
@@ -27,7 +30,15 @@ SHOWN = 20
 @memory_option("1GB")
 @as_json
 def topk(
-    train: Path, queries: Path, k: int, kernel: str, rows: list[int] | None, csv: Path | None, html: Path | None, memory: str, as_json: bool
+    train: Path,
+    queries: Path,
+    k: int,
+    kernel: str,
+    rows: list[int] | None,
+    csv: Path | None,
+    html: Path | None,
+    memory: str,
+    as_json: bool,
 ) -> None:
     """List the training examples that the model finds most similar to each query.
 

@@ -58,7 +58,9 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        found["plan"] = Plan(project, split, Settings(proj_dim, projection, seed, layout, dtype), device, parse_bytes(memory))
+        found["plan"] = Plan(
+            project, split, Settings(proj_dim, projection, seed, layout, dtype), device, parse_bytes(memory)
+        )
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [
@@ -135,7 +137,9 @@ def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
         for parameter, flag in zip(wanted, flags, strict=True):
             parameter.requires_grad_(flag)
     return {
-        block.name: torch.stack([torch.zeros(block.size, device=logits.device) if g is None else g.flatten() for g in column])
+        block.name: torch.stack(
+            [torch.zeros(block.size, device=logits.device) if g is None else g.flatten() for g in column]
+        )
         for block, column in zip(plan.blocks, zip(*rows, strict=True), strict=True)
     }
 

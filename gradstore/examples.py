@@ -20,7 +20,8 @@ class Examples:
     """One split of a project: a map-style dataset read by row.
 
     Args:
-        dataset: `len(dataset)`, and `dataset[i] -> (x, label)` or `x` alone; x is a tensor, an array, or a dict of them.
+        dataset: `len(dataset)`, and `dataset[i] -> (x, label)` or `x` alone; x is a tensor, an array, or a dict of
+            them.
         split: the split's name, for messages.
 
     Raises:
@@ -30,7 +31,11 @@ class Examples:
     def __init__(self, dataset: Any, split: str) -> None:
         self.dataset, self.split = dataset, split
         where = f"split {split!r}"
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        if (
+            isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__getitem__")
+            or not hasattr(dataset, "__len__")
+        ):
             raise ProjectError(
                 "the split cannot be read by row",
                 where=where,
@@ -133,7 +138,7 @@ class Examples:
             if isinstance(first, dict):
                 if any(not isinstance(x, dict) or x.keys() != first.keys() for x in inputs):
                     raise RuntimeError("the keys of the dicts differ")
-                return {name: torch.stack([x[name] for x in inputs]) for name in first}  # type: ignore[call-overload, index]
+                return {name: torch.stack([x[name] for x in inputs]) for name in first}  # type: ignore[index]
             return torch.stack(inputs)  # type: ignore[arg-type]
         except (RuntimeError, TypeError) as error:
             raise ProjectError(
@@ -154,7 +159,8 @@ def input_bytes(inputs: Inputs) -> bytes:
     """Bytes that stand for stacked inputs, with their names, dtypes and shapes."""
     named = inputs if isinstance(inputs, dict) else {"": inputs}
     parts = [
-        f"{name}|{x.dtype}|{tuple(x.shape)}|".encode() + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        f"{name}|{x.dtype}|{tuple(x.shape)}|".encode()
+        + x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for name, x in sorted(named.items())
     ]
     return b"".join(parts)

@@ -90,7 +90,8 @@ class Forensics:
             "votes": np.bincount(self.votes, minlength=self.neighbours[0].k + 1).tolist(),
             "confusion": None if found is None else confusion_dict(found),
             "culprits": [
-                {"row": row, "count": count, "poisoned": bool(self.poisoned[row])} for row, count in self.culprits()[:culprits]
+                {"row": row, "count": count, "poisoned": bool(self.poisoned[row])}
+                for row, count in self.culprits()[:culprits]
             ],
         }
 
@@ -160,8 +161,8 @@ def forensics(
     mask = _poisoned_mask(train, poisoned)
     results = tuple(topk(train, store, k, kernel, memory=memory) for store in stores)
     counts = np.concatenate([mask[result.indices].sum(axis=1) for result in results])
-    truths = [store.poisoned for store in stores]
-    truth = None if any(t is None for t in truths) else np.concatenate(truths)  # type: ignore[arg-type]
+    truths = [store.poisoned for store in stores if store.poisoned is not None]
+    truth = np.concatenate(truths) if len(truths) == len(stores) else None
     return Forensics(kernel, votes, results, counts, counts >= votes, truth, mask)
 
 
@@ -207,7 +208,11 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
         ProjectError: its rows are not rows of the training store.
     """
     try:
-        value = np.load(path, allow_pickle=False) if str(path).endswith(".npy") else np.loadtxt(path, dtype=np.int64, ndmin=1)
+        value = (
+            np.load(path, allow_pickle=False)
+            if str(path).endswith(".npy")
+            else np.loadtxt(path, dtype=np.int64, ndmin=1)
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             "not a list of poisoned rows",

@@ -6,7 +6,17 @@ import re
 
 from gradstore.errors import UsageError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
 
 
 def parse_bytes(value: int | str) -> int:
@@ -22,7 +32,9 @@ def parse_bytes(value: int | str) -> int:
         unit = match.group(2).upper() if match else "?"
         unit = unit if unit in _UNITS else unit + "B"
         if match is None or unit not in _UNITS:
-            raise UsageError("not a number of bytes", where="--memory", expected="for example 2GB or 512MiB", got=repr(value))
+            raise UsageError(
+                "not a number of bytes", where="--memory", expected="for example 2GB or 512MiB", got=repr(value)
+            )
         count = float(match.group(1)) * _UNITS[unit]
     if count < 1:
         raise UsageError("not a number of bytes", where="--memory", expected="at least 1", got=repr(value))
@@ -30,7 +42,7 @@ def parse_bytes(value: int | str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """"1.50 GB", "20.5 MB", "3.1 kB", "17 bytes"."""
+    """Bytes for people, such as "1.50 GB", "20.5 MB", "3.1 kB" or "17 bytes"."""
     for unit, size, digits in (("TB", 1e12, 2), ("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"

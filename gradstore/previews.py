@@ -34,7 +34,13 @@ def preview_table(show: Show, inputs: Sequence[Any], shape: tuple[int, ...]) -> 
             data = shown.encode(errors="replace")[:TEXT_BYTES].decode(errors="ignore").encode()
             table[i, : len(data)] = np.frombuffer(data, np.uint8)
         elif shown.shape != shape:
-            raise ProjectError("pictures differ in size", where="show", expected=shape, got=shown.shape, hint="Resize in the dataset or in show=")
+            raise ProjectError(
+                "pictures differ in size",
+                where="show",
+                expected=shape,
+                got=shown.shape,
+                hint="Resize in the dataset or in show=",
+            )
         else:
             table[i] = shown
     return table

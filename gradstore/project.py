@@ -52,12 +52,24 @@ class Project:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            raise ProjectError("model is not a torch module", where="Project(model=…)", expected="nn.Module", got=type(self.model).__name__)
+            raise ProjectError(
+                "model is not a torch module",
+                where="Project(model=…)",
+                expected="nn.Module",
+                got=type(self.model).__name__,
+            )
         if not isinstance(self.splits, Mapping) or not self.splits:
-            raise ProjectError("there are no splits", where="Project(splits=…)", expected='a dict such as {"train": dataset}')
+            raise ProjectError(
+                "there are no splits", where="Project(splits=…)", expected='a dict such as {"train": dataset}'
+            )
         unknown = set(self.poisoned or {}) - set(self.splits)
         if unknown:
-            raise ProjectError("poisoned names unknown splits", where="Project(poisoned=…)", expected=sorted(self.splits), got=sorted(unknown))
+            raise ProjectError(
+                "poisoned names unknown splits",
+                where="Project(poisoned=…)",
+                expected=sorted(self.splits),
+                got=sorted(unknown),
+            )
 
     def prepare(self, device: str | torch.device = "cpu") -> Project:
         """Load the weights once, switch to eval mode, move to `device`."""
@@ -74,7 +86,9 @@ class Project:
             UsageError: there is no such split; lists those that exist.
         """
         if split not in self.splits:
-            raise UsageError("unknown split", where="--split", expected=f"one of {', '.join(map(str, self.splits))}", got=repr(split))
+            raise UsageError(
+                "unknown split", where="--split", expected=f"one of {', '.join(map(str, self.splits))}", got=repr(split)
+            )
         return Examples(self.splits[split], split)
 
     def poisoned_mask(self, split: str) -> np.ndarray | None:
@@ -115,7 +129,13 @@ class Project:
         names = tuple(map(str, self.classes)) if self.classes is not None else tuple(map(str, range(count)))
         if len(names) != count:
             hint = "A model with one logit takes one name" if count == 1 else None
-            raise ProjectError("class names do not match the logits", where="Project(classes=…)", expected=f"{count} names", got=len(names), hint=hint)
+            raise ProjectError(
+                "class names do not match the logits",
+                where="Project(classes=…)",
+                expected=f"{count} names",
+                got=len(names),
+                hint=hint,
+            )
         return names
 
 
@@ -173,19 +193,27 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         function: name of the function.
 
     Raises:
-        ProjectError: no such file, no such function, unknown options, or an exception in the file, whose own line is named.
+        ProjectError: no such file or function, unknown options, or an exception in the file, whose own line is named.
     """
     file = Path(path).resolve()
     if not file.is_file():
-        raise ProjectError("the project file does not exist", where=path, hint="`gradstore init` writes one to start from")
+        raise ProjectError(
+            "the project file does not exist", where=path, hint="`gradstore init` writes one to start from"
+        )
     module = _run(file)
     make = getattr(module, function, None)
     if not callable(make):
-        raise ProjectError(f"the project file has no function {function}()", where=path, hint="`gradstore init` writes one to start from")
+        raise ProjectError(
+            f"the project file has no function {function}()",
+            where=path,
+            hint="`gradstore init` writes one to start from",
+        )
     arguments = _convert_options(make, options or {}, path)
     project = _guarded(lambda: make(**arguments), file)
     if not isinstance(project, Project):
-        raise ProjectError(f"{function}() returns no Project", where=path, expected="gs.Project(...)", got=type(project).__name__)
+        raise ProjectError(
+            f"{function}() returns no Project", where=path, expected="gs.Project(...)", got=type(project).__name__
+        )
     project.root = file.parent
     return project
 
@@ -201,7 +229,9 @@ def _run(file: Path) -> ModuleType:
         code = compile(file.read_bytes(), str(file), "exec")
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise ProjectError(f"the project file is not valid Python: {error}", where=f"{file}:{line}" if line else file) from error
+        raise ProjectError(
+            f"the project file is not valid Python: {error}", where=f"{file}:{line}" if line else file
+        ) from error
     _guarded(lambda: exec(code, module.__dict__), file)
     return module
 
@@ -229,12 +259,19 @@ def _convert_options(make: Callable[..., Any], options: Mapping[str, Any], path:
     converted = {}
     for name, value in options.items():
         if name not in known:
-            raise ProjectError("unknown project option", where=f"-o {name}", expected=", ".join(known) or "none", got=name)
+            raise ProjectError(
+                "unknown project option", where=f"-o {name}", expected=", ".join(known) or "none", got=name
+            )
         default = known[name].default
         try:
             converted[name] = _convert(value, default)
         except ValueError:
-            raise ProjectError("the project option has another type", where=f"{path} -o {name}", expected=type(default).__name__, got=repr(value)) from None
+            raise ProjectError(
+                "the project option has another type",
+                where=f"{path} -o {name}",
+                expected=type(default).__name__,
+                got=repr(value),
+            ) from None
     return converted
 
 

@@ -62,6 +62,8 @@ def write_starter(path: Path) -> None:
         with path.open("x") as file:
             file.write(_STARTER)
     except FileExistsError:
-        raise UsageError("this file exists and is left alone", where=path, hint="Name another file: gradstore init NAME.py") from None
+        raise UsageError(
+            "this file exists and is left alone", where=path, hint="Name another file: gradstore init NAME.py"
+        ) from None
     except OSError as error:
         raise UsageError("the file cannot be written", where=path, got=error.strerror) from error

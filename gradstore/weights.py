@@ -33,7 +33,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
     tied = _tied_names(model)
     _require_fit(model, state, tied, path)
-    repeated = {name: state[other] for name, others in tied.items() for other in others if name not in state and other in state}
+    repeated = {
+        name: state[other] for name, others in tied.items() for other in others if name not in state and other in state
+    }
     model.load_state_dict({**state, **repeated})
 
 
@@ -44,7 +46,7 @@ def weights_digest(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -70,7 +72,12 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
             hint="Where you trust it, save `model.state_dict()` with safetensors.torch.save_file and name that file",
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ProjectError("this file holds no state_dict", where=path, expected="a mapping of names to tensors", got=type(state).__name__)
+        raise ProjectError(
+            "this file holds no state_dict",
+            where=path,
+            expected="a mapping of names to tensors",
+            got=type(state).__name__,
+        )
     return state
 
 

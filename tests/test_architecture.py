@@ -16,7 +16,12 @@ MODULES = sorted(path for folder in ("gradstore", "cli") for path in (ROOT / fol
 def imports(path: Path) -> set[str]:
     """Names of the gradstore modules that a file imports anywhere but under `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text())
-    hidden = {id(n) for b in ast.walk(tree) if isinstance(b, ast.If) and "TYPE_CHECKING" in ast.dump(b.test) for n in ast.walk(b)}
+    hidden = {
+        id(n)
+        for b in ast.walk(tree)
+        if isinstance(b, ast.If) and "TYPE_CHECKING" in ast.dump(b.test)
+        for n in ast.walk(b)
+    }
     nodes = [n for n in ast.walk(tree) if id(n) not in hidden]
     names = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     names |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
@@ -50,5 +55,6 @@ def test_no_file_is_called(name: str) -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys, gradstore_cli as c\ntry: c.main(['featurize', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    call = "import sys, gradstore_cli as c\ntry: c.main(['featurize', '--help'])\nexcept SystemExit: pass\n"
+    code = call + "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -199,9 +199,13 @@ def test_help_shows_defaults_and_an_example(folder: Path, command: str) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signals, status: int) -> None:
     (tmp_path / "project.py").write_text(PROJECT)
-    words = "featurize project.py --split train --out s --proj-dim 4096 -o n=4000".split()
+    words = ["featurize", "project.py", "--split", "train", "--out", "s", "--proj-dim", "4096", "-o", "n=4000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gradstore_cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gradstore_cli", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("s/.shard-*.tmp")) and process.poll() is None and time.monotonic() < deadline:
@@ -215,5 +219,5 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signa
 
 
 def test_json_everywhere(folder: Path) -> None:
-    commands: list[Any] = [c for c in gradstore_cli.gradstore.commands.values()]
+    commands: list[Any] = list(gradstore_cli.gradstore.commands.values())
     assert all("--json" in {o for p in c.params for o in p.opts} for c in commands)

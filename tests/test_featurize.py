@@ -26,7 +26,12 @@ MAIN = CASES[:5]  # MLP, CNN with BatchNorm, transformer with dict input, one lo
 def project_of(case: Case, n: int = 5, **changes: Any) -> gs.Project:
     inputs = case.batch(n)
     items = [(_first(rows(inputs, i, i + 1)), i % case.classes) for i in range(n)]
-    settings = {"model": case.model(), "splits": {"train": items}, "forward": case.forward, "parameters": case.parameters}
+    settings = {
+        "model": case.model(),
+        "splits": {"train": items},
+        "forward": case.forward,
+        "parameters": case.parameters,
+    }
     return gs.Project(**{**settings, **changes})
 
 
@@ -44,7 +49,9 @@ def dense_jacobian(case: Case, n: int = 5) -> tuple[Tensor, list[tuple[int, Tens
     per_block: list[list[Tensor]] = [[] for _ in blocks]
     for i in range(n):
         for c in range(case.classes):
-            grads = torch.autograd.grad(logits[i, c], [named[b.name] for b in blocks], retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                logits[i, c], [named[b.name] for b in blocks], retain_graph=True, allow_unused=True
+            )
             for column, grad, block in zip(per_block, grads, blocks, strict=True):
                 column.append(torch.zeros(block.size, dtype=torch.float64) if grad is None else grad.flatten())
     jacobians = [torch.stack(column).reshape(n, case.classes, -1) for column in per_block]
@@ -55,7 +62,8 @@ def dense_features(case: Case, projection: Projection, n: int = 5) -> Tensor:
     """P g / sqrt(K) with P written out from its entries, float64 [n, c, K]."""
     k = torch.arange(projection.dim)[:, None]
     parts = [
-        j @ projection.entries(k, start + torch.arange(j.shape[-1])[None]).double().T for start, j in dense_jacobian(case, n)[1]
+        j @ projection.entries(k, start + torch.arange(j.shape[-1])[None]).double().T
+        for start, j in dense_jacobian(case, n)[1]
     ]
     return sum(parts) / projection.dim**0.5  # type: ignore[return-value]
 
@@ -64,7 +72,9 @@ def dense_features(case: Case, projection: Projection, n: int = 5) -> Tensor:
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_rows_of_a_store_are_the_projected_jacobians(case: Case, kind: str, tmp_path: Path) -> None:
     projection = Projection(kind, 96, seed=3)
-    store = gs.featurize(project_of(case), split="train", out=tmp_path / "s", projection=kind, proj_dim=96, seed=3, dtype="float32")
+    store = gs.featurize(
+        project_of(case), split="train", out=tmp_path / "s", projection=kind, proj_dim=96, seed=3, dtype="float32"
+    )
     expected = dense_features(case, projection)
     error = (torch.from_numpy(store.features[:]).double() - expected).norm() / expected.norm()
     assert error < 1e-5
@@ -82,7 +92,9 @@ def test_rounding_of_each_dtype_is_far_below_the_projection_noise(dtype: str, tm
     exact = gs.featurize(project, split="train", out=tmp_path / "f", proj_dim=512, dtype="float32").features[:]
     store = gs.featurize(project, split="train", out=tmp_path / dtype, proj_dim=512, dtype=dtype)
     got = store.features[:]
-    assert np.linalg.norm(got - exact) / np.linalg.norm(exact) < {"float16": 5e-4, "float32": 1e-12, "int8": 2e-2}[dtype]
+    assert (
+        np.linalg.norm(got - exact) / np.linalg.norm(exact) < {"float16": 5e-4, "float32": 1e-12, "int8": 2e-2}[dtype]
+    )
     np.testing.assert_allclose(store.norms, np.linalg.norm(got.astype(np.float64), axis=-1), rtol=1e-6)
 
 
@@ -101,7 +113,9 @@ def test_inner_products_are_unbiased_over_seeds(tmp_path: Path) -> None:
     exact = (jacobian @ jacobian.T).numpy()
     grams = []
     for seed in range(60):
-        store = gs.featurize(project_of(case), split="train", out=tmp_path / str(seed), proj_dim=64, seed=seed, dtype="float32")
+        store = gs.featurize(
+            project_of(case), split="train", out=tmp_path / str(seed), proj_dim=64, seed=seed, dtype="float32"
+        )
         phi = store.features[:].reshape(5, -1).astype(np.float64)
         grams.append(phi @ phi.T)
     error = np.std(grams, axis=0, ddof=1) / np.sqrt(len(grams))
@@ -136,7 +150,9 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name not in ("run.jsonl", ".lock")}
 
 
-def test_an_interrupted_run_continues_to_the_same_bytes(digits: gs.Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues_to_the_same_bytes(
+    digits: gs.Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradstore.plan.SHARD_BYTES", 1)  # one group a shard
     whole = gs.featurize(digits, split="train", out=tmp_path / "a", proj_dim=64)
     assert len(whole.manifest.shards) == 3
@@ -165,7 +181,17 @@ def test_a_finished_store_is_left_alone(digits: gs.Project, tmp_path: Path) -> N
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*.h5")}
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"proj_dim": 65}, {"projection": "gaussian"}, {"layout": "sum"}, {"dtype": "int8"}, {"split": "test"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"proj_dim": 65},
+        {"projection": "gaussian"},
+        {"layout": "sum"},
+        {"dtype": "int8"},
+        {"split": "test"},
+    ],
+)
 def test_other_settings_do_not_continue_a_store(digits: gs.Project, change: dict[str, Any], tmp_path: Path) -> None:
     gs.featurize(digits, split="train", out=tmp_path / "a", proj_dim=64)
     if "split" in change:  # the same data under another name is the same data
@@ -174,7 +200,9 @@ def test_other_settings_do_not_continue_a_store(digits: gs.Project, change: dict
         gs.featurize(digits, **{"split": "train", "out": tmp_path / "a", "proj_dim": 64, **change})
 
 
-def test_code_that_computes_something_else_does_not_continue_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_computes_something_else_does_not_continue_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradstore.plan.SHARD_BYTES", 1)
     data = TensorDataset(torch.randn(40, 3), torch.zeros(40).long())
     torch.manual_seed(0)
@@ -185,7 +213,13 @@ def test_code_that_computes_something_else_does_not_continue_a_store(tmp_path: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gs.featurize(gs.Project(model=model, splits={"train": data}), split="train", out=tmp_path / "a", proj_dim=32, progress=stop)
+        gs.featurize(
+            gs.Project(model=model, splits={"train": data}),
+            split="train",
+            out=tmp_path / "a",
+            proj_dim=32,
+            progress=stop,
+        )
     changed = gs.Project(model=model, splits={"train": data}, forward=lambda m, x: 2 * m(x))
     with pytest.raises(MismatchError, match="the model computes other logits for row 0"):
         gs.featurize(changed, split="train", out=tmp_path / "a", proj_dim=32)
@@ -196,7 +230,9 @@ def test_a_gradient_that_is_not_finite_names_row_class_and_parameter(value: floa
     x = torch.ones(20, 3)
     x[17, 1] = value
     project = gs.Project(model=nn.Linear(3, 2), splits={"train": TensorDataset(x, torch.zeros(20).long())})
-    with pytest.raises(NonFiniteError, match=r"split 'train', parameter weight: the gradient of row 17, class 0 is not finite"):
+    with pytest.raises(
+        NonFiniteError, match=r"split 'train', parameter weight: the gradient of row 17, class 0 is not finite"
+    ):
         gs.featurize(project, split="train", out=tmp_path / "a", proj_dim=32)
     assert not list((tmp_path / "a").glob("*.h5"))
 
@@ -204,13 +240,17 @@ def test_a_gradient_that_is_not_finite_names_row_class_and_parameter(value: floa
 def test_a_zero_gradient_is_refused(tmp_path: Path) -> None:
     x = torch.ones(20, 3)
     x[5] = 0
-    project = gs.Project(model=nn.Linear(3, 2), splits={"train": TensorDataset(x, torch.zeros(20).long())}, parameters="weight")
+    project = gs.Project(
+        model=nn.Linear(3, 2), splits={"train": TensorDataset(x, torch.zeros(20).long())}, parameters="weight"
+    )
     with pytest.raises(NonFiniteError, match="the gradient of row 5, class 0 is zero"):
         gs.featurize(project, split="train", out=tmp_path / "a", proj_dim=32)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-def test_a_projection_that_is_silently_wrong_is_refused(digits: gs.Project, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_projection_that_is_silently_wrong_is_refused(
+    digits: gs.Project, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(projection: Projection, out: Tensor, block: Any) -> None:
         accumulate_block(projection, out, block)
         out.mul_(factor)
@@ -252,7 +292,9 @@ def test_labels_out_of_range_are_refused(labels: list[int], tmp_path: Path) -> N
         ({"split": "val"}, "unknown split"),
     ],
 )
-def test_unusable_arguments_are_one_line(digits: gs.Project, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unusable_arguments_are_one_line(
+    digits: gs.Project, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         gs.featurize(digits, **{"split": "train", "out": tmp_path / "a", "proj_dim": 64, **change})
     assert "\n" not in str(caught.value)

@@ -75,7 +75,10 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: x.sum(1), r"the logits have the wrong shape \(expected \[2, c\] floating point, got \[2\] float32\)"),
+        (
+            lambda m, x: x.sum(1),
+            r"the logits have the wrong shape \(expected \[2, c\] floating point, got \[2\] float32\)",
+        ),
         (lambda m, x: x.round().long(), r"got \[2, 3\] int64"),
         (lambda m, x: (x, x), r"the model returns no tensor \(expected logits \[n, c\], got tuple\)"),
         (lambda m, x: x @ x, r"the forward pass fails \(got RuntimeError: mat1 and mat2"),
@@ -119,7 +122,9 @@ def test_weights_load_from_safetensors_and_state_dicts(build: Any, name: str, tm
     project = make(target, weights=name)
     project.root = tmp_path
     project.prepare()
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
@@ -129,7 +134,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 
 def test_missing_weights_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ProjectError, match="gone.pt: the weights file does not exist"):
+    with pytest.raises(ProjectError, match=r"gone.pt: the weights file does not exist"):
         make(weights=tmp_path / "gone.pt").prepare()
 
 
@@ -142,7 +147,9 @@ class Payload:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_pickled_checkpoint_is_refused_and_not_run(tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_checkpoint_is_refused_and_not_run(
+    tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if force:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     ran = tmp_path / "ran"
@@ -186,7 +193,10 @@ class Stream(IterableDataset):
         (Bad(lambda d, i: (torch.randn(3), 0)), "row 0 read twice differs"),
         (Bad(lambda d, i: (torch.ones(3), d.reads)), "row 0 read twice differs"),
         (Bad(lambda d, i: (torch.ones(3 + i), 0)), None),
-        (Bad(lambda d, i: ("text", 0)), r"row 0 is not a tensor \(expected x as a tensor, or a dict of tensors, got str\)"),
+        (
+            Bad(lambda d, i: ("text", 0)),
+            r"row 0 is not a tensor \(expected x as a tensor, or a dict of tensors, got str\)",
+        ),
         (Bad(lambda d, i: (torch.ones(3), 1.0)), r"the label of row 0 is not a class index \(expected an integer"),
         (Bad(lambda d, i: DATA[i + 3]), r"row 3 cannot be read \(got IndexError"),
     ],
@@ -240,9 +250,16 @@ def project(seed: int = 0, wide: bool = False, name: str = "x"):
 
 @pytest.mark.parametrize(
     ("options", "splits"),
-    [({}, {"x", "0"}), ({"seed": "3"}, {"x", "3"}), ({"seed": 4, "name": "y"}, {"y", "4"}), ({"wide": "yes"}, {"x", "0"})],
+    [
+        ({}, {"x", "0"}),
+        ({"seed": "3"}, {"x", "3"}),
+        ({"seed": 4, "name": "y"}, {"y", "4"}),
+        ({"wide": "yes"}, {"x", "0"}),
+    ],
 )
-def test_options_are_converted_to_the_type_of_the_default(options: dict[str, Any], splits: set[str], tmp_path: Path) -> None:
+def test_options_are_converted_to_the_type_of_the_default(
+    options: dict[str, Any], splits: set[str], tmp_path: Path
+) -> None:
     (tmp_path / "p.py").write_text(GOOD)
     project = gs.load_project(tmp_path / "p.py", options)
     assert set(project.splits) == splits
@@ -263,7 +280,9 @@ def test_options_are_converted_to_the_type_of_the_default(options: dict[str, Any
         (GOOD, {"wide": "maybe"}, r"-o wide: .*expected bool"),
     ],
 )
-def test_a_broken_project_file_is_one_line(source: str | None, options: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_broken_project_file_is_one_line(
+    source: str | None, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
     if source is not None:
         (tmp_path / "p.py").write_text(source)
     with pytest.raises(GradstoreError, match=message) as caught:
