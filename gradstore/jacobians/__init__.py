@@ -3,4 +3,12 @@
 from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock, join_blocks
 from gradstore.jacobians.engine import JacobianEngine, JacobianStream
 
-__all__ = ["DenseBlock", "EmbeddingBlock", "JacobianBlock", "JacobianEngine", "JacobianStream", "LinearBlock", "join_blocks"]
+__all__ = [
+    "DenseBlock",
+    "EmbeddingBlock",
+    "JacobianBlock",
+    "JacobianEngine",
+    "JacobianStream",
+    "LinearBlock",
+    "join_blocks",
+]

@@ -47,7 +47,7 @@ class JacobianEngine:
     layer's rows are those of their example; a parameter that fails takes looped autograd for that batch.
 
     A batch holds: the activations that autograd saves; per class, the output gradients of linear layers, convolutions
-    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ 131072] and
+    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ 65536] and
     the unfolded input of one convolution. `bytes_needed` puts this in figures. Blocks are cut by shapes alone.
 
     Args:

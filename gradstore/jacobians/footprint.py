@@ -12,7 +12,7 @@ from torch import Tensor
 from gradstore.jacobians.record import Tap
 from gradstore.jacobians.terms import OuterTerm, Term
 
-MAX_COLUMNS = 1 << 17
+MAX_COLUMNS = 1 << 16
 """Columns of the largest block, unless one row of a weight is longer; fixed, so that bits do not depend on memory."""
 
 

@@ -87,7 +87,7 @@ class Prober:
         self._require_independent_examples()
         self._tolerance = ROUNDING[self._logits.dtype]
         self._cotangent = weights(self._logits.shape[1], self._logits)
-        self._reference = self._looped()
+        self._reference = self._differentiated()
         self._scale = float(torch.stack([g.norm().double() for g in self._reference.values()]).norm())
 
     @property
@@ -163,6 +163,20 @@ class Prober:
             if self._near(self._mixed(values), self._reference[name], self._scale):
                 exact[name] = by_torch_func
         return exact
+
+    def _differentiated(self) -> dict[str, Tensor]:
+        """The reference, or why there is none."""
+        if not self._subject.logits(take(self._probe, slice(0, 1))).requires_grad:
+            raise ProjectError(
+                "the logits do not depend on any differentiated parameter",
+                where="model",
+                hint="A .detach(), torch.no_grad() or conversion to NumPy in the forward pass would do this",
+            )
+        try:
+            return self._looped()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ProjectError("autograd cannot differentiate the model", where="model", got=reason) from error
 
     def _looped(self) -> dict[str, Tensor]:
         """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""

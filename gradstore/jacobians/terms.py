@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, outer_sum
+from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, fresh, outer_sum
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4
@@ -88,7 +88,7 @@ class OuterTerm(Term):
     def absorb(self, c: int, delta: Tensor) -> None:
         """Keep the delta, [n, o, T]."""
         if self._kept is None:
-            self._kept = delta.new_empty(len(delta), self._classes, *delta.shape[1:])
+            self._kept = fresh((len(delta), self._classes, *delta.shape[1:]), delta)
         self._kept[:, c] = delta
 
     @property
@@ -131,7 +131,7 @@ class IndexTerm(Term):
         """Keep the delta, [n, d, S]; the padding row has no gradient by definition."""
         delta = delta.transpose(1, 2)
         if self._kept is None:
-            self._kept = delta.new_empty(len(delta), self._classes, *delta.shape[1:])
+            self._kept = fresh((len(delta), self._classes, *delta.shape[1:]), delta)
         if self._padding is not None:
             delta = delta.masked_fill((self._indices == self._padding)[..., None], 0)
         self._kept[:, c] = delta
