@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gradstore.featurize import featurize
     from gradstore.fingerprint import fingerprint
     from gradstore.forensics import forensics
+    from gradstore.gram import gram
+    from gradstore.gram_file import Gram, open_gram
     from gradstore.project import Project, load_project
     from gradstore.projection import Projection
     from gradstore.show import image, text
@@ -27,15 +29,18 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "FeatureStore": "store",
+    "Gram": "gram_file",
     "GradstoreError": "errors",
     "Project": "project",
     "Projection": "projection",
     "featurize": "featurize",
     "fingerprint": "fingerprint",
     "forensics": "forensics",
+    "gram": "gram",
     "image": "show",
     "load_project": "project",
     "open": "store:open_store",
+    "open_gram": "gram_file",
     "text": "show",
     "topk": "topk",
     "verify": "verify",
@@ -43,15 +48,18 @@ _WHERE = {
 
 __all__ = [
     "FeatureStore",
+    "Gram",
     "GradstoreError",
     "Project",
     "Projection",
     "featurize",
     "fingerprint",
     "forensics",
+    "gram",
     "image",
     "load_project",
     "open",
+    "open_gram",
     "text",
     "topk",
     "verify",
