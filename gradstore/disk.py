@@ -15,12 +15,15 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 from gradstore.errors import CorruptError, GradstoreError, NoSpaceError, UnsafeError, UsageError
 
 T = TypeVar("T")
+
+_INTERRUPTIONS = 1000  # in a row, after which a call is given up
 
 
 class MissingFileError(CorruptError):
@@ -240,15 +243,15 @@ class Disk:
 
     def _call(self, path: Path, call: Callable[[], T], size: int | None = None) -> T:
         """Make one system call, again where a signal interrupted it, and name the file in its error."""
-        while True:
+        for attempt in count():
             try:
                 return call()
-            except InterruptedError:
-                continue
             except BlockingIOError:
                 raise  # a held lock, which the caller explains
             except (OSError, ValueError) as error:
-                raise self._explained(error, path, size) from error
+                if not isinstance(error, InterruptedError) or attempt == _INTERRUPTIONS:
+                    raise self._explained(error, path, size) from error
+        raise AssertionError("unreachable")
 
     def _explained(self, error: OSError | ValueError, path: Path, size: int | None) -> GradstoreError:
         code = error.errno if isinstance(error, OSError) else errno.EINVAL  # ValueError: a NUL in the path

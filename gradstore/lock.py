@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from gradstore.disk import Disk
 from gradstore.errors import GradstoreError, LockedError
 
 LOCK = ".lock"
+_TRIES = 100
 
 
 @contextmanager
@@ -52,8 +54,22 @@ def _locked(path: Path, disk: Disk) -> int:
 
 
 def _owner(path: Path, disk: Disk) -> str:
+    """Who holds the lock. It writes its name just after taking it, and until then a dead owner's may stand there."""
+    for _ in range(_TRIES):
+        with suppress(ValueError, KeyError, TypeError, OSError, GradstoreError):
+            owner = json.loads(disk.read_file(path, 4096))
+            pid, host = int(owner["pid"]), str(owner["host"])[:64]
+            if host != socket.gethostname() or _alive(pid):
+                return f"pid {pid} on host {host}"
+        time.sleep(0.01)
+    return "an owner that has not written its name yet"
+
+
+def _alive(pid: int) -> bool:
     try:
-        owner = json.loads(disk.read_file(path, 4096))
-        return f"pid {int(owner['pid'])} on host {str(owner['host'])[:64]!r}".replace("'", "")
-    except (ValueError, KeyError, TypeError, OSError, GradstoreError):
-        return "an owner that has not written its name yet"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,44 @@
+"""Fixtures of the fault tests: how many faults to inject, and where their counts go."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Record = Callable[..., None]
+
+
+@pytest.fixture
+def amount(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """amount(in_ci, by_hand): the second under `make soak`, which runs `pytest -m soak`."""
+    by_hand = request.config.getoption("-m") == "soak"
+    return lambda few, many: many if by_hand else few
+
+
+@pytest.fixture
+def fast() -> Iterator[Path]:
+    """A folder in memory where there is one: thousands of runs need no medium, for crashes of which there is a model."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def record() -> Record:
+    """record(fault, what, ...counts): one row for `python -m benchmarks.faults`, which names the file to write to."""
+
+    def write(fault: str, what: str, *, injected: int, recovered: int, refused: int, silent: int, control: str) -> None:
+        assert silent == 0
+        assert recovered + refused == injected
+        row = {"fault": fault, "what": what, "injected": injected, "recovered": recovered, "refused": refused}
+        path = os.environ.get("GRADSTORE_FAULT_COUNTS")
+        if path:
+            with Path(path).open("a") as file:
+                file.write(json.dumps({**row, "silently wrong": silent, "control": control}) + "\n")
+
+    return write
