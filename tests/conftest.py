@@ -22,7 +22,7 @@ def amount(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 @pytest.fixture
 def fast() -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of runs need no medium, for crashes of which there is a model."""
+    """A folder in memory where there is one: runs by the thousand need no medium."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)

@@ -12,6 +12,7 @@ from small_store import files, write, wrong_rows
 
 from gradstore.errors import GradstoreError
 from gradstore.store import FeatureStore
+from gradstore.verify import verify
 
 pytestmark = pytest.mark.soak
 KINDS = [("EIO", False), ("EIO", True), ("ENOSPC", False), ("ENOSPC", True), ("EINTR", False), ("EINTR", True)]
@@ -35,7 +36,7 @@ def test_every_call_may_fail(
     kind: str, for_good: bool, whole: tuple[dict[str, bytes], int], fast: Path, tmp_path: Path, record: Record
 ) -> None:
     expected, calls = whole
-    refused = 0
+    refused = unclear = 0
     for at in range(1, calls + 1):
         path = fast / "store"
         disk = failing(at, kind, for_good)
@@ -43,13 +44,13 @@ def test_every_call_may_fail(
             history(path, disk)
         except GradstoreError as error:
             refused += 1
-            assert "\n" not in str(error)
-            assert error.exit_code in (5, 7)
+            unclear += "\n" in str(error) or error.exit_code not in (5, 7)
         if (path / "store.json").exists():
             assert wrong_rows(FeatureStore(path)) == []
         write(path, n=18)
         assert files(path) == expected
         shutil.rmtree(path)
+    assert unclear == 0
     assert refused == 0 if kind == "short" or (kind, for_good) == ("EINTR", False) else refused > calls / 2
     control = control_ignores_short_writes(tmp_path) if kind == "short" else control_hides_the_failure(tmp_path)
     what = f"{kind} at every call, {'from then on' if for_good else 'once'}"
@@ -73,12 +74,12 @@ def control_hides_the_failure(tmp_path: Path) -> str:
     """A writer that goes on after a failed write reports success for a store that lacks the bytes."""
 
     def swallow(name: str, arguments: tuple[object, ...]) -> object:
-        # From the 20th call on, writes claim to be done.
-        return len(arguments[1]) if name == "_pwrite" and disk.calls > 20 else None  # type: ignore[arg-type]
+        # Some writes of the first shard claim to be done.
+        return len(arguments[1]) if name == "_pwrite" and 40 < disk.calls < 60 else None  # type: ignore[arg-type]
 
     disk = WatchedDisk(swallow)
     path = tmp_path / "swallowed"
-    with pytest.raises(GradstoreError):
-        write(path, disk=disk)
-        FeatureStore(path).read(0, 8)
-    return "errors ignored: rows missing, found by their digests"
+    write(path, disk=disk)
+    damaged = verify(path).damaged_rows
+    assert damaged
+    return f"errors ignored: {len(damaged)} rows reported stored are not, found by their digests"

@@ -152,7 +152,6 @@ def test_power_cuts_lose_nothing_that_was_reported_stored(
     assert [at for at, lost in found if lost] == []
     control = sum(lost for _, lost in run_states(fast / "control", LoggingDisk(syncs=False), 200))
     assert control > 20
-    record(
-        "F3", "power cut at any event; unsynced writes lost, torn, reordered", injected=states, recovered=states, refused=0,
-        silent=0, control=f"the same writer without fsync: rows lost in {control} of 200 states",
-    )  # fmt: skip
+    what = "power cut at any event; unsynced writes lost, torn, reordered"
+    why = f"the same writer without fsync: rows lost in {control} of 200 states"
+    record("F3", what, injected=states, recovered=states, refused=0, silent=0, control=why)
