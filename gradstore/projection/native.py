@@ -1,9 +1,9 @@
 """The compiled projection for tensors on the CPU: where it is, which SIMD level it uses, and the call.
 
-The library is built from ``src/native.cpp`` when the package is installed and a C++ compiler is there; it is a plain C
-interface, so one build serves every Python and needs no Python header. Without it the reference is used, with results that
-agree to float32 rounding. ``GRADSTORE_SIMD`` (avx512, avx2, neon, plain) forces a level, for tests and for comparison: the
-Rademacher bits are the same at every level.
+The library is built from ``src/native.cpp`` when the package is installed and a C++ compiler is there. Its interface is
+plain C, so one build serves every Python and needs no Python header. Without it the reference is used, with results
+that agree to float32 rounding. ``GRADSTORE_SIMD`` (avx512, avx2, neon, plain) forces a level, for tests and for
+comparison: the bits of a dense Rademacher product are the same at every level.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from gradstore.errors import UsageError
 from gradstore.projection.entries import KINDS, Entries
 
-_INTERFACE = 1  # of gradstore_interface() in src/native.cpp
+_INTERFACE = 2  # of gradstore_interface() in src/native.cpp
+_LANE_PADDING = 16  # a group of lanes may reach beyond the last
 _REBUILD = "install a C++ compiler (g++ or clang++), then install gradstore again"
 
 
@@ -64,7 +65,7 @@ class _SharedJob(ctypes.Structure):
     _fields_ = (
         ("weight", _Job),
         ("deltas", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("examples", "classes", "positions", "outputs", "inputs")),
+        *((name, ctypes.c_int64) for name in ("examples", "classes", "positions", "outputs", "inputs", "lanes")),
     )
 
 
@@ -133,9 +134,9 @@ def accumulate_shared(
 ) -> None:
     """Add the projected gradients of a linear layer's weight [o, i] to ``out`` in place, without forming them.
 
-    The gradient of example n and class c is ``sum_t deltas[n, c, t] (outer) activations[n, t]``. Its product with row k of
-    P is ``sum_t sum_j deltas[n, c, t, j] * (P_k at the weight's row j . activations[n, t])``, and the bracket is computed
-    once for all classes. For T = 1 that is c times less work than the dense product.
+    The gradient of example n and class c is ``sum_t deltas[n, c, t] (outer) activations[n, t]``. Its product with row k
+    of P is ``sum_t sum_j deltas[n, c, t, j] * (P_k at the weight's row j . activations[n, t])``, and the bracket is
+    computed once for all classes. For T = 1 that is c times less work than the dense product.
 
     Args:
         entries: the matrix P, of signs.
@@ -159,10 +160,12 @@ def accumulate_shared(
     if 0 in (*out.shape, *deltas.shape, *activations.shape):
         return
     source = activations.to(torch.float32).reshape(n * positions, -1).contiguous()
-    factors, target = deltas.to(torch.float32).contiguous(), out.reshape(n * c, -1).contiguous()
-    job = _SharedJob(
-        _job(entries, target, source, start, first_k), factors.data_ptr(), n, c, positions, outputs, source.shape[1]
-    )
+    lanes = n * positions + _LANE_PADDING
+    factors = torch.zeros(outputs, c, lanes)
+    factors[:, :, : n * positions] = deltas.permute(3, 1, 0, 2).flatten(2)
+    target = out.reshape(n * c, -1).contiguous()
+    weight = _job(entries, target, source, start, first_k)
+    job = _SharedJob(weight, factors.data_ptr(), n, c, positions, outputs, source.shape[1], lanes)
     if library.file.gradstore_accumulate_shared(ctypes.byref(job), number, torch.get_num_threads()):
         raise MemoryError(f"projecting {n} x {c} gradients of a {outputs} x {source.shape[1]} weight")
     if target.data_ptr() != out.data_ptr():

@@ -22,13 +22,14 @@ BACKENDS = ("auto", "native", "reference")
 class Projection:
     """Random projection ``features = P g / sqrt(K)`` with a matrix P that is computed, never stored.
 
-    P is ``K x p`` with independent entries of mean 0 and variance 1, so inner products of features are unbiased estimates
-    of inner products of gradients, with a relative error of about ``sqrt(2/K)`` on squared norms (Johnson-Lindenstrauss).
-    Each entry is a pure function of (kind, seed, stream, k, p): features of a smaller ``dim`` are a prefix of those of a
-    larger one (with another scale), and blocks of parameters can be projected one at a time and added up.
+    P is ``K x p`` with independent entries of mean 0 and variance 1, so inner products of features are unbiased
+    estimates of inner products of gradients, with a relative error of about ``sqrt(2/K)`` on squared norms
+    (Johnson-Lindenstrauss). Each entry is a pure function of (kind, seed, stream, k, p): features of a smaller ``dim``
+    are a prefix of those of a larger one (with another scale), and blocks of parameters can be projected one at a time
+    and added up.
 
-    The bits of a row's result depend on its own values, ``start`` and the backend; not on the rows beside it, the number of
-    threads, or which rows k are asked for together.
+    The bits of a row's result depend on its own values, ``start`` and the backend; not on the rows beside it, the
+    number of threads, or which rows k are asked for together.
 
     Args:
         kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).

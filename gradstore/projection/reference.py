@@ -1,13 +1,15 @@
 """The reference projection: blockwise torch on any device, the standard that the fast paths are tested against.
 
-Its result does not depend on the order in which a matrix product adds up, and so not on the rows beside a row, the number
-of threads, the device or the BLAS: gradients are rounded to integers on a power-of-two grid per (row, tile) so fine
-that it is invisible in float32, and every partial sum of the float64 product then is an integer below 2^53, hence exact.
-Rademacher takes one such product a tile. Gaussian entries are rounded to multiples of 2^-23 (|z| < 8, so 26 bits), which
-leaves 18 bits for the gradient; a second product carries the next 18.
+Its result does not depend on the order in which a matrix product adds up, and so not on the rows beside a row, the
+number of threads, the device or the BLAS: gradients are rounded to integers on a power-of-two grid per (row, tile) so
+fine that it is invisible in float32, and every partial sum of the float64 product then is an integer below 2^53, hence
+exact. Rademacher takes one such product a tile. Gaussian entries are rounded to multiples of 2^-23 (|z| < 8, so 26
+bits), which leaves 17 bits for the gradient; a second product carries the next 17.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k
 def _tiles(start: int, stop: int, depth: int) -> list[tuple[int, int]]:
     """[start, stop) cut at multiples of ``depth``, so that tiles do not depend on where a block begins."""
     edges = [start, *range((start // depth + 1) * depth, stop, depth), stop]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
 def _exact_product(gradients: Tensor, tile: Tensor, kind: str) -> Tensor:

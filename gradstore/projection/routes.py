@@ -5,8 +5,8 @@
 - An `EmbeddingBlock` is projected at the rows that occur only, each at its own place in P; all other columns are zero.
 - Everything else, and every layer where it is cheaper, goes the dense way.
 
-All routes apply the same entries of P and differ in float32 rounding only. The route depends on shapes within one example,
-never on how many examples there are, so that the bits of a row do not depend on the batch.
+All routes apply the same entries of P and differ in float32 rounding only. The route depends on shapes within one
+example, never on how many examples there are, so that the bits of a row do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradstore.projection.projection import Projection
 _PASS = 64  # parameters that the compiled product looks up for one k and 16 rows, in _LOOK_UP cycles
 _LOOK_UP = 15.0
 _TABLES = 1.0  # cycles a pass, k and 16 rows for making tables and gathering gradients, at a tile of about 1000 k
-_MULTIPLY_ADD = 1.3  # cycles for 16 rows, one k and one output
+_MULTIPLY_ADD = 3.0  # cycles for 16 rows, one k and one output
 _FORM = 0.6  # cycles to form one dense value, write it and read it again
 
 

@@ -26,8 +26,8 @@ constexpr uint32_t KIND_GAUSSIAN = 1;
 // [examples * classes, count], and weight.start is the index of the weight's first entry.
 struct SharedJob {
     Job weight;
-    const float* deltas;  // [examples, classes, positions, outputs]
-    int64_t examples, classes, positions, outputs, inputs;
+    const float* deltas;  // [outputs, classes, lanes]; a lane is (example, position), with 16 or more of padding at the end
+    int64_t examples, classes, positions, outputs, inputs, lanes;
 };
 
 // Outputs whose projected activations are kept together: enough multiply-adds for each update of a total, few enough to stay

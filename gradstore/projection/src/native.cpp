@@ -126,13 +126,14 @@ Tiling tiling(const Job& job, int threads) {
     return {even_tile(job.count, 2560, 512, tiles(job.rows, 256), threads), 256};
 }
 
-// About 4 MB of float64 totals and 1 MB of sign words and of projected activations a task.
+// Up to 16 MB of float64 totals (more for thousands of classes), 4 MB of sign words and of projected activations a task.
 Tiling tiling(const SharedJob& job, int threads) {
-    const int64_t examples = std::max<int64_t>(1, 64 / job.positions), outputs = outputs_at_a_time(job);
+    const int64_t lanes = job.classes > 128 ? 16 : 64, outputs = outputs_at_a_time(job);
+    const int64_t examples = std::max<int64_t>(1, lanes / job.positions);
     const int64_t totals = examples * job.positions * job.classes * 8, words = outputs * job.inputs / 8 + 64;
-    const int64_t fitting = std::min({(4 << 20) / totals, (1 << 20) / words, (1 << 20) / (outputs * 64)});
+    const int64_t fitting = std::min({(16 << 20) / totals, (4 << 20) / words, (4 << 20) / (outputs * 64)});
     const int64_t largest = std::max<int64_t>(64, std::min<int64_t>(1024, fitting));
-    return {even_tile(job.weight.count, largest, 128, tiles(job.examples, examples), threads), examples};
+    return {even_tile(job.weight.count, largest, 256, tiles(job.examples, examples), threads), examples};
 }
 
 // Calls compute(ks, rows) for every tile, on up to `threads` threads; false where memory ran out.
@@ -172,7 +173,7 @@ int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What this library and its caller must agree on: the structures in job.h and the functions below.
-EXPORT int gradstore_interface() { return 1; }
+EXPORT int gradstore_interface() { return 2; }
 
 // The name of SIMD level `index`, fastest first; null after the last. `available` says whether this processor has it.
 EXPORT const char* gradstore_level(int index, int* available) {

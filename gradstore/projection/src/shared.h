@@ -41,18 +41,10 @@ static void contract_all(double* totals, const Sum* deltas, const Sum* projected
     }
 }
 
-// deltas[j][c] of 16 lanes, zero beyond the last lane.
-static void gather_deltas(Sum* deltas, const SharedJob& job, int64_t first_output, int64_t outputs, int64_t lane,
-                          int64_t lanes) {
-    float* to = reinterpret_cast<float*>(deltas);
-    memset(to, 0, outputs * job.classes * sizeof(Sum));
-    for (int64_t r = 0; r < lanes; ++r) {
-        const int64_t example = (lane + r) / job.positions, position = (lane + r) % job.positions;
-        for (int64_t c = 0; c < job.classes; ++c) {
-            const float* from = job.deltas + ((example * job.classes + c) * job.positions + position) * job.outputs;
-            for (int64_t j = 0; j < outputs; ++j) to[(j * job.classes + c) * LANES + r] = from[first_output + j];
-        }
-    }
+// deltas[j][c] of the 16 lanes from `lane` on. Lanes beyond the last hold padding, and are never read from the totals.
+static void gather_deltas(Sum* deltas, const SharedJob& job, int64_t first_output, int64_t outputs, int64_t lane) {
+    const float* from = job.deltas + first_output * job.classes * job.lanes + lane;
+    for (int64_t i = 0; i < outputs * job.classes; ++i) memcpy(deltas + i, from + i * job.lanes, sizeof(Sum));
 }
 
 // projected[k] = P[k, p : p + inputs] . activations, for 16 lanes, with sign words that begin at pass `first`.
@@ -66,15 +58,22 @@ static void project_output(Sum* projected, const Job& activations, uint64_t firs
     }
 }
 
+// Adds the lanes of each example up, in the order of its positions. 16 k at a time, as far as a cache line of totals goes.
 static void add_positions(const SharedJob& job, const double* totals, Range ks, Range examples, int64_t count) {
-    for (int64_t row = examples.begin * job.classes; row < examples.end * job.classes; ++row) {
-        const int64_t c = row % job.classes, lane = (row / job.classes - examples.begin) * job.positions;
-        for (int64_t k = ks.begin; k < ks.end; ++k) {
-            double sum = 0;
-            for (int64_t l = lane; l < lane + job.positions; ++l) {
-                sum += totals[(((l / LANES) * count + k - ks.begin) * job.classes + c) * LANES + l % LANES];
+    const int64_t step = job.classes * LANES;
+    for (int64_t k = 0; k < ks.end - ks.begin; k += LANES) {
+        const int64_t some = std::min<int64_t>(LANES, ks.end - ks.begin - k);
+        for (int64_t c = 0; c < job.classes; ++c) {
+            for (int64_t example = examples.begin; example < examples.end; ++example) {
+                double sum[LANES] = {};
+                for (int64_t position = 0; position < job.positions; ++position) {
+                    const int64_t lane = (example - examples.begin) * job.positions + position;
+                    const double* from = totals + ((lane / LANES * count + k) * job.classes + c) * LANES + lane % LANES;
+                    for (int64_t i = 0; i < LANES; ++i) sum[i] += from[i * step];
+                }
+                float* out = job.weight.out + (example * job.classes + c) * job.weight.out_stride + ks.begin + k;
+                for (int64_t i = 0; i < some; ++i) out[i] += (float)sum[i];
             }
-            job.weight.out[row * job.weight.out_stride + k] += (float)sum;
         }
     }
 }
@@ -102,7 +101,7 @@ static void shared(const SharedJob& job, Range ks, Range examples) {
                 project_output(projected.data + j * count, activations, first, words.data, tables.data, x.data, lane,
                                lanes, count);
             }
-            gather_deltas(deltas.data, job, output, outputs, lane, lanes);
+            gather_deltas(deltas.data, job, output, outputs, lane);
             contract_all(totals.data + group * count * job.classes * LANES, deltas.data, projected.data, job.classes,
                          count, outputs);
         }

@@ -1,0 +1,217 @@
+"""The compiled projection against the definition of P, bit for bit where float32 sums are exact, at each SIMD level."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradstore.errors import UsageError
+from gradstore.projection import Projection, native
+from gradstore.projection.entries import Entries
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
+LEVELS = native.status().levels
+STARTS = (0, 1, 31, 37, 128, 4095, 2**32 - 77, 2**32, 2**33 + 5, 2**45 + 129)
+
+
+def random_integers(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Whole numbers so small that every sum of them is exact in float32."""
+    return torch.randint(-9, 10, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def compiled(entries: Entries, block: torch.Tensor, k: int, start: int, first_k: int, level: str) -> torch.Tensor:
+    out = torch.zeros(block.shape[0], k)
+    native.accumulate(entries, out, block, start, first_k, level=level)
+    return out
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("start", STARTS)
+def test_unit_vectors_read_the_signs(level, start):
+    entries = Entries("rademacher", seed=2**64 - 5 - start % 7, stream=start % 3)
+    got = compiled(entries, torch.eye(200), 45, start, 2, level)
+    want = entries.at(torch.arange(2, 47), start + torch.arange(200)[:, None])
+    assert torch.equal(got.double(), want)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    start=st.integers(0, 2**40),
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 700),
+    k=st.integers(1, 300),
+    first_k=st.integers(0, 2**20),
+    level=st.sampled_from(LEVELS or ("",)),
+)
+def test_whole_numbers_give_exactly_the_reference(seed, start, rows, columns, k, first_k, level):
+    entries = Entries("rademacher", seed, stream=seed % 5)
+    block = random_integers(rows, columns, seed % 1000)
+    signs = entries.tile(first_k, first_k + k, start, start + columns, torch.device("cpu"))
+    assert torch.equal(compiled(entries, block, k, start, first_k, level).double(), block.double() @ signs.T)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 200, 300])
+@pytest.mark.parametrize("k", [1, 2561, 10240])
+def test_whole_numbers_over_many_tiles(rows, k):
+    start, block = 4096 - 70, random_integers(rows, 9000, rows)
+    got = compiled(Entries("rademacher", 11, 0), block, k, start, 0, LEVELS[0])
+    some = torch.tensor([0, k // 3, k - 1])
+    signs = Entries("rademacher", 11, 0).at(some[:, None], start + torch.arange(9000))
+    assert torch.equal(got[:, some].double(), block.double() @ signs.T)
+
+
+@needs_native
+def test_every_level_gives_the_same_bits():
+    block = torch.randn(21, 5000, generator=torch.Generator().manual_seed(1))
+    first, *others = (compiled(Entries("rademacher", 1, 0), block, 70, 33, 0, level) for level in LEVELS)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_error_against_float64_is_float32_rounding(kind, level):
+    block = torch.randn(3, 300_000, generator=torch.Generator().manual_seed(2))
+    entries = Entries(kind, 3, 0)
+    want = block.double() @ entries.tile(0, 8, 128, 300_128, torch.device("cpu")).T
+    got = compiled(entries, block, 8, 128, 0, level)
+    assert (got.double() - want).norm() / want.norm() < 5e-7
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("start", [0, 3, 2**32 - 6, 2**41 + 1])
+def test_unit_vectors_read_the_normals(level, start):
+    entries = Entries("gaussian", seed=2**63 + 1, stream=1)
+    got = compiled(entries, torch.eye(600), 200, start, 5, level).double()
+    want = entries.at(torch.arange(5, 205), start + torch.arange(600)[:, None])
+    assert ((got - want).abs() <= 5e-7 * want.abs() + 5e-8).all()
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_bits_of_a_row_do_not_depend_on_its_neighbours(kind, level):
+    block = torch.randn(23, 1000, generator=torch.Generator().manual_seed(4))
+    entries = Entries(kind, 5, 0)
+    whole = compiled(entries, block, 150, 77, 3, level)
+    for rows in (slice(0, 1), slice(1, 6), slice(5, 22)):
+        assert torch.equal(compiled(entries, block[rows], 150, 77, 3, level), whole[rows])
+    for k, stop in ((0, 1), (1, 66), (66, 150)):
+        assert torch.equal(compiled(entries, block, stop - k, 77, 3 + k, level), whole[:, k:stop])
+
+
+@needs_native
+def test_subnormals_survive_a_caller_that_flushes_them():
+    block = torch.full((2, 128), 1e-42)
+    kept = compiled(Entries("rademacher", 0, 0), block, 64, 0, 0, LEVELS[0])
+    flushes = torch.set_flush_denormal(True)
+    try:
+        got = compiled(Entries("rademacher", 0, 0), block, 64, 0, 0, LEVELS[0])
+    finally:
+        torch.set_flush_denormal(False)
+    assert not flushes or torch.equal(got.view(torch.int32), kept.view(torch.int32))
+    assert kept.view(torch.int32).count_nonzero() > 64
+
+
+@needs_native
+def test_strided_blocks_and_outputs():
+    block = random_integers(40, 300, 5)
+    entries = Entries("rademacher", 7, 0)
+    want = compiled(entries, block[::2], 20, 0, 0, LEVELS[0])
+    wide = torch.zeros(20, 50)
+    native.accumulate(entries, wide[:, 10:30], block[::2], 0, 0)
+    assert torch.equal(wide[:, 10:30], want)
+    assert not wide[:, :10].any()
+    assert not wide[:, 30:].any()
+    tall = torch.zeros(20, 20).T
+    native.accumulate(entries, tall, block.T.contiguous().T[::2], 0, 0)
+    assert torch.equal(tall, want)
+
+
+def _project_in_child(entries: Entries, block: torch.Tensor, out: torch.Tensor, pipe: Connection) -> None:
+    native.accumulate(entries, out, block, 0, 0)  # torch's own thread pool does not survive a fork: no other torch here
+    pipe.send_bytes(out.numpy().tobytes())
+
+
+@needs_native
+def test_a_forked_child_can_project_after_its_parent_did():
+    block, entries, out = random_integers(10, 4000, 1), Entries("rademacher", 1, 0), torch.zeros(10, 2000)
+    want = compiled(entries, block, 2000, 0, 0, LEVELS[0])
+    assert block.numel() * 2000 > 1e7, "large enough for several threads"
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_project_in_child, args=(entries, block, out, there), daemon=True)
+    child.start()
+    assert here.poll(60), "the child hangs"
+    assert here.recv_bytes() == want.numpy().tobytes()
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
+@needs_native
+def test_two_threads_can_project_at_once():
+    blocks = [random_integers(32, 2000, seed) for seed in range(4)]
+    want = [Projection(dim=500).project(block) for block in blocks]
+    got: list[torch.Tensor | None] = [None] * 4
+
+    def work(i: int) -> None:
+        got[i] = Projection(dim=500).project(blocks[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_native
+def test_status_names_the_level_and_the_variable_forces_it(monkeypatch):
+    status = native.status()
+    assert (status.path, status.level, status.why, status.hint) == ("native", LEVELS[0], "", "")
+    monkeypatch.setenv("GRADSTORE_SIMD", LEVELS[-1])
+    assert native.status().level == LEVELS[-1]
+    monkeypatch.setenv("GRADSTORE_SIMD", "mmx")
+    with pytest.raises(
+        UsageError, match=r"GRADSTORE_SIMD: SIMD level not available \(expected one of .*, got 'mmx'\)\."
+    ):
+        native.status()
+
+
+def test_without_the_library_the_reference_is_used(tmp_path):
+    """A copy of the package without its compiled file says so, and projects the same numbers."""
+    package = Path(native.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "gradstore", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        "import torch; from gradstore.projection import Projection, native; s = native.status();"
+        "print(s.path, Projection().backend, s.why, s.hint, sep='|');"
+        "print(Projection(dim=8).project(torch.ones(1, 128)).mul(8**0.5).int().tolist()[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    where, numbers = done.stdout.splitlines()
+    assert where == (
+        "reference|reference|it was not built: no C++ compiler worked when gradstore was installed|"
+        "install a C++ compiler (g++ or clang++), then install gradstore again"
+    )
+    want = Projection(dim=8, backend="reference").project(torch.ones(1, 128)).mul(8**0.5).int().tolist()[0]
+    assert numbers == str(want)
