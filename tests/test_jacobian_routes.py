@@ -18,6 +18,7 @@ from gradstore.errors import ProjectError, UsageError
 from gradstore.jacobians import EmbeddingBlock, JacobianEngine, LinearBlock
 from gradstore.jacobians import engine as engine_module
 from gradstore.jacobians.blocks import JacobianBlock
+from gradstore.jacobians.pullback import Pulled
 from gradstore.parameters import parameter_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -118,7 +119,7 @@ def test_buffers_that_the_forward_pass_changes_are_restored():
 
 
 class ChangesInputInPlace(nn.Module):
-    """The input of a layer is changed after the layer has read it; only its bias is learned, so autograd does not mind."""
+    """A layer's input is changed after it was read; only the layer's bias is learned, so autograd does not mind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +183,49 @@ def test_a_batch_unlike_the_probe_is_still_right(build: type[nn.Module]):
     _, reference = looped(case, case.model(dtype=torch.float64), inputs.double())
     stream = engine_for(case, model, inputs[:1])(inputs)
     assert relative(put_together(list(stream)), whole(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_blocks_are_cut_alike_whatever_route_a_batch_takes(tied: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_module, "MAX_COLUMNS", 6)
+    case = BY_NAME["tied-weights"] if tied else BY_NAME["lstm"]
+    model, inputs = case.model(), case.batch(5)
+    engine = engine_for(case, model, inputs)
+    usual = list(engine(inputs))
+    monkeypatch.setattr(engine_module, "pull_back", lambda *args: Pulled(unsafe=dict.fromkeys(args[2], "for the test")))
+    unusual = list(engine(inputs))
+    assert [(b.name, b.start, b.size) for b in usual] == [(b.name, b.start, b.size) for b in unusual]
+    assert any(isinstance(block, EmbeddingBlock) for block in usual) != tied
+    assert relative(put_together(unusual), put_together(usual).double()) < 1e-6
+
+
+class LengthFirst(nn.Module):
+    """Examples on the second axis, with parameters broadcast over both leading axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.scale, self.shift = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(6, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.lift(x.transpose(0, 1))
+        return self.head((hidden * self.scale + self.shift).tanh().mean(0))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("length-first", LengthFirst, lambda n: torch.randn(n, 6, 4), 2),
+        Case("recurrence-only", BY_NAME["lstm"].build, BY_NAME["lstm"].inputs, 3, parameters=r"lstm\..*"),
+        Case("scalar-only", BY_NAME["custom-parameters"].build, lambda n: torch.randn(n, 5, 4), 3, parameters="temp.*"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_parameters_that_no_rule_covers(case: Case):
+    _, reference = looped(case, case.model(dtype=torch.float64), case.batch(dtype=torch.float64))
+    _, jacobian = streamed(case, case.model(), case.batch())
+    assert relative(whole(jacobian), whole(reference)) < 1e-5
+    assert set(routes(case).values()) <= {"linear", "torch.func (used outside a known layer)"}
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 8])
@@ -271,7 +315,7 @@ def test_what_has_no_per_example_jacobian_is_refused():
         with pytest.raises(ProjectError, match=message):
             JacobianEngine(model, parameter_blocks(model) if list(model.parameters()) else (), example=x)
     model = nn.Linear(4, 2)
-    with pytest.raises(UsageError, match="layout=: unknown layout .*got 'mean'"):
+    with pytest.raises(UsageError, match=r"layout=: unknown layout .*got 'mean'"):
         JacobianEngine(model, parameter_blocks(model), layout="mean", example=x)
     for inputs, message in [
         ({"a": x, "b": x[:2]}, r"differ in their number of examples \(got a \[4, 4\], b \[2, 4\]\)"),
@@ -326,7 +370,8 @@ with open("/proc/self/clear_refs", "w") as peak:
 base = kilobytes("VmRSS")
 for block in engine(x):
     block.dense()
-print((kilobytes("VmHWM") - base) * 1024, engine.bytes_needed(n), n * 10 * sum(p.numel() for p in model.parameters()) * 4)
+held = (kilobytes("VmHWM") - base) * 1024
+print(held, engine.bytes_needed(n), n * 10 * sum(p.numel() for p in model.parameters()) * 4)
 """
 
 

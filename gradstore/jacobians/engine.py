@@ -130,12 +130,14 @@ class JacobianEngine:
                 names = [member.name for member in groups[block.name]]
                 with self._subject.ready():
                     ready |= zip(names, routes[names[0]](self._subject, names, inputs, cotangents), strict=True)
+            cuts = _cuts(block, whole=self._plan.sparse(block.name))
             if block.name in ready:
-                yield from _cut(block, ready.pop(block.name))
+                yield from _cut(block, ready.pop(block.name), cuts)
             elif block.name in pulled.terms:
-                yield from _assembled(block, pulled.terms.pop(block.name))
+                yield from _assembled(block, pulled.terms.pop(block.name), cuts)
             else:
-                yield from _cut(block, torch.zeros((), device=cotangents.device).expand(n, len(cotangents), block.size))
+                zeros = torch.zeros((), device=cotangents.device).expand(n, len(cotangents), block.size)
+                yield from _cut(block, zeros, cuts)
 
     def _groups(self, unsafe: dict[str, str]) -> list[list[ParameterBlock]]:
         """Neighbours of one generic route, differentiated together while their columns fit in one block."""
@@ -157,20 +159,26 @@ def _group_columns(group: Sequence[ParameterBlock]) -> int:
     return sum(block.size for block in group)
 
 
-def _assembled(block: ParameterBlock, terms: list[Term]) -> Iterator[JacobianBlock]:
-    """A parameter's terms as blocks of whole rows."""
+def _cuts(block: ParameterBlock, whole: bool) -> list[tuple[int, int]]:
+    """Ranges of the parameter's first axis that make its blocks: the same whatever route a batch takes."""
+    rows = block.shape[0] if block.shape else 1
+    if not block.size:
+        return []
+    step = rows if whole else max(1, MAX_COLUMNS // (block.size // rows))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _assembled(block: ParameterBlock, terms: list[Term], cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:
+    """A parameter's terms as blocks."""
     if len(terms) == 1 and isinstance(terms[0], IndexTerm):
         yield terms[0].embedding_block(block.name, block.start)
         return
-    rows, width = terms[0].rows, terms[0].width
-    step = max(1, MAX_COLUMNS // max(1, width))
-    for first in range(0, rows if width else 0, step):
-        last = min(first + step, rows)
-        yield joined(terms, block.name, block.start + first * width, first, last)
+    for first, last in cuts:
+        yield joined(terms, block.name, block.start + first * terms[0].width, first, last)
 
 
-def _cut(block: ParameterBlock, values: Tensor) -> Iterator[JacobianBlock]:
+def _cut(block: ParameterBlock, values: Tensor, cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:
     """Finished values [n, c, size] as blocks."""
-    for first in range(0, block.size, MAX_COLUMNS):
-        part = values[..., first : first + MAX_COLUMNS]
-        yield DenseBlock(block.name, block.start + first, part)
+    for first, last in cuts:
+        width = block.size // (block.shape[0] if block.shape else 1)
+        yield DenseBlock(block.name, block.start + first * width, values[..., first * width : last * width])

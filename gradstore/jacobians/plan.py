@@ -19,6 +19,7 @@ from gradstore.jacobians.footprint import Footprint, measured, saved_bytes
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.record import Recording, Tap, record
 from gradstore.jacobians.rows import ROUNDING, weights
+from gradstore.jacobians.rules import EMBEDDING
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 
 PROBES = 3
@@ -53,6 +54,10 @@ class Plan:
     def matches(self, recording: Recording) -> bool:
         """Whether a forward pass made the calls that the plan was checked on."""
         return self.calls == tuple(_call(tap) for tap in recording.taps)
+
+    def sparse(self, name: str) -> bool:
+        """Whether a parameter is an embedding matrix and nothing else."""
+        return self.routes[name] == EMBEDDING
 
 
 @dataclass

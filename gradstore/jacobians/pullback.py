@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstore.jacobians.record import Recording, Tap
 from gradstore.jacobians.rows import candidates, fits, owned, weights
-from gradstore.jacobians.rules import Batch, channels_second
+from gradstore.jacobians.rules import Batch
 from gradstore.jacobians.terms import Term
 
 
@@ -83,7 +83,7 @@ def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
-    return candidates(tap.shape, n, tap.use.view is channels_second)
+    return candidates(tap.shape, n, tap.use.arrangements)
 
 
 def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> list[Term]:
@@ -111,6 +111,8 @@ def _audit(
 ) -> None:
     """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed."""
     n, names = len(recording.logits), list(parameters)
+    if not parameters:
+        return
     asked: list[Any] = [*(tap.edge for tap in recording.taps), *parameters.values()]
     found = torch.autograd.grad(
         recording.logits,

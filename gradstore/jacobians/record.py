@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from gradstore.jacobians.rows import candidates
-from gradstore.jacobians.rules import RULES, Use, channels_second
+from gradstore.jacobians.rules import RULES, Use
 from gradstore.jacobians.subject import Inputs, Subject, length
 
 
@@ -96,14 +96,14 @@ class _Recorder(TorchFunctionMode):
 
     def _tapped(self, func: Any, rule: Callable[..., Use | None], roles: dict[str, str], args: Any, kwargs: Any) -> Any:
         plain = args, kwargs
-        spread = func is F.embedding and self._spreads(args[0])
+        spread = func is F.embedding and bool(args) and self._spreads(args[0])
         if spread:
             args = (args[0].expand(self._n, *args[0].shape[-1:]), *args[1:])
         use = rule(*args, **kwargs)
         if use is None or not roles.keys() <= use.terms.keys():
             return func(*plain[0], **plain[1])
         output = func(*map(self._detached, args), **{key: self._detached(value) for key, value in kwargs.items()})
-        if not candidates(output.shape, self._n, use.view is channels_second):
+        if not candidates(output.shape, self._n, use.arrangements):
             return func(*plain[0], **plain[1])
         if not output.requires_grad:
             output = output + self._anchor.to(output)  # a first layer has nothing to hang the graph on

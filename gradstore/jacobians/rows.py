@@ -11,27 +11,15 @@ import torch
 from torch import Tensor
 
 FIRST, SECOND, FOLDED, FOLDED_LAST = "first", "second", "folded", "folded-last"
+ANY = (FIRST, SECOND, FOLDED, FOLDED_LAST)
 
 # Relative disagreement that rounding may cause between two backward passes, by the coarsest dtype involved.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def candidates(shape: torch.Size, n: int, channels_second: bool) -> list[str]:
-    """Arrangements that a tensor of this shape allows, the likeliest first.
-
-    Args:
-        shape: of the layer's output.
-        n: examples in the batch.
-        channels_second: the second axis holds channels (convolutions and their norms), so it cannot hold examples.
-    """
-    found = []
-    if shape[0] == n:
-        found.append(FIRST)
-    if not channels_second and len(shape) > 2 and shape[1] == n:
-        found.append(SECOND)
-    if shape[0] % n == 0 and shape[0] > n:
-        found += [FOLDED, FOLDED_LAST]
-    return found
+def candidates(shape: torch.Size, n: int, allowed: tuple[str, ...]) -> list[str]:
+    """Those of the arrangements that a layer's output of this shape may have in a batch of n, the likeliest first."""
+    return [how for how in allowed if fits(shape, n, how)]
 
 
 def by_example(tensor: Tensor, n: int, arrangement: str) -> Tensor:

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from gradstore.jacobians.blocks import outer_sum
 from gradstore.jacobians.patches import Padding, patches
-from gradstore.jacobians.rows import by_example
+from gradstore.jacobians.rows import ANY, FIRST, FOLDED, FOLDED_LAST, by_example
 from gradstore.jacobians.terms import SHRINKS, IndexTerm, OuterTerm, ReducedTerm, Term
 
+EMBEDDING = "embedding"
 View = Callable[[Tensor, int, str], Tensor]
+CHANNELS_SECOND = (FIRST, FOLDED, FOLDED_LAST)  # where the second axis holds channels it cannot hold examples
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Use:
     Attributes:
         route: the kind of layer, for people.
         view: brings an output gradient to the form that the terms take.
+        arrangements: how the rows of the output may belong to examples, the likeliest first.
         terms: for each argument that may be a parameter, the maker of its term.
         saved: the tensors that those makers will read, which must not change before.
     """
 
     route: str
     view: View
+    arrangements: tuple[str, ...]
     terms: dict[str, Callable[[Batch], Term]]
     saved: tuple[Tensor, ...] = ()
 
@@ -79,7 +83,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | N
         return channels_last(x, batch.n, batch.arrangement).transpose(1, 2)[:, None]
 
     terms = {"weight": _outer(weight, activations), "bias": _positions_summed(weight.shape[0])}
-    return Use("linear", channels_last, terms, (x,))
+    return Use("linear", channels_last, ANY, terms, (x,))
 
 
 def convolution(
@@ -102,7 +106,7 @@ def convolution(
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     terms = {"weight": _outer(weight, activations), "bias": _positions_summed(weight.shape[0])}
-    return Use("convolution", channels_second, terms, (x,))
+    return Use("convolution", channels_second, CHANNELS_SECOND, terms, (x,))
 
 
 def embedding(
@@ -125,7 +129,7 @@ def embedding(
         tokens = by_example(indices, batch.n, batch.arrangement).reshape(batch.n, -1)
         return IndexTerm(batch.classes, tokens.long(), rows, width, padding)
 
-    return Use("embedding", channels_last, {"weight": term}, (indices,))
+    return Use(EMBEDDING, channels_last, ANY, {"weight": term}, (indices,))
 
 
 def batch_norm(
@@ -216,7 +220,7 @@ def expand(input: Tensor, *sizes: Any) -> Use | None:
     shape = tuple(input.shape)
     if not _free_of_examples(shape, ndim):
         return None
-    return Use("broadcast", as_it_is, {"input": _reduced(shape, lambda delta: _sum_to(delta, shape))})
+    return Use("broadcast", as_it_is, (FIRST,), {"input": _reduced(shape, lambda delta: _sum_to(delta, shape))})
 
 
 def _broadcast(input: Any, other: Any, partial: Callable[[Tensor, Tensor], Tensor]) -> Use | None:
@@ -227,7 +231,7 @@ def _broadcast(input: Any, other: Any, partial: Callable[[Tensor, Tensor], Tenso
         shape = tuple(parameter.shape)
         if _free_of_examples(shape, ndim):
             terms[role] = _reduced(shape, functools.partial(_summed_product, partial, factor, shape))
-    return Use("broadcast", as_it_is, terms, (input.detach(), other.detach())) if terms else None
+    return Use("broadcast", as_it_is, (FIRST,), terms, (input.detach(), other.detach())) if terms else None
 
 
 def _summed_product(
@@ -257,7 +261,10 @@ def _affine(route: str, view: View, x: Tensor, weight: Tensor | None, normalise:
         normal = _wide(view(normalise(), batch.n, batch.arrangement))
         return ReducedTerm(batch.n, batch.classes, shape, lambda delta: (_wide(delta) * normal).sum(-1))
 
-    return Use(route, view, {"weight": scale, "bias": _reduced(shape, lambda delta: _wide(delta).sum(-1))}, (x,))
+    allowed = CHANNELS_SECOND if view is channels_second else ANY
+    return Use(
+        route, view, allowed, {"weight": scale, "bias": _reduced(shape, lambda delta: _wide(delta).sum(-1))}, (x,)
+    )
 
 
 def _last_axes(count: int, tensor: Tensor, n: int, arrangement: str) -> Tensor:
