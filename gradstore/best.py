@@ -69,8 +69,12 @@ class Best:
         if not self._count:
             return
         queries, rows, _ = self._pending[0]
-        self._merge(queries, rows, self._score(queries, rows))
+        self.take(queries, rows, self._score(queries, rows))
         self._pending, self._count = [], 0
+
+    def take(self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
+        """Take in exact similarities float64 [pairs] of queries [pairs] and rows [pairs], each pair once."""
+        self._merge(queries, rows, scores)
         self._lower = torch.maximum(self._lower, torch.from_numpy(self.similarity))
 
     def _drop_beaten(self) -> None:

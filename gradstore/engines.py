@@ -8,10 +8,10 @@ most N = width + pieces roundings, and |computed − ⟨q, t⟩| ≤ γ Σ|q_i t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -81,18 +81,24 @@ def _fastest(queries: int, rows: int, width: int) -> str:
     """Measured on one thread, as the workers of a search run it, at the sizes of its products."""
     q, t = torch.ones(queries, width), torch.ones(rows, width)
     out = torch.zeros(queries, rows)
+    engines = [Engine(name, torch.device("cpu")) for name in ("torch", "numpy")]
     with single_threaded():
-        return min(("torch", "numpy"), key=lambda name: _seconds(Engine(name, torch.device("cpu")), q, t, out))
+        return fastest_call({engine.name: partial(engine.add_product, q, t, out) for engine in engines})
 
 
-def _seconds(engine: Engine, q: Tensor, t: Tensor, out: Tensor) -> float:
-    engine.add_product(q, t, out)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        engine.add_product(q, t, out)
-        times.append(time.perf_counter() - began)
-    return min(times)
+def fastest_call(calls: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the call with the least time of three, after one to warm up."""
+    times = {}
+    for name, call in calls.items():
+        call()
+        times[name] = min(_seconds(call) for _ in range(3))
+    return min(times, key=lambda name: times[name])
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 @contextmanager

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gradstore.best import Best, pending_limit
-from gradstore.engines import Engine, full_float32, single_threaded
+from gradstore.engines import Engine, choose_engine, full_float32, single_threaded
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.exact_score import ExactScore
 from gradstore.memory import format_bytes
 from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup
+from gradstore.query_batch import QueryGroup, load_queries
 from gradstore.store import FeatureStore
+from gradstore.topk_result import Search
 
 # A block is large enough for a good matrix product and no larger.
 _BLOCK_BYTES = 48 << 20
@@ -75,6 +76,37 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> Sca
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )
+
+
+def scan_all(
+    train: FeatureStore,
+    queries: FeatureStore,
+    rows: np.ndarray,
+    phis: Sequence[Phi],
+    k: int,
+    memory: int,
+    engine: str = "auto",
+) -> tuple[np.ndarray, np.ndarray, Search]:
+    """The k best rows int64 [m, k] of every query and their similarities float64 [m, k], as many passes as it takes.
+
+    Args:
+        train: the training store.
+        queries: the query store.
+        rows: int64 [m], rows of the query store.
+        phis: the feature map of each.
+        k: neighbours a query.
+        memory: bytes held beside the result.
+        engine: as for `choose_engine`.
+    """
+    if not len(rows):
+        return np.empty((0, k), np.int64), np.empty((0, k)), Search("exact", 0)
+    longest = max(phis, key=lambda phi: phi.length)
+    plan = plan_scan(train, longest, len(rows), k, memory)
+    means = choose_engine(engine, plan.batch, plan.block, longest.width)
+    parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
+    found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
+    search = Search("exact", len(train) * len(parts), means.name)
+    return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
 
 
 def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan) -> Best:

@@ -15,9 +15,9 @@ from gradstore.class_weights import parse_weights
 from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.phi import Phi
+from gradstore.request import query_phis
 from gradstore.scan import plan_scan
 from gradstore.store import FeatureStore
-from gradstore.topk import query_phis
 
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 

@@ -1,0 +1,114 @@
+"""An index on disk: one safetensors file inside the store it belongs to, bound to the rows it was computed from.
+
+It is a cache. Its metadata name the store's fingerprint and, shard by shard, the digest of the row digests, and end
+with a digest of everything in the file. Whatever does not agree is computed again, never repaired or believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gradstore.disk import Disk
+from gradstore.errors import NoSpaceError
+from gradstore.schema import raw
+from gradstore.store import FeatureStore
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a valid index file holds.
+
+    Attributes:
+        arrays: by name.
+        facts: plain values that were saved with them.
+        shards: (rows, digest) of each shard covered.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    facts: Mapping[str, Any]
+    shards: tuple[tuple[int, str], ...]
+
+    def covered(self, store: FeatureStore) -> int:
+        """Leading rows of the store that are still those the index was computed from."""
+        rows = 0
+        for mine, theirs in zip(self.shards, shard_digests(store), strict=False):
+            if mine != theirs:
+                break
+            rows += mine[0]
+        return rows
+
+
+def shard_digests(store: FeatureStore) -> tuple[tuple[int, str], ...]:
+    """(rows, digest of the row digests) of every shard, from the manifest."""
+    return tuple((shard.rows, shard.columns["digest"]) for shard in store.manifest.shards)
+
+
+def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Put an index beside the shards of its store, in one atomic step.
+
+    Raises:
+        NoSpaceError: the disk has no room for it.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), Disk().free_bytes(path.parent)
+    if need > free:
+        raise NoSpaceError("the index does not fit the disk", where=path, expected=f"{need} bytes free", got=free)
+    binding = _dump(
+        {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
+    )
+    metadata = {"binding": binding, "digest": _digest(binding, arrays)}
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(dict(arrays), temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_index(path: Path, store: FeatureStore) -> Saved | str:
+    """The index at `path`, or one clause that says why there is none to use."""
+    if not path.exists():
+        return "there is none yet"
+    if path.is_symlink() or not path.is_file():
+        return "it is not a regular file"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        binding = metadata["binding"]
+        if metadata["digest"] != _digest(binding, arrays):
+            return "it is damaged"
+        content = json.loads(binding)
+        if content["version"] != VERSION:
+            return "another version of gradstore wrote it"
+        if content["fingerprint"] != store.fingerprint:
+            return "it belongs to another store"
+        return Saved(arrays, content["facts"], tuple((int(rows), str(digest)) for rows, digest in content["shards"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return "it is damaged"
+
+
+def _digest(binding: str, arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(binding.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(_dump([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(raw(array))
+    return digest.hexdigest()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

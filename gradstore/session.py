@@ -1,0 +1,186 @@
+"""A session: an index held open, for one query after another in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gradstore.certified import IndexSearch
+from gradstore.errors import UsageError
+from gradstore.index import open_index
+from gradstore.kernels import projected_kernel
+from gradstore.memory import format_bytes, parse_bytes
+from gradstore.phi import Phi
+from gradstore.query_batch import load_queries
+from gradstore.request import check_request
+from gradstore.scan import scan_all
+from gradstore.store import FeatureStore
+from gradstore.topk_result import Search, TopK
+
+# Rows that approximate search re-ranks: at least this many, and this many for each neighbour.
+_CANDIDATES = 100
+_PER_NEIGHBOUR = 10
+_MEASURED_K = 10
+_MEASURED_QUERIES = 64
+_MAX_BATCH = 64
+
+
+class Session:
+    """Top-k through the index of a training store, kept in memory.
+
+    Args:
+        train: the training store.
+        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        memory: bytes held beside the index while searching, or building it.
+        size: directions of the index; see `open_index`.
+        rebuild: build the index even if there is a good one.
+        progress: called with (rows done, rows) while building.
+
+    Raises:
+        Those of `open_index`.
+
+    Example:
+        >>> session = gs.Session(gs.open("stores/train"))  # doctest: +SKIP
+        >>> session.topk(gs.open("stores/test"), 5, rows=[17])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        train: FeatureStore,
+        kernel: str = "proj-trntk",
+        *,
+        memory: int | str = "1GB",
+        size: int | None = None,
+        rebuild: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.train, self.kernel = train, projected_kernel(kernel)
+        self.memory = parse_bytes(memory)
+        self.index = open_index(train, kernel, size=size, rebuild=rebuild, memory=memory, progress=progress)
+        self._search = IndexSearch(self.index)
+
+    def topk(
+        self,
+        queries: FeatureStore,
+        k: int = 5,
+        *,
+        rows: Sequence[int] | np.ndarray | None = None,
+        mode: str = "certified",
+        candidates: int | None = None,
+    ) -> TopK:
+        """The k most similar training rows of each query.
+
+        Args:
+            queries: store of another split with the same fingerprint.
+            k: neighbours a query.
+            rows: rows of the query store; default all.
+            mode: "certified" finds what a scan of all rows finds, to the last bit; "approx" re-ranks `candidates` rows.
+            candidates: rows that "approx" re-ranks; default 10·k, at least 100.
+
+        Raises:
+            UsageError, MismatchError, CorruptError, NonFiniteError: as `topk`.
+        """
+        if mode not in ("certified", "approx"):
+            raise UsageError("unknown mode", where="--mode", expected="certified or approx", got=repr(mode))
+        wanted = check_request(self.train, queries, k, self.kernel, rows, by_class=False)
+        if candidates is not None and not k <= candidates:
+            raise UsageError("too few candidates", where="--candidates", expected=f"at least k = {k}", got=candidates)
+        if mode == "certified":
+            return self._certified(queries, wanted, k)
+        return self._approximate(queries, wanted, k, self._count(k, candidates))
+
+    def recall(self, candidates: int | None = None, queries: int = _MEASURED_QUERIES) -> float:
+        """Recall@10 of approximate search over rows that the basis was not fitted to, measured once and kept.
+
+        Costs a scan of the store the first time.
+
+        Args:
+            candidates: rows re-ranked.
+            queries: rows of the training store to ask for, each without itself.
+        """
+        count = self._count(_MEASURED_K, candidates)
+        known = self.index.recall.get(str(count))
+        if known is not None:
+            return known
+        held = self._held_out(queries)
+        k = min(_MEASURED_K + 1, len(self.train))
+        truth = scan_all(self.train, self.train, held, [self._phi] * len(held), k, self.memory)[0]
+        found = self._approximate_rows(self.train, held, k, count)[0]
+        hits = [np.isin(_others(a, row), _others(b, row)).mean() for a, b, row in zip(truth, found, held, strict=True)]
+        value = float(np.mean(hits)) if k > 1 else 1.0
+        self.index = self.index.with_recall({str(count): value})
+        return value
+
+    def _certified(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
+        rows, similarity = np.empty((len(wanted), k), np.int64), np.empty((len(wanted), k))
+        left, read = [], 0
+        for start, part in self._batches(wanted):
+            found = self._search.certified(load_queries(queries, part, [self._phi] * len(part))[0], k)
+            stop = start + len(part)
+            rows[start:stop], similarity[start:stop] = found.best.rows, found.best.similarity
+            read += found.rows_read
+            left += (start + np.flatnonzero(found.unfinished)).tolist()
+        note = ""
+        if left:
+            phis = [self._phi] * len(left)
+            rows[left], similarity[left], scan = scan_all(self.train, queries, wanted[left], phis, k, self.memory)
+            read += scan.rows_read
+            note = f"the index proves too little for {len(left)} of {len(wanted)} queries; a scan answered these"
+        return self._result(queries, wanted, rows, similarity, Search("certified", read, self._name, 1.0, note))
+
+    def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int) -> TopK:
+        recall = self.recall(count)
+        rows, similarity, read = self._approximate_rows(queries, wanted, k, count)
+        return self._result(queries, wanted, rows, similarity, Search("approx", read, self._name, recall))
+
+    def _approximate_rows(
+        self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        found = [
+            self._search.approximate(load_queries(queries, part, [self._phi] * len(part))[0], k, count)
+            for _, part in self._batches(wanted)
+        ]
+        rows = [best.rows for best, _ in found] or [np.empty((0, k), np.int64)]
+        similarity = [best.similarity for best, _ in found] or [np.empty((0, k))]
+        return np.concatenate(rows), np.concatenate(similarity), sum(read for _, read in found)
+
+    def _batches(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(first place, query rows): as many at a time as their bounds on every training row fit the memory."""
+        need = 40 * len(self.train) + 4 * self._phi.length
+        if need > self.memory:
+            raise UsageError(
+                "too little memory",
+                where="--memory",
+                expected=f"at least {format_bytes(need)}",
+                got=format_bytes(self.memory),
+            )
+        size = min(_MAX_BATCH, self.memory // need)
+        return [(i, wanted[i : i + size]) for i in range(0, len(wanted), size)]
+
+    def _held_out(self, count: int) -> np.ndarray:
+        """Rows that the basis was not fitted to, while there are enough of them."""
+        free = np.setdiff1d(np.arange(len(self.train)), self.index.fitted_rows())
+        pool = free if len(free) >= min(count, len(self.train) // 10) else np.arange(len(self.train))
+        return np.sort(np.random.default_rng(1).choice(pool, min(count, len(pool)), replace=False))
+
+    def _result(
+        self, queries: FeatureStore, wanted: np.ndarray, rows: np.ndarray, similarity: np.ndarray, search: Search
+    ) -> TopK:
+        return TopK(rows, similarity, wanted, self.kernel.name, self.train, queries, search)
+
+    def _count(self, k: int, candidates: int | None) -> int:
+        return min(candidates or max(_CANDIDATES, _PER_NEIGHBOUR * k), len(self.train))
+
+    @property
+    def _phi(self) -> Phi:
+        return self.index.phi
+
+    @property
+    def _name(self) -> str:
+        return f"sketch of {self.index.basis.size} dimensions"
+
+
+def _others(rows: np.ndarray, row: int) -> np.ndarray:
+    """Neighbours of a row of the same store, without the row itself."""
+    return rows[rows != row][:_MEASURED_K]
