@@ -51,9 +51,11 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
     """
     called = _Called(subject)
     parameters = {f"model.{name}": subject.parameters[name].detach() for name in names}
+    # the others are detached too, or they would grow a second graph
+    constants = {f"model.{name}": p.detach() for name, p in subject.parameters.items() if name not in names}
 
     def logits(values: dict[str, Tensor], example: Inputs) -> Tensor:
-        return functional_call(called, values, (tree_map(lambda tensor: tensor[None], example),))[0]
+        return functional_call(called, constants | values, (tree_map(lambda tensor: tensor[None], example),))[0]
 
     def rows(example: Inputs) -> dict[str, Tensor]:
         pull_back = vjp(lambda values: logits(values, example), parameters)[1]
@@ -61,8 +63,7 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # vmap reports layers that it runs one example at a time
-        with torch.no_grad():  # keeps the other parameters, which require gradients too, from growing a second graph
-            found = vmap(rows, randomness="same")(inputs)
+        found = vmap(rows, randomness="same")(inputs)
     shape = (length(inputs), len(cotangents), -1)
     return [found[f"model.{name}"].reshape(shape) for name in names]
 

@@ -67,8 +67,6 @@ class Subject:
                 enabled=not self._recurrent, benchmark=False, deterministic=True, allow_tf32=False
             )
             stack.enter_context(cudnn)
-            if self._recurrent:  # nor can oneDNN under vmap
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
             stack.enter_context(_unchanged_buffers(self.model))
