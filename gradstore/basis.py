@@ -86,7 +86,7 @@ def piece_rows(phi: Phi, j: int) -> slice:
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """Product of a [n, w] and b [w, r], both int8 within ±127, exactly; int32 or float32 [n, r], by whichever is faster here."""
+    """Exact product of a [n, w] and b [w, r], both int8 within ±127, in int32 or a float type, whichever is faster."""
     if integer_products_pay():
         return torch._int_mm(a, b)
     parts = [a[:, i : i + _EXACT].float() @ b[i : i + _EXACT].float() for i in range(0, a.shape[1], _EXACT)]

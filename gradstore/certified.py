@@ -74,7 +74,7 @@ class IndexSearch:
         step = max(16, k)
         while len(active):
             chosen: list[np.ndarray] = [np.empty(0, np.int64)] * m
-            for q in active:
+            for q in active.tolist():
                 top = _largest(upper[q], step)
                 chosen[q] = top[upper[q, top] >= best.thresholds[q].item()]
                 upper[q, chosen[q]] = -np.inf

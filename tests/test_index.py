@@ -1,4 +1,4 @@
-"""The certified index: bounds that hold, answers that are those of a scan, and a cache that is never believed blindly."""
+"""The certified index: bounds that hold, answers that are those of a scan, a cache that is not believed blindly."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_link_is_not_followed(small: FeatureStore, tmp_path: Path) -> None:
 
 
 def test_an_index_is_extended_when_the_store_has_grown(small: FeatureStore, tmp_path: Path) -> None:
-    features = np.concatenate([small.features[:], clustered(130, 2, 64, seed=5)])
+    features = np.concatenate([clustered(200, 2, 64), clustered(130, 2, 64, seed=5)])
     grown = write_store(tmp_path / "grown", features, shard_rows=50)
     shutil.copy(index_path(small, projected_kernel("proj-trntk")), grown.path)
     index = open_index(grown)
