@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradstore.errors import GradstoreError
+    from gradstore.exact import exact_gram
     from gradstore.featurize import featurize
     from gradstore.fingerprint import fingerprint
     from gradstore.forensics import forensics
@@ -33,6 +34,7 @@ _WHERE = {
     "GradstoreError": "errors",
     "Project": "project",
     "Projection": "projection",
+    "exact_gram": "exact",
     "featurize": "featurize",
     "fingerprint": "fingerprint",
     "forensics": "forensics",
@@ -52,6 +54,7 @@ __all__ = [
     "GradstoreError",
     "Project",
     "Projection",
+    "exact_gram",
     "featurize",
     "fingerprint",
     "forensics",

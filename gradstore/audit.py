@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def norm_band(K: int) -> tuple[float, float]:
     return max(0.0, 1 - 2 * math.sqrt(t / K)), 1 + 2 * math.sqrt(t / K) + 2 * t / K
 
 
-def require_finite_block(sq_norm: Tensor, rows: range, parameter: str, split: str) -> None:
+def require_finite_block(sq_norm: Tensor, rows: Sequence[int], parameter: str, split: str) -> None:
     """Refuse a block of Jacobians [n, c, p] whose squared norms [n, c] are not finite.
 
     Raises:

@@ -1,4 +1,8 @@
-"""Kernels on stored features: each is a feature map Φ plus a normalisation, κ(x, x') = ⟨Φ(x), Φ(x')⟩ / (‖Φ(x)‖ ‖Φ(x')‖)."""
+"""The kernels: each is a feature map Φ plus a normalisation, κ(x, x') = ⟨Φ(x), Φ(x')⟩ / (‖Φ(x)‖ ‖Φ(x')‖).
+
+A name means the same in Python, on the command line and in files. `proj-` kernels are computed from stores; the others
+exactly, from a project.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,23 @@ from gradstore.store import FeatureStore
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel on stored features (Engel et al., ICLR 2024).
+    """One kernel (Engel et al., ICLR 2024).
 
     Attributes:
         name: the same in Python, on the command line and in files.
         formula: what it computes.
         sums_classes: Φ is Σ_c φ^c [K] rather than all φ^c side by side [c·K].
         normalised: the kernel is a cosine.
+        averages: the value is divided by the number of classes.
+        pairs_classes: there is one value for each pair of classes.
     """
 
     name: str
     formula: str
     sums_classes: bool
     normalised: bool
+    averages: bool = False
+    pairs_classes: bool = False
 
 
 PROJECTED = {
@@ -42,15 +50,51 @@ PROJECTED = {
 }
 
 
+JACOBIAN = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("trntk", "cosine of Σ_c ⟨g_i^c, g_j^c⟩ (eq. 5)", sums_classes=False, normalised=True),
+        Kernel("trntk0", "Σ_c ⟨g_i^c, g_j^c⟩, not normalised", sums_classes=False, normalised=False),
+        Kernel("pntk", "⟨Σ_c g_i^c, Σ_c g_j^c⟩ / C (eq. 6)", sums_classes=True, normalised=False, averages=True),
+        Kernel("pntk-cosine", "cosine of ⟨Σ_c g_i^c, Σ_c g_j^c⟩", sums_classes=True, normalised=True),
+        Kernel(
+            "entk", "⟨g_i^c, g_j^d⟩ at [i C + c, j C + d]", sums_classes=False, normalised=False, pairs_classes=True
+        ),
+    )
+}
+REPRESENTATION = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("ck", "cosine of the inputs of the final linear layer", sums_classes=True, normalised=True),
+        Kernel("embedding", "cosine by the diagonal of Σ_l ⟨h_i^l, h_j^l⟩", sums_classes=True, normalised=True),
+        Kernel("embedding-layerwise", "Σ_l of the cosines of h_i^l and h_j^l", sums_classes=True, normalised=False),
+    )
+}
+
+
 def projected_kernel(name: str) -> Kernel:
-    """The kernel of a name.
+    """The kernel of a name, on stored features.
 
     Raises:
         UsageError: there is none; lists those there are.
     """
-    if name not in PROJECTED:
-        raise UsageError("unknown kernel", where="--kernel", expected=f"one of {', '.join(PROJECTED)}", got=repr(name))
-    return PROJECTED[name]
+    return _named(name, PROJECTED, {**JACOBIAN, **REPRESENTATION}, "needs a project, not a store")
+
+
+def exact_kernel(name: str) -> Kernel:
+    """The kernel of a name, computed exactly.
+
+    Raises:
+        UsageError: there is none; lists those there are.
+    """
+    return _named(name, {**JACOBIAN, **REPRESENTATION}, PROJECTED, "needs stores, not a project")
+
+
+def _named(name: str, here: Mapping[str, Kernel], elsewhere: Mapping[str, Kernel], instead: str) -> Kernel:
+    if name in here:
+        return here[name]
+    what = f"{name} {instead}" if name in elsewhere else "unknown kernel"
+    raise UsageError(what, where="--kernel", expected=f"one of {', '.join(here)}", got=repr(name))
 
 
 def require_served(kernel: Kernel, store: FeatureStore) -> None:

@@ -12,6 +12,7 @@ from gradstore.errors import UsageError
 from gradstore.memory import format_bytes
 from gradstore.prefetch import prefetched
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 CELL = 16
@@ -67,6 +68,7 @@ class Grid:
         symmetric: both sides are the same rows.
         block: columns that pass by together, a multiple of `CELL`.
         group: rows held together, a multiple of `block`.
+        ahead: operands are loaded in a thread, ahead of the arithmetic.
     """
 
     n: int
@@ -74,6 +76,7 @@ class Grid:
     symmetric: bool
     block: int
     group: int
+    ahead: bool = True
 
     def tiles(
         self,
@@ -85,7 +88,7 @@ class Grid:
         """Compute the matrix tile by tile; each tile lies within one group of rows and one block of columns.
 
         Args:
-            load_a: the operand of some rows, at most `block` of them; runs in a thread, ahead of the arithmetic.
+            load_a: the operand of some rows, at most `block` of them.
             load_b: the same for columns; not called where the matrix is symmetric.
             multiply: (operands of consecutive rows, operand of columns) -> their tile.
             skip: rectangles to leave out.
@@ -113,7 +116,7 @@ class Grid:
         if not wanted:
             return
         needed = [*_cut(group, self.block), *(block for block in wanted if block.start >= group.stop)]
-        for block, operand in prefetched(load, needed):
+        for block, operand in self._loaded(load, needed):
             if block.start < group.stop:
                 resident.append(operand)
             if block in wanted:
@@ -134,15 +137,29 @@ class Grid:
         held = _cut(group, self.block)
         requests = [*((load_a, span) for span in held), *((load_b, span) for span in wanted)]
         resident: list[T] = []
-        for (_, block), operand in prefetched(lambda request: request[0](request[1]), requests):
+        for (_, block), operand in self._loaded(lambda request: request[0](request[1]), requests):
             if len(resident) < len(held):
                 resident.append(operand)
             else:
                 yield Tile(group.start, block.start, multiply(resident, operand))
 
+    def _loaded(self, load: Callable[[S], T], requests: Sequence[S]) -> Iterator[tuple[S, T]]:
+        if self.ahead:
+            return prefetched(load, requests)
+        return ((request, load(request)) for request in requests)
+
 
 def plan_grid(
-    n: int, m: int, *, symmetric: bool, held: int, loading: int, value: int, memory: int, most: int = _MAX_BLOCK
+    n: int,
+    m: int,
+    *,
+    symmetric: bool,
+    held: int,
+    loading: int,
+    value: int,
+    memory: int,
+    most: int = _MAX_BLOCK,
+    ahead: bool = True,
 ) -> Grid:
     """The cut that reads least within a memory budget.
 
@@ -153,13 +170,14 @@ def plan_grid(
         held: bytes of one row's operand.
         loading: bytes that making one row's operand takes beside the operand itself.
         value: bytes that one value of a tile takes while it is made.
-        memory: the budget. In it are: the group; a block in use, one ready and one being made; a tile.
+        memory: the budget. In it are: the group, the blocks that pass by, and a tile.
         most: the largest block.
+        ahead: operands are loaded in a thread, so that one is ready and one being made while one is in use.
 
     Raises:
         UsageError: not even the smallest cut fits.
     """
-    passing = 3 * held + loading
+    passing = (3 if ahead else 1) * held + loading
     block = max(CELL, min(most, -(-max(n, m) // CELL) * CELL))
     while block > CELL and (passing * block > memory // 2 or block * (passing + held + value * block) > memory):
         block = max(CELL, block // 2 // CELL * CELL)
@@ -169,7 +187,7 @@ def plan_grid(
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )
-    return Grid(n, m, symmetric, block, rows // block * block)
+    return Grid(n, m, symmetric, block, rows // block * block, ahead)
 
 
 def _cut(span: range, size: int) -> list[range]:
