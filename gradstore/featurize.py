@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,13 @@ def project_rows(plan: Plan, rows: range) -> Tensor:
     return _project(plan.engine, plan.projection, [inputs], [rows], plan.split, _Stopwatch())[0]
 
 
+def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
+    """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
+    truth, watch = plan.project.poisoned_mask(plan.split), _Stopwatch()
+    for rows in groups:
+        yield _columns_of(plan, rows, plan.manifest.group, truth, watch)
+
+
 class _Stopwatch:
     """Seconds spent in each stage."""
 
@@ -215,29 +222,34 @@ class _Run:
         self.watch.lap("writing")
 
     def _columns(self, rows: range) -> dict[str, np.ndarray]:
-        """Every dataset but the digests, for some groups of rows."""
-        plan = self.plan
-        inputs, labels = plan.examples.read(rows)
-        spans = list(_batches(rows, self.group))
-        parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-        features, sq_norm, logits = _project(plan.engine, plan.projection, parts, spans, plan.split, self.watch)
-        encoded = encode(features.cpu(), plan.settings.dtype)
-        columns = {
-            "features": encoded.features,
-            "scale": encoded.scale,
-            "sq_norm": sq_norm.float().cpu().numpy(),
-            "logits": logits.float().cpu().numpy(),
-            "label": labels,
-            "row": np.arange(rows.start, rows.stop, dtype=np.int64),
-            "norm": encoded.norm,
-        }
-        if self.truth is not None:
-            columns["poisoned"] = self.truth[rows.start : rows.stop].astype(np.uint8)
-        show = plan.project.show
-        if show is not None:
-            shape = self.writer.manifest.schema.preview
-            columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
-        return columns
+        return _columns_of(self.plan, rows, self.group, self.truth, self.watch)
+
+
+def _columns_of(
+    plan: Plan, rows: range, group: int, truth: np.ndarray | None, watch: _Stopwatch
+) -> dict[str, np.ndarray]:
+    """Every dataset but the digests, for some groups of rows."""
+    inputs, labels = plan.examples.read(rows)
+    spans = list(_batches(rows, group))
+    parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
+    features, sq_norm, logits = _project(plan.engine, plan.projection, parts, spans, plan.split, watch)
+    encoded = encode(features.cpu(), plan.settings.dtype)
+    columns = {
+        "features": encoded.features,
+        "scale": encoded.scale,
+        "sq_norm": sq_norm.float().cpu().numpy(),
+        "logits": logits.float().cpu().numpy(),
+        "label": labels,
+        "row": np.arange(rows.start, rows.stop, dtype=np.int64),
+        "norm": encoded.norm,
+    }
+    if truth is not None:
+        columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
+    show = plan.project.show
+    if show is not None:
+        shape = plan.manifest.schema.preview
+        columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
+    return columns
 
 
 def _project(

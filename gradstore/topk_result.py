@@ -41,7 +41,7 @@ class TopK:
     Attributes:
         indices: int64 [m, k], rows of the training store.
         similarity: float64 [m, k].
-        rows: int64 [m], rows of the query store.
+        rows: int64 [m], positions in the query store; of a store, its rows.
         kernel: name of the kernel.
         train: the training store.
         queries: the query store.
@@ -61,11 +61,16 @@ class TopK:
         """Neighbours a query."""
         return int(self.indices.shape[1])
 
+    @property
+    def split_rows(self) -> np.ndarray:
+        """Rows of the queries in their split, int64 [m]."""
+        return self.queries.rows[self.rows]
+
     def records(self) -> list[dict[str, Any]]:
         """One plain record a query, for JSON."""
         return [
             {
-                "row": int(row),
+                "row": int(self.queries.rows[row]),
                 "label": class_name(self.queries, int(self.queries.labels[row])),
                 "predicted": predicted_class(self.queries, int(row)),
                 "neighbours": [
@@ -105,7 +110,7 @@ class TopK:
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["query_row", "rank", "train_row", "similarity"])
-            for row, indices, similarity in zip(self.rows, self.indices, self.similarity, strict=True):
+            for row, indices, similarity in zip(self.split_rows, self.indices, self.similarity, strict=True):
                 writer.writerows(
                     [int(row), rank, int(i), repr(float(s))]
                     for rank, (i, s) in enumerate(zip(indices, similarity, strict=True), 1)
