@@ -44,18 +44,20 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-#define STRING(text) #text
+#define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define BEGIN_TARGET(features) _Pragma(STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET _Pragma("clang attribute pop")
+#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2"
 #else
-#define BEGIN_TARGET(features) _Pragma("GCC push_options") _Pragma(STRING(GCC target(features)))
+#define BEGIN_TARGET(features) _Pragma("GCC push_options") PRAGMA(GCC target(features))
 #define END_TARGET _Pragma("GCC pop_options")
+#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512"
 #endif
 
 #if defined(__x86_64__)
 #define VECTOR_BYTES 64
-BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
+BEGIN_TARGET(AVX512)
 namespace avx512 {
 #include "philox.h"
 #include "rademacher.h"
