@@ -48,8 +48,8 @@ def settings_options(function: F) -> F:
             "--layout",
             default="per-class",
             show_default=True,
-            type=click.Choice(["per-class", "sum"]),
-            help="Store every class [n, c, K], or only P Σ_c g^c [n, 1, K].",
+            type=click.Choice(["per-class", "sum", "mixed"]),
+            help="Store every class [n, c, K]; P Σ_c g^c [n, 1, K]; or Σ_c P_c g^c [n, 1, K].",
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the projection."),
         click.option(

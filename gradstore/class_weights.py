@@ -37,10 +37,10 @@ def query_weights(
         return [(1.0,) * c if kernel.sums_classes else None] * len(rows)
     if c == 1 and train.schema.classes > 1:
         raise UsageError(
-            "a combination of classes needs the features of each, and this store holds only P Σ_c g^c",
+            "a combination of classes needs the features of each, and this store holds only their sum",
             where=train.path,
             expected="layout per-class",
-            got="layout sum",
+            got=f"layout {train.identity['layout']}",
         )
     if classes == PREDICTED:
         return [_one_hot(_predicted(queries.logits[row]), c) for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gradstore.encoding import encode
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
-from gradstore.jacobians import JacobianEngine, join_blocks
+from gradstore.jacobians import join_blocks
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
 from gradstore.previews import preview_table
@@ -91,7 +91,8 @@ def featurize(
         proj_dim: projected dimension K.
         projection: "rademacher" or "gaussian".
         seed: of the projection.
-        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K].
+        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores
+            Σ_c P_c g^c as [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         dtype: of the stored features: "float16", "float32" or "int8".
         batch_size: rows projected together, rounded down to whole groups; None chooses it.
@@ -133,7 +134,7 @@ def featurize(
 def project_rows(plan: Plan, rows: range) -> Tensor:
     """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
     inputs = to_device(plan.examples.read(rows)[0], plan.device)
-    return _project(plan.engine, plan.projection, [inputs], [rows], plan.split, _Stopwatch())[0]
+    return _project(plan, [inputs], [rows], _Stopwatch())[0]
 
 
 def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
@@ -232,7 +233,7 @@ def _columns_of(
     inputs, labels = plan.examples.read(rows)
     spans = list(_batches(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-    features, sq_norm, logits = _project(plan.engine, plan.projection, parts, spans, plan.split, watch)
+    features, sq_norm, logits = _project(plan, parts, spans, watch)
     encoded = encode(features.cpu(), plan.settings.dtype)
     columns = {
         "features": encoded.features,
@@ -253,38 +254,50 @@ def _columns_of(
 
 
 def _project(
-    engine: JacobianEngine,
-    projection: Projection,
-    groups: Sequence[Inputs],
-    spans: Sequence[range],
-    split: str,
-    watch: _Stopwatch,
+    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(features float32 [n, c, K], squared norms float64 [n, c], logits [n, classes]) of some groups of rows.
 
     The groups' Jacobians are computed one group at a time and projected together, block by block.
     """
-    rows = range(spans[0].start, spans[-1].stop)
+    projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
+    mixed = plan.settings.layout == "mixed"
     watch.lap("jacobians")
-    streams = [engine(inputs) for inputs in groups]
+    streams = [plan.engine(inputs) for inputs in groups]
     logits = torch.cat([stream.logits for stream in streams])
     features: Tensor | None = None
     sq_norm: Tensor | None = None
     for blocks in zip(*streams, strict=True):
         block = join_blocks(blocks)
         part = block.sq_norm()
-        require_finite_block(part, rows, block.name, split)
+        require_finite_block(part, rows, block.name, plan.split)
+        if mixed:
+            part = part.sum(dim=1, keepdim=True)  # E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²
         if features is None or sq_norm is None:
             features = torch.zeros(*part.shape, projection.dim, device=logits.device)
             sq_norm = torch.zeros_like(part)
         sq_norm += part
         watch.lap("jacobians")
-        accumulate_block(projection, features, block)
+        if mixed:
+            _accumulate_mixed(projection, features[:, 0], block.dense(), block.start)
+        else:
+            accumulate_block(projection, features, block)
         watch.lap("projection")
-    assert features is not None and sq_norm is not None  # parameter_blocks refuses an empty selection
+    assert features is not None  # parameter_blocks refuses an empty selection
+    assert sq_norm is not None
     features.mul_(projection.scale)
-    require_preserved(features, sq_norm, rows, split)
+    require_preserved(features, sq_norm, rows, plan.split)
     return features, sq_norm, logits
+
+
+def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int) -> None:
+    """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
+
+    One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
+    T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
+    """
+    for c in range(block.shape[1]):
+        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start)
 
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:

@@ -101,8 +101,16 @@ def require_served(kernel: Kernel, store: FeatureStore) -> None:
     """Refuse a kernel that a store's layout cannot serve.
 
     Raises:
-        UsageError: per-class features are needed and the store holds only their sum.
+        UsageError: per-class features are needed and the store holds only a sum over classes.
     """
+    if store.identity["layout"] == "mixed" and store.schema.classes > 1 and kernel.sums_classes:
+        raise UsageError(
+            f"{kernel.name} needs P Σ_c g^c, and this store projects every class by a P of its own",
+            where=store.path,
+            expected="layout per-class or sum",
+            got="layout mixed",
+            hint="Use --kernel proj-trntk, or featurize with another --layout",
+        )
     if store.identity["layout"] == "sum" and store.schema.classes > 1 and not kernel.sums_classes:
         raise UsageError(
             f"{kernel.name} needs the features of each class, and this store holds only P Σ_c g^c",

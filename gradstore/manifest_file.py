@@ -15,7 +15,7 @@ from gradstore.errors import CorruptError, UsageError
 from gradstore.fingerprint import fingerprint_of
 from gradstore.layout import gaps
 from gradstore.manifest import MANIFEST, Manifest, Shard
-from gradstore.schema import BULK, DTYPES, FORMAT, FORMAT_VERSION, LAYOUTS, Schema
+from gradstore.schema import BULK, DTYPES, FORMAT, FORMAT_VERSION, LAYOUTS, ONE_ROW, Schema
 
 # Bounds on what one manifest may make gradstore hold: some hundred megabytes at worst.
 _FILE_BYTES = 48 << 20
@@ -155,7 +155,7 @@ def _check_identity(manifest: Manifest) -> None:
         "K": (projection["K"], schema.K),
         "classes": (identity["classes"], schema.classes),
         "dtype": (identity["dtype"], schema.dtype),
-        "class axis": (schema.c, 1 if _choice(identity["layout"], LAYOUTS) == "sum" else schema.classes),
+        "class axis": (schema.c, 1 if _choice(identity["layout"], LAYOUTS) in ONE_ROW else schema.classes),
         "length": (identity["data"]["length"], manifest.n),
         "fingerprint": (manifest.fingerprint, fingerprint_of(identity)),
     }

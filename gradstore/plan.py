@@ -21,7 +21,7 @@ from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.previews import preview_shape
 from gradstore.project import Project
 from gradstore.projection import Projection
-from gradstore.schema import DTYPES, LAYOUTS, Schema
+from gradstore.schema import DTYPES, LAYOUTS, ONE_ROW, Schema
 
 MAX_GROUP = 16
 SHARD_BYTES = 256 << 20
@@ -38,7 +38,7 @@ class Settings:
         proj_dim: projected dimension K.
         projection: "rademacher" or "gaussian".
         seed: of the projection.
-        layout: "per-class" or "sum".
+        layout: "per-class", "sum" or "mixed".
         dtype: of the stored features.
     """
 
@@ -98,7 +98,11 @@ class Plan:
         self.classes = int(project.logits(inputs).shape[1])
         require_labels(self.examples.labels, self.classes, split)
         self.engine = JacobianEngine(
-            project.model, self.blocks, forward=project.forward, layout=settings.layout, example=inputs
+            project.model,
+            self.blocks,
+            forward=project.forward,
+            layout="sum" if settings.layout == "sum" else "per-class",
+            example=inputs,
         )
         self.manifest = self._make_manifest(inputs)
         n, schema = self.manifest.n, self.manifest.schema
@@ -117,7 +121,7 @@ class Plan:
     def _make_manifest(self, inputs: Inputs) -> Manifest:
         s, project = self.settings, self.project
         schema = Schema(
-            c=1 if s.layout == "sum" else self.classes,
+            c=1 if s.layout in ONE_ROW else self.classes,
             K=s.proj_dim,
             classes=self.classes,
             dtype=s.dtype,
@@ -162,7 +166,8 @@ class Plan:
         return max(1, int(rows) // group) * group
 
     def _row_flops(self, schema: Schema) -> float:
-        return 2.0 * schema.c * schema.K * sum(block.size for block in self.blocks)
+        projected = self.classes if self.settings.layout == "mixed" else schema.c
+        return 2.0 * projected * schema.K * sum(block.size for block in self.blocks)
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -10,7 +10,8 @@ import numpy as np
 FORMAT = "gradstore"
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "int8")
-LAYOUTS = ("per-class", "sum")
+LAYOUTS = ("per-class", "sum", "mixed")
+ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
 BULK = ("features", "preview")  # datasets too large to be held for all rows at once
 
 
@@ -35,7 +36,7 @@ class Schema:
     """The shape of a store's rows.
 
     Attributes:
-        c: class axis of the features: the number of logits, or 1 in layout "sum".
+        c: class axis of the features: the number of logits, or 1 in the layouts "sum" and "mixed".
         K: projected dimension.
         classes: number of logits.
         dtype: dtype of the stored features.
