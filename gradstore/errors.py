@@ -40,7 +40,7 @@ class GradstoreError(Exception):
         """The whole error as one line, and the table below it where there is one."""
         line = self.what if self.where is None else f"{self.where}: {self.what}"
         named = (("expected", self.expected), ("got", self.got))
-        details = [f"{name} {value}" for name, value in named if value is not None]
+        details = [f"{name} {' '.join(str(value).split())}" for name, value in named if value is not None]
         if details:
             line += " (" + ", ".join(details) + ")"
         line += "." + (f" {self.hint}." if self.hint else "")
