@@ -1,11 +1,12 @@
-// The product on Hopper: two groups of four warps multiply with wgmma, one more warp fetches gradients ahead of them.
+// The product on Hopper: two groups of four warps multiply with wgmma; a third fetches gradients ahead of them
+// and hands over its registers.
 #pragma once
 
 #include "fold.cuh"
 #include "fragments.cuh"
 
 constexpr int MULTIPLIERS = 256;  // threads that multiply: two warpgroups
-constexpr int THREADS = MULTIPLIERS + 32;
+constexpr int THREADS = MULTIPLIERS + 128;
 constexpr int SUMS = ROWS / 2;    // accumulators of a lane for 64 rows of P and ROWS rows of gradients
 constexpr int TILE_K = 128 * TILES;
 constexpr u32 TILE_BYTES = ROWS * 128;
@@ -72,29 +73,25 @@ struct Ring {
 };
 
 // Multiplies the four steps of a stage: sum += a x tile for every pair of limbs that matters.
-__device__ __forceinline__ void multiply(float (&sum)[SUMS], const u32 (&a)[P_LIMBS][4 * STEPS], u32 stage, bool add) {
+__device__ __forceinline__ void multiply(float (&sum)[SUMS], const u32 (&a)[2][P_LIMBS][PAIR], u32 stage, bool add) {
     const u64 tile = describe(stage);
     wgmma_fence();
     UNROLL
     for (int step = 0; step < STEPS; ++step) {
         UNROLL
         for (int limb = 0; limb < LIMBS; ++limb) {
-            const u64 gradients = tile + (limb * TILE_BYTES + step * 32) / 16;
-            wgmma(sum, a[0][4 * step], a[0][4 * step + 1], a[0][4 * step + 2], a[0][4 * step + 3], gradients,
-                  add || step > 0 || limb > 0);
+            wgmma(sum, &a[step >> 1][0][4 * (step & 1)], tile + (limb * TILE_BYTES + step * 32) / 16, add || step > 0 || limb > 0);
         }
-        if (P_LIMBS > 1) {
-            const u32(&low)[4 * STEPS] = a[P_LIMBS - 1];
-            wgmma(sum, low[4 * step], low[4 * step + 1], low[4 * step + 2], low[4 * step + 3], tile + step * 2, 1);
-        }
+        if (P_LIMBS > 1) wgmma(sum, &a[step >> 1][P_LIMBS - 1][4 * (step & 1)], tile + step * 2, 1);
     }
     wgmma_commit();
 }
 
 __device__ void fetch_all(const Job& job, u32 ring_address, u32 full, u32 empty) {
     Ring ring;
-    const i64 units = unit_count(job), stages = (i64)job.groups * (GROUP / STAGE);
-    for (i64 index = blockIdx.x; index < units; index += gridDim.x) {
+    const u32 units = unit_count(job);
+    const i64 stages = (i64)job.groups * (GROUP / STAGE);
+    for (u32 index = blockIdx.x; index < units; index += gridDim.x) {
         const Unit unit = unit_of(job, index);
         const i32 end = unit.groups.end * (GROUP / STAGE);
         for (i32 stage = unit.groups.begin * (GROUP / STAGE); stage < end; ++stage) {
@@ -123,8 +120,8 @@ struct Multiplier {
     __device__ __forceinline__ void run(const Job& job, const Unit& unit) {
         const Matrix matrix = {job.key0, job.key1, job.domain};
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        float sum[TILES][SUMS], total[TILES][PROMOTE ? SUMS : 1];
-        u32 a[2][P_LIMBS][4 * STEPS];
+        float sum[TILES][SUMS], total[TILES][SUMS];
+        u32 a[2][2][P_LIMBS][PAIR];
         Kept kept[TILES];
         i32 first_row[TILES];
         UNROLL
@@ -133,7 +130,7 @@ struct Multiplier {
             UNROLL
             for (int i = 0; i < SUMS; ++i) {
                 sum[m][i] = 0.0f;
-                if (PROMOTE) total[m][PROMOTE ? i : 0] = 0.0f;
+                total[m][i] = 0.0f;
             }
         }
         for (i32 local = unit.groups.begin; local < unit.groups.end; ++local) {
@@ -145,10 +142,13 @@ struct Multiplier {
                 barrier_wait(full + 8 * ring.slot, ring.parity);
                 UNROLL
                 for (int m = 0; m < TILES; ++m) {
-                    u32(&fragments)[P_LIMBS][4 * STEPS] = a[(stage * TILES + m) & 1];
+                    u32(&fragments)[2][P_LIMBS][PAIR] = a[(stage * TILES + m) & 1];
                     wgmma_wait<1>();
                     if (m == TILES - 1 && (stage >= LAG || local > unit.groups.begin)) release();
-                    make_fragments(fragments, kept[m], matrix, group, job.first_k + first_row[m], lane, stage);
+                    UNROLL
+                    for (int half = 0; half < 2; ++half) {
+                        make_fragments(fragments[half], kept[m], matrix, group, job.first_k + first_row[m], lane, 2 * stage + half);
+                    }
                     multiply(sum[m], fragments, ring_address + ring.slot * STAGE_BYTES, PROMOTE ? stage > 0 : true);
                 }
                 ring.advance();
@@ -159,7 +159,7 @@ struct Multiplier {
                 for (int m = 0; m < TILES; ++m) {
                     hold(sum[m]);
                     UNROLL
-                    for (int i = 0; i < SUMS; ++i) total[m][PROMOTE ? i : 0] += sum[m][i];
+                    for (int i = 0; i < SUMS; ++i) total[m][i] += sum[m][i];
                 }
             }
         }
@@ -168,11 +168,7 @@ struct Multiplier {
         for (int m = 0; m < TILES; ++m) hold(sum[m]);
         UNROLL
         for (int i = 0; i < LAG; ++i) release();
-        if constexpr (PROMOTE) {
-            fold<MULTIPLIERS>(job, unit, total, first_row, ROWS);
-        } else {
-            fold<MULTIPLIERS>(job, unit, sum, first_row, ROWS);
-        }
+        fold<MULTIPLIERS / 2, 64>(job, unit, PROMOTE ? total : sum, first_row[0]);
     }
 };
 
@@ -191,13 +187,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     }
     __syncthreads();
     if (threadIdx.x >= MULTIPLIERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == MULTIPLIERS) fetch_all(job, ring_address, full, empty);
         return;
     }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     Multiplier multiplier;
     multiplier.ring_address = ring_address;
     multiplier.full = full;
     multiplier.empty = empty;
-    const i64 units = unit_count(job);
-    for (i64 index = blockIdx.x; index < units; index += gridDim.x) multiplier.run(job, unit_of(job, index));
+    const u32 units = unit_count(job);
+    for (u32 index = blockIdx.x; index < units; index += gridDim.x) multiplier.run(job, unit_of(job, index));
 }

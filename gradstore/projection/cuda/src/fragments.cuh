@@ -1,7 +1,5 @@
-// Fragments of P on the device: the registers of one stage, made by one warp for 16 rows.
+// Fragments of P on the device: the registers of two steps, made by one warp for 16 rows.
 #pragma once
-
-#include "entries.cuh"
 
 #include "pack.cuh"
 
@@ -32,25 +30,23 @@ __device__ __forceinline__ void begin_group(Kept& kept, const Matrix& matrix, u6
 }
 
 // Normals as halves: the nearest, and with two limbs what is left.
-__device__ __forceinline__ void store_pair(u32 (&a)[P_LIMBS][4 * STEPS], int i, float even, float odd) {
+__device__ __forceinline__ void store_pair(u32 (&a)[P_LIMBS][PAIR], int i, float even, float odd) {
     a[0][i] = two_halves(even, odd);
     if (P_LIMBS > 1) a[P_LIMBS - 1][i] = two_halves(even - low_half(a[0][i]), odd - high_half(a[0][i]));
 }
 
-// The registers of stage 0..3 of a group: a[limb][4 * step + register].
-__device__ __forceinline__ void make_fragments(u32 (&a)[P_LIMBS][4 * STEPS], const Kept& kept, const Matrix& matrix,
-                                               u64 group, u32 k, u32 lane, int stage) {
+// The registers of pair 0..7 of a group's fragments: a[limb][4 * step + register].
+__device__ __forceinline__ void make_fragments(u32 (&a)[P_LIMBS][PAIR], const Kept& kept, const Matrix& matrix, u64 group,
+                                               u32 k, u32 lane, int pair) {
     if (KIND == 0) {
-        sign_fragments(a[0], kept.words, stage);
+        sign_fragments(a[0], kept.words, pair);
         return;
     }
-    const u32 g = lane >> 2, t = lane & 3;
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const int m = i >> 1, row_half = i & 1;
+    for (int row_half = 0; row_half < 2; ++row_half) {
         float even[4], odd[4];
-        lane_normals<LIMBS == 1>(matrix, group, stage >> 1, k + g + 8 * row_half, t, 2 * (stage & 1) + m, even, odd);
+        lane_normals<LIMBS == 1>(matrix, group, pair, k + (lane >> 2) + 8 * row_half, lane & 3, even, odd);
         UNROLL
-        for (int c = 0; c < 4; ++c) store_pair(a, 4 * (2 * m + (c >> 1)) + 2 * (c & 1) + row_half, even[c], odd[c]);
+        for (int i = 0; i < 4; ++i) store_pair(a, register_of(i, row_half), even[i], odd[i]);
     }
 }

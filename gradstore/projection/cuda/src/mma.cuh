@@ -38,16 +38,17 @@ __device__ __forceinline__ void fetch(u32 target, const u8* source) {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-__device__ __forceinline__ void multiply(float (&sum)[TILES][SUMS], const u32 (&a)[TILES][P_LIMBS][4 * STEPS], u32 stage,
+// Multiplies two steps, the first or second `half` of a stage.
+__device__ __forceinline__ void multiply(float (&sum)[TILES][SUMS], const u32 (&a)[TILES][P_LIMBS][PAIR], u32 stage, int half,
                                          u32 lane) {
     UNROLL
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < 2; ++step) {
         UNROLL
         for (int limb = 0; limb < LIMBS; ++limb) {
             UNROLL
             for (int row = 0; row < ROWS; row += 16) {
                 u32 b[4];
-                load_fragments(b, stage + limb * TILE_BYTES, row, step, lane);
+                load_fragments(b, stage + limb * TILE_BYTES, row, 2 * half + step, lane);
                 UNROLL
                 for (int m = 0; m < TILES; ++m) {
                     UNROLL
@@ -64,8 +65,8 @@ __device__ __forceinline__ void multiply(float (&sum)[TILES][SUMS], const u32 (&
 __device__ __forceinline__ void run(const Job& job, const Unit& unit, u32 ring) {
     const Matrix matrix = {job.key0, job.key1, job.domain};
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float sum[TILES][SUMS], total[TILES][PROMOTE ? SUMS : 1];
-    u32 a[TILES][P_LIMBS][4 * STEPS];
+    float sum[TILES][SUMS], total[TILES][SUMS];
+    u32 a[TILES][P_LIMBS][PAIR];
     Kept kept[TILES];
     i32 first_row[TILES];
     UNROLL
@@ -74,7 +75,7 @@ __device__ __forceinline__ void run(const Job& job, const Unit& unit, u32 ring) 
         UNROLL
         for (int i = 0; i < SUMS; ++i) {
             sum[m][i] = 0.0f;
-            if (PROMOTE) total[m][PROMOTE ? i : 0] = 0.0f;
+            total[m][i] = 0.0f;
         }
     }
     constexpr int EACH = GROUP / STAGE;
@@ -94,33 +95,32 @@ __device__ __forceinline__ void run(const Job& job, const Unit& unit, u32 ring) 
             const i32 next = done + STAGES - 1;
             fetch(ring + next % STAGES * STAGE_BYTES, next < count ? source + (i64)next * STAGE_BYTES : nullptr);
             UNROLL
-            for (int m = 0; m < TILES; ++m) {
-                make_fragments(a[m], kept[m], matrix, group, job.first_k + first_row[m], lane, stage);
+            for (int half = 0; half < 2; ++half) {
+                UNROLL
+                for (int m = 0; m < TILES; ++m) {
+                    make_fragments(a[m], kept[m], matrix, group, job.first_k + first_row[m], lane, 2 * stage + half);
+                }
+                multiply(sum, a, ring + done % STAGES * STAGE_BYTES, half, lane);
             }
-            multiply(sum, a, ring + done % STAGES * STAGE_BYTES, lane);
         }
         if (PROMOTE) {
             UNROLL
             for (int m = 0; m < TILES; ++m) {
                 UNROLL
                 for (int i = 0; i < SUMS; ++i) {
-                    total[m][PROMOTE ? i : 0] += sum[m][i];
+                    total[m][i] += sum[m][i];
                     sum[m][i] = 0.0f;
                 }
             }
         }
     }
     __syncthreads();  // the next unit's copies may overwrite any stage
-    if constexpr (PROMOTE) {
-        fold<THREADS>(job, unit, total, first_row, ROWS);
-    } else {
-        fold<THREADS>(job, unit, sum, first_row, ROWS);
-    }
+    fold<THREADS, 16>(job, unit, PROMOTE ? total : sum, first_row[0]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Job job) {
     extern __shared__ u8 memory[];
     const u32 ring = (shared_address(memory) + 1023) & ~1023u;
-    const i64 units = unit_count(job);
-    for (i64 index = blockIdx.x; index < units; index += gridDim.x) run(job, unit_of(job, index), ring);
+    const u32 units = unit_count(job);
+    for (u32 index = blockIdx.x; index < units; index += gridDim.x) run(job, unit_of(job, index), ring);
 }

@@ -6,12 +6,12 @@
 struct Pack {
     const void* block;  // [rows, columns], adjacent columns, rows `row_stride` elements apart
     u8* packed;         // [row_tiles][stages][limbs][tile_rows x 128 bytes]
-    i32* exponents;     // [spans][padded_rows]: what the scaled values were multiplied by
-    i32* turns;         // [tiles] of the product, cleared here
+    float* undo;        // [spans][padded_rows][2]: two powers of two whose product takes the scale back
+    i32* turns;         // of the product, cleared here
     i64 rows, columns, row_stride;
     u64 start;          // parameter of column 0
     u64 first_group;    // of this launch, counted from parameter 0
-    i32 groups, tile_rows, padded_rows, tiles;
+    i32 groups, tile_rows, padded_rows, turn_count;
 };
 
 // The groups of span number `span` of a launch. Spans are cut at multiples of SPAN, so the first may begin late.
@@ -73,11 +73,11 @@ __device__ u32 largest(u32 mine) {
 }
 
 // One block of threads packs one span of one row. Lanes take neighbouring chunks, so each load is of 16 neighbours.
-template <class Value, int LIMBS>
+template <class Value, int PARTS>
 __device__ __forceinline__ void pack(const Pack& job) {
     const i64 row = blockIdx.x;
     const i32 span = blockIdx.y;
-    for (i64 i = (blockIdx.y * (i64)gridDim.x + blockIdx.x) * PACK_THREADS + threadIdx.x; i < job.tiles;
+    for (i64 i = (blockIdx.y * (i64)gridDim.x + blockIdx.x) * PACK_THREADS + threadIdx.x; i < job.turn_count;
          i += (i64)gridDim.x * gridDim.y * PACK_THREADS) {
         job.turns[i] = 0;
     }
@@ -99,7 +99,11 @@ __device__ __forceinline__ void pack(const Pack& job) {
         }
     }
     const i32 exponent = scale_exponent(largest(most));
-    if (threadIdx.x == 0) job.exponents[(i64)span * job.padded_rows + row] = exponent;
+    if (threadIdx.x == 0) {
+        float* undo = job.undo + 2 * ((i64)span * job.padded_rows + row);
+        undo[0] = power_of_two(-exponent >> 1);
+        undo[1] = power_of_two(-exponent - (-exponent >> 1));
+    }
     const i64 stages = (i64)job.groups * (GROUP / STAGE);
     const i64 row_tile = row / job.tile_rows;
     const int place = (int)(row % job.tile_rows);
@@ -113,11 +117,11 @@ __device__ __forceinline__ void pack(const Pack& job) {
         for (int e = 0; e < 4; ++e) {
             const float x = times_power(value[i][2 * e], exponent), y = times_power(value[i][2 * e + 1], exponent);
             high[e] = two_halves(x, y);
-            if (LIMBS > 1) low[e] = two_halves(x - low_half(high[e]), y - high_half(high[e]));
+            if (PARTS > 1) low[e] = two_halves(x - low_half(high[e]), y - high_half(high[e]));
         }
-        u8* tile = job.packed + place_of_tile(row_tile, stages, stage, LIMBS, 0, job.tile_rows);
+        u8* tile = job.packed + place_of_tile(row_tile, stages, stage, PARTS, 0, job.tile_rows);
         *reinterpret_cast<uint4*>(tile + place_of_chunk(place, chunk % 8)) = make_uint4(high[0], high[1], high[2], high[3]);
-        if (LIMBS > 1) {
+        if (PARTS > 1) {
             u8* next = tile + job.tile_rows * 128;
             *reinterpret_cast<uint4*>(next + place_of_chunk(place, chunk % 8)) = make_uint4(low[0], low[1], low[2], low[3]);
         }

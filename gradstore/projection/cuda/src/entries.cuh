@@ -29,6 +29,7 @@ constexpr int GROUP = 256;         // parameters of two generator calls for each
 constexpr int STAGE = 64;          // parameters of four fragments: what is multiplied between two barriers
 constexpr int SPAN = 8192;         // parameters that share a row's scale and are summed before they reach the output
 constexpr int STEPS = STAGE / 16;  // fragments in a stage
+constexpr int PAIR = 8;            // registers of two fragments, which are made together
 
 struct Words {
     u32 w[4];
@@ -72,17 +73,20 @@ BOTH Words lane_words(const Matrix& matrix, u64 group, u32 k, u32 lane) {
 // bit. Before: lane t holds words 0..3 of call t. After: lane t holds word t of calls 0..3.
 BOTH u32 word_to_give(const Words& words, int low, int high, bool upper) { return upper ? words.w[low] : words.w[high]; }
 
-BOTH void take_word(Words& words, int low, int high, bool upper, u32 taken) { words.w[upper ? low : high] = taken; }
+BOTH void take_word(Words& words, int low, int high, bool upper, u32 taken) {
+    words.w[low] = upper ? taken : words.w[low];
+    words.w[high] = upper ? words.w[high] : taken;
+}
 
 // Parameters c and c + 16 of a lane's word as two halves of +1.0 or -1.0: bit 1 is +1, so the sign is its complement.
 BOTH u32 sign_pair(u32 word, int chunk) { return (~(word << (15 - chunk)) & 0x80008000u) | 0x3C003C00u; }
 
-// The registers of a stage: four fragments of 16 parameters; `words` is transposed. `stage` is 0..3 within the group.
-BOTH void sign_fragments(u32 (&a)[4 * STEPS], const Words& words, int stage) {
+// The registers of two fragments, 32 parameters; `words` is transposed. `pair` is 0..7 within the group.
+BOTH void sign_fragments(u32 (&a)[PAIR], const Words& words, int pair) {
     UNROLL
-    for (int i = 0; i < 4 * STEPS; ++i) {
+    for (int i = 0; i < PAIR; ++i) {
         const int step = i >> 2, row_half = i & 1, column_half = (i >> 1) & 1;
-        a[i] = sign_pair(words.w[2 * (stage >> 1) + row_half], 8 * (stage & 1) + 2 * step + column_half);
+        a[i] = sign_pair(words.w[2 * (pair >> 2) + row_half], 4 * (pair & 3) + 2 * step + column_half);
     }
 }
 
@@ -122,16 +126,16 @@ __device__ __forceinline__ void box_muller_fast(u32 first, u32 second, float* x,
 inline void box_muller_fast(u32 first, u32 second, float* x, float* y) { box_muller(first, second, x, y); }
 #endif
 
-// The counter of parameters 32 t + 4 m (+ 16 if `odd`) of a block of 128: chunks 4 m to 4 m + 3 of lane t.
-BOTH u64 normal_call(u64 group, int block, u32 t, int m, bool odd) {
-    return (2 * group + block) * 32 + 8 * t + m + (odd ? 4 : 0);
+// The counter of parameters 32 t + 4 m (+ 16 if `odd`) of a block of 128, m = pair % 4: chunks 4 m to 4 m + 3 of lane t.
+BOTH u64 normal_call(u64 group, int pair, u32 t, bool odd) {
+    return (2 * group + (pair >> 2)) * 32 + 8 * t + (pair & 3) + (odd ? 4 : 0);
 }
 
-// Entries of one row in chunks 4 m to 4 m + 3, in the order of registers: even[i], odd[i] are the two halves of chunk 4 m + i.
+// Entries of row `k` in the pair of fragments: even[i], odd[i] are the two halves of the register of chunk 4 (pair % 4) + i.
 template <bool FAST>
-BOTH void lane_normals(const Matrix& matrix, u64 group, int block, u32 k, u32 t, int m, float (&even)[4], float (&odd)[4]) {
-    const Words a = words_of(matrix, normal_call(group, block, t, m, false), k);
-    const Words b = words_of(matrix, normal_call(group, block, t, m, true), k);
+BOTH void lane_normals(const Matrix& matrix, u64 group, int pair, u32 k, u32 t, float (&even)[4], float (&odd)[4]) {
+    const Words a = words_of(matrix, normal_call(group, pair, t, false), k);
+    const Words b = words_of(matrix, normal_call(group, pair, t, true), k);
     UNROLL
     for (int i = 0; i < 4; i += 2) {
         if (FAST) {
@@ -143,6 +147,9 @@ BOTH void lane_normals(const Matrix& matrix, u64 group, int block, u32 k, u32 t,
         }
     }
 }
+
+// The register, of a pair's eight, that holds chunk 4 (pair % 4) + i of row g + 8 row_half.
+BOTH int register_of(int i, int row_half) { return 4 * (i >> 1) + 2 * (i & 1) + row_half; }
 
 // ---- gradients in memory ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,137 @@
+"""The CUDA source of one variant, and its compilation by NVRTC through cuda-core, kept in a cache by content.
+
+Neither needs a GPU. NVRTC comes with every CUDA build of torch; cuda-core is the extra ``gradstore[cuda]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gradstore.projection.cuda.geometry import Variant
+
+FOLDER = Path(__file__).parent / "src"
+ENTRY = "product"
+_DIGEST_BYTES = 32
+
+
+def source_of(variant: Variant) -> str:
+    """The whole program of a variant; the files it includes are in `FOLDER`."""
+    lines = [f"#define {name} {value}" for name, value in variant.defines.items()]
+    lines.append('#include "entries.cuh"')
+    if variant.hopper:
+        lines.append(_wgmma(variant.rows))
+    lines.append('#include "project.cu"')
+    return "\n".join(lines) + "\n"
+
+
+def cubin(variant: Variant, architecture: str) -> bytes:
+    """Machine code of a variant for an architecture such as "sm_90a": from the cache, or compiled and put there.
+
+    Raises:
+        ImportError: cuda-core or NVRTC is not installed.
+        RuntimeError: NVRTC does not accept the source; the text is its log.
+    """
+    source = source_of(variant)
+    path = cache_folder() / f"{_key(source, architecture)}.cubin"
+    code = _read(path)
+    if code is None:
+        code = compile_source(source, architecture)
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            _write(path, code)
+    return code
+
+
+def compile_source(source: str, architecture: str) -> bytes:
+    """Compile to machine code; takes seconds. Errors as in `cubin`."""
+    core = _cuda_core()
+    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER), ptxas_options=None)
+    try:
+        return bytes(core.Program(source, "c++", options).compile("cubin").code)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"NVRTC did not compile the projection for {architecture}: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: ``GRADSTORE_CACHE``, or the user's cache directory."""
+    chosen = os.environ.get("GRADSTORE_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradstore"
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of NVRTC.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from cuda.bindings import nvrtc
+
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # the bindings without the library
+        raise ImportError(f"NVRTC is missing: {error}") from error
+    return int(major), int(minor)
+
+
+def _cuda_core() -> Any:
+    try:
+        import cuda.core as core
+
+        if hasattr(core, "Program"):
+            return core
+    except ImportError:
+        pass
+    import cuda.core.experimental as core  # its name before version 0.5
+
+    return core
+
+
+def _key(source: str, architecture: str) -> str:
+    digest = hashlib.sha256(f"{architecture} {nvrtc_version()}\n{source}".encode())
+    for path in sorted(FOLDER.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    """Cached code, unless it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Publish by rename, so that another process sees all of it or nothing."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(hashlib.sha256(code).digest() + code)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _wgmma(rows: int) -> str:
+    """`wgmma` for tiles of `rows` gradients: the instruction names each of its rows / 2 accumulators."""
+    sums = rows // 2
+    operands = ", ".join(f"%{i}" for i in range(sums))
+    a = ", ".join(f"%{sums + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(sum[{i}])' for i in range(sums))
+    return (
+        f"__device__ __forceinline__ void wgmma(float (&sum)[{sums}], const u32* a, u64 tile, int add) {{\n"
+        f'    asm volatile("{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{sums + 5}, 0;\\n"\n'
+        f'        "wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.f16.f16 {{{operands}}}, {{{a}}}, %{sums + 4}, add, 1, 1, 0;\\n"\n'
+        f'        "}}\\n" : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(add));\n'
+        "}\n"
+    )

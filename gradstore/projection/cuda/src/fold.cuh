@@ -1,0 +1,109 @@
+// From accumulators to the output: spans of a tile are added in their order, one launch and one thread block after another.
+#pragma once
+
+#include "pack.cuh"
+
+struct Job {
+    const u8* packed;
+    const float* undo;
+    float* out;  // [rows, count], adjacent columns, rows `out_stride` floats apart
+    i32* turns;  // [tiles][2]: how many spans of this launch have been added to the parts of a tile
+    i64 rows, count, out_stride;
+    u64 first_group;
+    u32 first_k, key0, key1, domain;
+    i32 groups, spans, padded_rows, row_tiles, k_tiles;
+};
+
+// One unit of work: a tile of the output and a span. Neighbouring units share a tile of gradients, so that it stays in L2.
+struct Unit {
+    i32 span, tile, row_tile, k_tile;
+    Groups groups;
+};
+
+BOTH u32 unit_count(const Job& job) { return (u32)job.spans * job.row_tiles * job.k_tiles; }
+
+BOTH Unit unit_of(const Job& job, u32 index) {
+    const u32 k_tiles = job.k_tiles, tiles = job.row_tiles * k_tiles, span = index / tiles, tile = index % tiles;
+    return {(i32)span, (i32)tile, (i32)(tile / k_tiles), (i32)(tile % k_tiles),
+            groups_of_span(job.first_group, job.groups, (i32)span)};
+}
+
+#ifdef __CUDACC__
+
+// The threads that own a part of a tile, and take turns at it with those of other spans. On Hopper each warpgroup goes its
+// own way, so that one may write while the other multiplies.
+template <int MEMBERS>
+struct Crew {
+    const Job& job;
+    const Unit& unit;
+    u32 part = threadIdx.x / MEMBERS;
+    bool leads = threadIdx.x % MEMBERS == 0;
+
+    __device__ i32* turn() const { return job.turns + 2 * unit.tile + part; }
+
+    __device__ void meet() const { asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "n"(MEMBERS) : "memory"); }
+
+    __device__ void wait_for_turn() const {
+        if (unit.span == 0) return;
+        i32 reached = leads ? 0 : unit.span;
+        while (reached != unit.span) {
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(reached) : "l"(turn()) : "memory");
+        }
+        meet();
+    }
+
+    __device__ void pass_turn() const {
+        if (unit.span + 1 == job.spans) return;
+        __threadfence();
+        meet();
+        if (leads) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn()), "r"(unit.span + 1) : "memory");
+    }
+};
+
+constexpr int BATCH = 2;  // fragments of 8 rows whose old values are read together, to wait for memory once
+
+// Adds accumulators to the output. sum[m][4 i + r] belongs to row 8 i + 2 t + r % 2 of gradients and to row
+// first_k + PITCH m + g + 8 (r / 2) of P. Reads and writes pass by the first-level cache: other multiprocessors write too.
+template <int MEMBERS, int PITCH, int PIECES, int COUNT>
+__device__ __forceinline__ void fold(const Job& job, const Unit& unit, const float (&sum)[PIECES][COUNT], i32 first_k) {
+    const u32 lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+    const i64 first_row = (i64)unit.row_tile * (2 * COUNT) + 2 * t, k = (i64)first_k + g;
+    const float2* undo = reinterpret_cast<const float2*>(job.undo) + (i64)unit.span * job.padded_rows + first_row;
+    float* column = job.out + first_row * job.out_stride + k;
+    i64 rows = job.rows - first_row;
+    const Crew<MEMBERS> crew{job, unit};
+    crew.wait_for_turn();
+    UNROLL
+    for (int begin = 0; begin < COUNT / 4; begin += BATCH) {
+        float old[BATCH][2][PIECES][2];
+        float2 factors[BATCH][2];
+        float* at = column;
+        UNROLL
+        for (int i = 0; i < BATCH; ++i, at += 8 * job.out_stride) {
+            factors[i][0] = __ldg(undo + 8 * i);
+            factors[i][1] = __ldg(undo + 8 * i + 1);
+            UNROLL
+            for (int j = 0; j < 4 * PIECES; ++j) {
+                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
+                const bool inside = 8 * i + side < rows && k + PITCH * m + 8 * half < job.count;
+                old[i][side][m][half] = inside ? __ldcg(at + side * job.out_stride + PITCH * m + 8 * half) : 0.0f;
+            }
+        }
+        UNROLL
+        for (int i = 0; i < BATCH; ++i, column += 8 * job.out_stride) {
+            UNROLL
+            for (int j = 0; j < 4 * PIECES; ++j) {
+                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
+                if (8 * i + side < rows && k + PITCH * m + 8 * half < job.count) {
+                    __stcg(column + side * job.out_stride + PITCH * m + 8 * half,
+                           old[i][side][m][half] + sum[m][4 * (begin + i) + 2 * half + side] * factors[i][side].x * factors[i][side].y);
+                }
+            }
+        }
+        rows -= 8 * BATCH;
+        undo += 8 * BATCH;
+    }
+    crew.pass_turn();
+}
+
+#endif
