@@ -83,12 +83,15 @@ class IndexSearch:
             step *= 2
         return Certified(best, score.rows_read, unfinished)
 
-    def approximate(self, group: QueryGroup, k: int, candidates: int) -> tuple[Best, int]:
-        """The k best of the `candidates` rows that the sketch finds most similar, and the rows read."""
+    def propose(self, group: QueryGroup, count: int) -> list[np.ndarray]:
+        """The `count` rows that the sketch finds most similar to each query."""
+        return self._upper_bounds(group, count)[1]
+
+    def rerank(self, group: QueryGroup, k: int, candidates: Sequence[np.ndarray]) -> tuple[Best, int]:
+        """The k best of some rows for each query, at least k of them, and how many rows were read."""
         score = ExactScore(self.store, [group], self.workers)
         best = Best(len(group.members), k, score)
-        _, promising = self._upper_bounds(group, candidates)
-        self._read(best, score, promising)
+        self._read(best, score, candidates)
         return best, score.rows_read
 
     def _read(self, best: Best, score: ExactScore, rows: Sequence[np.ndarray]) -> None:

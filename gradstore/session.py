@@ -8,11 +8,12 @@ import numpy as np
 
 from gradstore.certified import IndexSearch
 from gradstore.errors import UsageError
+from gradstore.faiss_index import open_faiss
 from gradstore.index import open_index
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.phi import Phi
-from gradstore.query_batch import load_queries
+from gradstore.query_batch import QueryGroup, load_queries
 from gradstore.request import check_request
 from gradstore.scan import scan_all
 from gradstore.store import FeatureStore
@@ -34,6 +35,9 @@ class Session:
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
         memory: bytes held beside the index while searching, or building it.
         size: directions of the index; see `open_index`.
+        faiss: a FAISS factory string: approximate search then takes its candidates from that index, e.g. "Flat",
+            "IVF256,Flat", "HNSW32" on the sketch, "RaBitQ" on the full features.
+        on: "sketch" or "full", what the FAISS index holds.
         rebuild: build the index even if there is a good one.
         progress: called with (rows done, rows) while building.
 
@@ -52,6 +56,8 @@ class Session:
         *,
         memory: int | str = "1GB",
         size: int | None = None,
+        faiss: str | None = None,
+        on: str = "sketch",
         rebuild: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -59,6 +65,7 @@ class Session:
         self.memory = parse_bytes(memory)
         self.index = open_index(train, kernel, size=size, rebuild=rebuild, memory=memory, progress=progress)
         self._search = IndexSearch(self.index)
+        self.faiss = open_faiss(self.index, faiss, on, rebuild=rebuild) if faiss is not None else None
 
     def topk(
         self,
@@ -100,7 +107,8 @@ class Session:
             queries: rows of the training store to ask for, each without itself.
         """
         count = self._count(_MEASURED_K, candidates)
-        known = self.index.recall.get(str(count))
+        key = str(count) if self.faiss is None else f"{count} {self.faiss.name}"
+        known = self.index.recall.get(key)
         if known is not None:
             return known
         held = self._held_out(queries)
@@ -109,7 +117,7 @@ class Session:
         found = self._approximate_rows(self.train, held, k, count)[0]
         hits = [np.isin(_others(a, row), _others(b, row)).mean() for a, b, row in zip(truth, found, held, strict=True)]
         value = float(np.mean(hits)) if k > 1 else 1.0
-        self.index = self.index.with_recall({str(count): value})
+        self.index = self.index.with_recall({key: value})
         return value
 
     def _certified(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
@@ -132,18 +140,33 @@ class Session:
     def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int) -> TopK:
         recall = self.recall(count)
         rows, similarity, read = self._approximate_rows(queries, wanted, k, count)
-        return self._result(queries, wanted, rows, similarity, Search("approx", read, self._name, recall))
+        return self._result(
+            queries,
+            wanted,
+            rows,
+            similarity,
+            Search("approx", read, self.faiss.name if self.faiss else self._name, recall),
+        )
 
     def _approximate_rows(
         self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        found = [
-            self._search.approximate(load_queries(queries, part, [self._phi] * len(part))[0], k, count)
-            for _, part in self._batches(wanted)
-        ]
+        found = []
+        for _, part in self._batches(wanted):
+            group = load_queries(queries, part, [self._phi] * len(part))[0]
+            found.append(self._search.rerank(group, k, self._propose(group, k, count)))
         rows = [best.rows for best, _ in found] or [np.empty((0, k), np.int64)]
         similarity = [best.similarity for best, _ in found] or [np.empty((0, k))]
         return np.concatenate(rows), np.concatenate(similarity), sum(read for _, read in found)
+
+    def _propose(self, group: QueryGroup, k: int, count: int) -> list[np.ndarray]:
+        """Candidates of each query; where FAISS finds fewer than k, those of the sketch besides."""
+        if self.faiss is None:
+            return self._search.propose(group, count)
+        proposed = self.faiss.propose(group, count)
+        if min(map(len, proposed)) >= k:
+            return proposed
+        return [np.union1d(a, b) for a, b in zip(proposed, self._search.propose(group, k), strict=True)]
 
     def _batches(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(first place, query rows): as many at a time as their bounds on every training row fit the memory."""
