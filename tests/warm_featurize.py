@@ -15,4 +15,5 @@ assert gradstore_cli.main is not None
 model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
 data = TensorDataset(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))
 with tempfile.TemporaryDirectory() as folder:
-    gs.featurize(gs.Project(model=model, splits={"train": data}), split="train", out=Path(folder) / "store", proj_dim=64)
+    project = gs.Project(model=model, splits={"train": data})
+    gs.featurize(project, split="train", out=Path(folder) / "store", proj_dim=64)
