@@ -16,6 +16,7 @@ from .check import check
 from .demo import demo
 from .featurize import featurize
 from .forensics import forensics
+from .index import index
 from .info import info
 from .init import init
 from .output import say
@@ -48,7 +49,7 @@ def gradstore(traceback: bool) -> None:
     """
 
 
-for _command in (demo, init, check, featurize, info, topk, forensics, verify):
+for _command in (demo, init, check, featurize, info, index, topk, forensics, verify):
     gradstore.add_command(_command)
 
 

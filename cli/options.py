@@ -27,7 +27,7 @@ def project_options(function: F) -> F:
         "options",
         multiple=True,
         metavar="NAME=VALUE",
-        callback=_parse_options,
+        callback=parse_assignments,
         help="Keyword argument of project(); may be repeated.",
     )(function)
     return click.argument("project_file", metavar="PROJECT.PY", type=click.Path(path_type=Path))(function)
@@ -98,7 +98,8 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str | 
     return rows
 
 
-def _parse_options(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def parse_assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Values written as NAME=VALUE."""
     options = {}
     for value in values:
         name, equals, text = value.partition("=")

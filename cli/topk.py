@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import as_json, kernel_help, memory_option, parse_rows
+from .options import as_json, kernel_help, memory_option, parse_assignments, parse_rows
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from gradstore.store import FeatureStore
     from gradstore.topk import TopK
 
 SHOWN = 20
@@ -18,13 +19,37 @@ SHOWN = 20
 
 @click.command(
     short_help="List the most similar training examples.",
-    epilog="Example: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html",
+    epilog="Examples: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html, "
+    'gradstore topk stores/train project.py --split test --rows 0:100 --classes "cat - dog"',
 )
 @click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", type=click.Path(path_type=Path))
+@click.argument("queries", metavar="QUERIES|PROJECT.PY", type=click.Path(path_type=Path))
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
 @click.option("--kernel", default="proj-trntk", show_default=True, help=kernel_help())
 @click.option("--rows", callback=parse_rows, help="Query rows, e.g. 0:100 or 3,5,8.  [default: all]")
+@click.option("--split", default="test", show_default=True, help="With a project: split of the queries.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=parse_assignments,
+    help="With a project: keyword argument of project(); may be repeated.",
+)
+@click.option("--device", default="auto", show_default=True, help="With a project: auto, cpu, cuda or cuda:<index>.")
+@click.option(
+    "--classes",
+    metavar="WEIGHTS",
+    help='Compare a combination of logits: "cat - dog" (why the one rather than the other), "cat", or predicted.',
+)
+@click.option(
+    "--mode",
+    default="exact",
+    show_default=True,
+    help="exact: read every row; certified: the same answer through an index; approx: candidates of the index only.",
+)
+@click.option("--engine", default="auto", show_default=True, help="With exact: auto, numpy, torch or cuda.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")
 @memory_option("1GB")
@@ -35,6 +60,12 @@ def topk(
     k: int,
     kernel: str,
     rows: list[int] | None,
+    split: str,
+    options: dict[str, str],
+    device: str,
+    classes: str | None,
+    mode: str,
+    engine: str,
     csv: Path | None,
     html: Path | None,
     memory: str,
@@ -42,11 +73,24 @@ def topk(
 ) -> None:
     """List the training examples that the model finds most similar to each query.
 
-    TRAIN and QUERIES are stores of one project, featurized with the same weights and settings.
+    TRAIN is a store. The queries are a store of the same project, weights and settings, or a project file, of which
+    --rows of --split are then featurized on the spot.
     """
     import gradstore as gs
 
-    result = gs.topk(gs.open(train), gs.open(queries), k, kernel, rows=rows, memory=memory)
+    store = gs.open(train)
+    if queries.suffix == ".py":
+        asked, rows = _featurize(store, queries, options, split, rows, device), None
+    else:
+        asked = gs.open(queries)
+    result = gs.topk(store, asked, k, kernel, rows=rows, classes=classes, mode=mode, memory=memory, engine=engine)
+    if result.search.note:
+        say(f"note: {result.search.note}")
+    if mode != "exact":
+        proof = (
+            "exact by proof" if mode == "certified" else f"recall@10 {result.search.recall:.4f} when it was measured"
+        )
+        say(f"{proof}; {result.search.rows_read} rows read")
     for path, save in ((csv, result.save_csv), (html, result.save_html)):
         if path is not None:
             say(f"wrote {save(path)}")
@@ -54,6 +98,15 @@ def topk(
         print_json(result.records())
     else:
         _print(result)
+
+
+def _featurize(
+    train: FeatureStore, file: Path, options: dict[str, str], split: str, rows: list[int] | None, device: str
+) -> FeatureStore:
+    import gradstore as gs
+
+    project = gs.load_project(file, options)
+    return gs.featurize_queries(project, train, split=split, rows=rows, device=device)
 
 
 def _print(result: TopK) -> None:

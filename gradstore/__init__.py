@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from gradstore.featurize import featurize
     from gradstore.fingerprint import fingerprint
     from gradstore.forensics import forensics
+    from gradstore.fresh import featurize_queries
     from gradstore.gram import gram
     from gradstore.gram_file import Gram, open_gram
     from gradstore.project import Project, load_project
     from gradstore.projection import Projection
+    from gradstore.residual import residual
+    from gradstore.session import Session
     from gradstore.show import image, text
     from gradstore.store import FeatureStore
     from gradstore.store import open_store as open
@@ -34,8 +37,10 @@ _WHERE = {
     "GradstoreError": "errors",
     "Project": "project",
     "Projection": "projection",
+    "Session": "session",
     "exact_gram": "exact",
     "featurize": "featurize",
+    "featurize_queries": "fresh",
     "fingerprint": "fingerprint",
     "forensics": "forensics",
     "gram": "gram",
@@ -43,6 +48,7 @@ _WHERE = {
     "load_project": "project",
     "open": "store:open_store",
     "open_gram": "gram_file",
+    "residual": "residual",
     "text": "show",
     "topk": "topk",
     "verify": "verify",
@@ -50,12 +56,14 @@ _WHERE = {
 
 __all__ = [
     "FeatureStore",
-    "Gram",
     "GradstoreError",
+    "Gram",
     "Project",
     "Projection",
+    "Session",
     "exact_gram",
     "featurize",
+    "featurize_queries",
     "fingerprint",
     "forensics",
     "gram",
@@ -63,6 +71,7 @@ __all__ = [
     "load_project",
     "open",
     "open_gram",
+    "residual",
     "text",
     "topk",
     "verify",

@@ -97,6 +97,20 @@ class Session:
             return self._certified(queries, wanted, k)
         return self._approximate(queries, wanted, k, self._count(k, candidates))
 
+    def card(self) -> dict[str, str]:
+        """What the index is, for people."""
+        index = self.index
+        card = {
+            "index": str(index.path),
+            "state": index.event,
+            "sketch": f"{index.basis.size} dimensions, {len(index.sketch)} rows",
+            "size": f"{format_bytes(index.nbytes)}, {100 * index.nbytes / self.train.nbytes:.2f} % of the store",
+            "left out": f"{float(np.median(index.sketch.rest)):.3f} of a feature's norm, median",
+        }
+        if self.faiss is not None:
+            card["faiss"] = f"{self.faiss.name}, {self.faiss.event}"
+        return card
+
     def recall(self, candidates: int | None = None, queries: int = _MEASURED_QUERIES) -> float:
         """Recall@10 of approximate search over rows that the basis was not fitted to, measured once and kept.
 
