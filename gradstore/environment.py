@@ -16,7 +16,7 @@ import torch
 
 from gradstore.disk import Disk
 from gradstore.errors import GradstoreError, MismatchError, UsageError
-from gradstore.projection import Projection
+from gradstore.projection import Projection, native
 
 _LOG_BYTES = 256 << 20
 # What can move the last bits of a feature.
@@ -101,7 +101,7 @@ def system_card() -> dict[str, str]:
     """What this machine offers, for people: projection path, devices, libraries."""
     return {
         "gradstore": version("gradstore"),
-        "projection": Projection().backend + " on the CPU",
+        "projection": _projection_path(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; the CPU is used",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -110,6 +110,13 @@ def system_card() -> dict[str, str]:
         "faiss": _installed("faiss-cpu", "faiss-gpu"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }
+
+
+def _projection_path() -> str:
+    found = native.status()
+    if found.path == "native":
+        return f"compiled, {found.level}" + (f" ({found.hint})" if found.hint else "")
+    return f"torch only, many times slower: {found.why}; to get the compiled path, {found.hint}"
 
 
 def _installed(*names: str) -> str:
