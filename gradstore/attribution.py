@@ -1,0 +1,196 @@
+"""Attribution: what each training example adds to a surrogate's logits of a query (Engel et al., ICLR 2024, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradstore.errors import UsageError
+from gradstore.gram_file import Gram
+from gradstore.kernels import Kernel, feature_map
+from gradstore.memory import parse_bytes
+from gradstore.store import FeatureStore, open_store
+from gradstore.surrogate import KernelGLM
+from gradstore.surrogate.rows import StoreRows
+from gradstore.surrogate.training_data import kernel_on
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A(x, x_i)^c = W_ci κ(x, x_i) + b_c / n for one query x.
+
+    Attributes:
+        values: A, float64 [classes, n]; summing a class's values gives its logit.
+        similarity: κ(x, x_i), float64 [n].
+        logits: the surrogate's, float64 [classes].
+        intercept: b, float64 [classes].
+        classes: names of the classes.
+        row: the query's row.
+    """
+
+    values: np.ndarray
+    similarity: np.ndarray
+    logits: np.ndarray
+    intercept: np.ndarray
+    classes: tuple[str, ...]
+    row: int
+
+    @property
+    def predicted(self) -> int:
+        """Index of the class with the largest logit."""
+        return int(self.logits.argmax())
+
+    def contrast(self, a: int, b: int) -> np.ndarray:
+        """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits."""
+        return self.values[a] - self.values[b]
+
+    def visual(self, c: int | None = None) -> np.ndarray:
+        """The form that is drawn: W_ci κ(x, x_i) over its largest magnitude, float64 [n] within [-1, 1].
+
+        b_c / n, the same for every example, is left out, so that an example without similarity is drawn as 0.
+
+        Args:
+            c: class; default the predicted one.
+        """
+        c = self.predicted if c is None else c
+        own = self.values[c] - self.intercept[c] / self.values.shape[1]
+        largest = np.abs(own).max(initial=0.0)
+        return own / largest if largest > 0 else own
+
+    def top(self, k: int = 5, c: int | None = None, rather_than: int | None = None) -> Contributions:
+        """The training examples that speak most for and against a class.
+
+        Args:
+            k: of each, at most; fewer where fewer have that sign.
+            c: class; default the predicted one.
+            rather_than: compare with this class instead of with nothing.
+
+        Raises:
+            UsageError: k is below 1.
+        """
+        if k < 1:
+            raise UsageError("k is too small", where="-k", expected="at least 1", got=k)
+        c = self.predicted if c is None else c
+        values = self.values[c] if rather_than is None else self.contrast(c, rather_than)
+        order = np.argsort(-values, kind="stable")
+        best = [int(i) for i in order[:k] if values[i] > 0]
+        worst = [int(i) for i in order[::-1][:k] if values[i] < 0]
+        return Contributions(c, rather_than, tuple(best), tuple(worst), values)
+
+    def as_dict(self, k: int = 5, c: int | None = None, rather_than: int | None = None) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = self.top(k, c, rather_than)
+        return {
+            "row": self.row,
+            "class": self.classes[found.c],
+            "rather_than": None if rather_than is None else self.classes[rather_than],
+            "predicted": self.classes[self.predicted],
+            "logits": dict(zip(self.classes, self.logits.tolist(), strict=True)),
+            "contributors": [self._record(i, found) for i in found.contributors],
+            "opponents": [self._record(i, found) for i in found.opponents],
+        }
+
+    def _record(self, i: int, found: Contributions) -> dict[str, Any]:
+        return {"row": i, "attribution": float(found.values[i]), "similarity": float(self.similarity[i])}
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What speaks most for and against a class.
+
+    Attributes:
+        c: the class.
+        rather_than: the class it is compared with, if any.
+        contributors: training rows of the largest positive attributions, largest first.
+        opponents: training rows of the most negative ones, most negative first.
+        values: attributions of all training rows, float64 [n].
+    """
+
+    c: int
+    rather_than: int | None
+    contributors: tuple[int, ...]
+    opponents: tuple[int, ...]
+    values: np.ndarray
+
+
+def attribute(
+    model: KernelGLM, queries: FeatureStore | Gram | np.ndarray, row: int, *, train: FeatureStore | None = None
+) -> Attribution:
+    """Divide the surrogate's logits of one query among the training examples (eq. 3).
+
+    Args:
+        model: a fitted surrogate.
+        queries: what it was fitted on: a query store, a Gram matrix [m, n], or an array [m, n] of kernel values.
+        row: of `queries`.
+        train: the training store; default the one at the path the surrogate remembers.
+
+    Returns:
+        float64 values [classes, n]. One pass over the training store, a block at a time.
+
+    Raises:
+        UsageError: there is no such row, or the surrogate was fitted on features in an array, which it does not keep.
+        MismatchError: the queries or the training store are not those the surrogate is bound to.
+        NonFiniteError: a cosine is undefined.
+    """
+    m = queries.shape[0]
+    if not 0 <= row < m:
+        raise UsageError("no such query row", where="row", expected=f"0 to {m - 1}", got=row)
+    if isinstance(queries, FeatureStore):
+        model.binding_.require_queries(queries)
+        similarity = _to_training_store(model, queries, row, train)
+    else:
+        similarity = _given(model, queries, row)
+    n = len(similarity)
+    values = model.coef_ * similarity + model.intercept_[:, None] / n
+    names = queries.classes if isinstance(queries, FeatureStore) and len(queries.classes) > 1 else model.classes_
+    logits = model.coef_ @ similarity + model.intercept_
+    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row)
+
+
+def class_index(names: Sequence[str], wanted: str) -> int:
+    """Index of a class by name.
+
+    Raises:
+        UsageError: there is none of that name; lists those there are.
+    """
+    if wanted not in names:
+        listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+        raise UsageError("unknown class", where="--class", expected=f"one of {listed}", got=repr(wanted))
+    return list(names).index(wanted)
+
+
+def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, train: FeatureStore | None) -> np.ndarray:
+    """κ(x, x_i) in float64, so that the attributions sum to the logit."""
+    store = open_store(model.binding_.source) if train is None else train
+    model.binding_.require_training_store(store)
+    kernel = kernel_on(model.kernel)
+    query = _unit(kernel, queries, row)
+    out = np.empty(len(store))
+    for span, phi in StoreRows(store, kernel, parse_bytes(model.memory), copies=1).blocks():
+        out[span] = (phi.double() @ query).numpy()
+    return out
+
+
+def _unit(kernel: Kernel, store: FeatureStore, row: int) -> torch.Tensor:
+    """Φ of one row, divided as `StoreRows` does it; float64 [D]."""
+    phi, norms = feature_map(kernel, store.read(row, row + 1))
+    return (phi / norms[:, None].float() if kernel.normalised else phi)[0].double()
+
+
+def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray:
+    if isinstance(queries, Gram):
+        model.binding_.require_query_gram(queries)
+        return np.asarray(queries[row], np.float64)
+    model.binding_.require_kind("array", queries)
+    if model.vectors_ is not None:
+        raise UsageError(
+            "the surrogate keeps no training examples of an array",
+            where="queries",
+            expected="a store or a Gram matrix",
+            hint="Fit it on a Gram matrix with kernel='precomputed'",
+        )
+    return np.asarray(queries[row], np.float64)
