@@ -87,9 +87,7 @@ def topk(
     if result.search.note:
         say(f"note: {result.search.note}")
     if mode != "exact":
-        proof = (
-            "exact by proof" if mode == "certified" else f"recall@10 {result.search.recall:.4f} when it was measured"
-        )
+        proof = "exact by proof" if mode == "certified" else f"measured recall@10 {result.search.recall:.4f}"
         say(f"{proof}; {result.search.rows_read} rows read")
     for path, save in ((csv, result.save_csv), (html, result.save_html)):
         if path is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: 
 
 
 def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int, progress: Progress) -> RowSketch:
-    """Sketch the rows from `start` on, a worker a core."""
+    """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
     workers = min(torch.get_num_threads(), 16)
     per_row = store.schema.row_bytes + 24 * phi.width + 48 * r
@@ -183,19 +184,23 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
     )
+    starts, done = count(start, block), count(block, block)
     basis.factor  # noqa: B018  computed once, before the workers ask for it
 
-    def work(low: int) -> None:
+    def work() -> None:
         torch.set_num_threads(1)
-        high = min(low + block, n)
-        part = sketch_rows(basis, phi, store.read(low, high), store.path)
-        for whole, piece in zip(_parts(out), _parts(part), strict=True):
-            whole[low - start : high - start] = piece
-        if progress is not None:
-            progress(high, n)
+        buffers = store.schema.empty(block)
+        while (low := next(starts)) < n:
+            high = min(low + block, n)
+            part = sketch_rows(basis, phi, store.read(low, high, out=buffers), store.path)
+            for whole, piece in zip(_parts(out), _parts(part), strict=True):
+                whole[low - start : high - start] = piece
+            if progress is not None:
+                progress(min(start + next(done), n), n)
 
     with single_threaded(), ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, range(start, n, block)))
+        for future in [pool.submit(work) for _ in range(workers)]:
+            future.result()
     return out
 
 
