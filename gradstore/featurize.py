@@ -187,7 +187,7 @@ class _Run:
                 )
 
         report()
-        for index in manifest.missing:
+        for index in self.writer.missing:
             with self.writer.shard(index) as shard:
                 for batch in _batches(manifest.rows_of(index), self.group * self.groups):
                     self._write(shard, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,8 +22,8 @@ from gradstore.memory import format_bytes
 from gradstore.shard_writer import ShardWriter, write_shard
 
 RUN_LOG = "run.jsonl"
-# Shards under a temporary name, and short last shards, which appending replaces by longer ones.
-_PASSING = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp|shard-\d{5,}-\d+\.h5")
+_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
+_SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
 
 
 class StoreWriter:
@@ -42,6 +43,12 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
         self.path, self.manifest, self.disk = path, manifest, disk
         self._short = short
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Shards to write, in order: first a longer one for a short last one, since only then others can be listed."""
+        first = () if self._short is None else (self._short.index,)
+        return (*first, *(i for i in self.manifest.missing if i not in first))
 
     @property
     def bytes_missing(self) -> int:
@@ -103,12 +110,12 @@ class StoreWriter:
             self.disk.remove(self.path / name)
 
     def clean(self) -> None:
-        """Remove what an interrupted run or a finished append left behind."""
+        """Remove what no row is in: temporary files, and shards that were never listed or are not any more."""
         kept = {self.manifest.file_of(shard.index) for shard in self.manifest.shards}
         if self._short is not None:
             kept.add(short_name(self._short.index, self._short.rows))
         for name in sorted(os.listdir(self.path)):
-            if _PASSING.fullmatch(name) and name not in kept:
+            if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept):
                 self.disk.remove(self.path / name)
 
     def log(self, **event: Any) -> None:
@@ -191,17 +198,19 @@ def _extended(path: Path, plan: Manifest, stored: Manifest, disk: Disk) -> Store
 
 def _require_store_or_nothing(path: Path) -> None:
     try:
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise UsageError("the output exists and is not a directory", where=path, hint="Choose another --out")
-        if not path.exists() or os.path.lexists(path / MANIFEST):
+        if os.path.lexists(path / MANIFEST):
             return
         names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
             "the output cannot be used", where=repr(str(path))[:200], got=reason, hint="Choose another --out"
         ) from error
-    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not _PASSING.fullmatch(n)]
+    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not _TEMPORARY.fullmatch(n)]
     if foreign:
         raise UsageError(
             "the output exists and is not a gradstore store",

@@ -70,7 +70,7 @@ def columns(rows: range) -> dict[str, np.ndarray]:
 
 def fill(writer: StoreWriter, each: Callable[[int], None] = lambda index: None) -> None:
     """Write the missing shards, a group at a time; `each` is told when a shard is stored."""
-    for index in writer.manifest.missing:
+    for index in writer.missing:
         rows = writer.manifest.rows_of(index)
         with writer.shard(index) as shard:
             for start in range(rows.start, rows.stop, GROUP):
