@@ -1,6 +1,6 @@
 """Results as one self-contained HTML page; rendering only."""
 
-from gradstore.report.page import write_demo, write_forensics, write_topk
+from gradstore.report.page import write_demo, write_forensics, write_residual, write_topk
 from gradstore.report.views import (
     Confusion,
     Culprit,
@@ -11,6 +11,7 @@ from gradstore.report.views import (
     ForensicsPage,
     Interval,
     Neighbour,
+    ResidualPage,
     TopKPage,
     Verdict,
     VoteCount,
@@ -26,10 +27,12 @@ __all__ = [
     "ForensicsPage",
     "Interval",
     "Neighbour",
+    "ResidualPage",
     "TopKPage",
     "Verdict",
     "VoteCount",
     "write_demo",
     "write_forensics",
+    "write_residual",
     "write_topk",
 ]

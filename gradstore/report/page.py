@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from gradstore.errors import NoSpaceError, UsageError
 from gradstore.report import pictures, wording
-from gradstore.report.views import DemoPage, ForensicsPage, TopKPage
+from gradstore.report.views import DemoPage, ForensicsPage, ResidualPage, TopKPage
 
 
 def write_topk(page: TopKPage, path: str | os.PathLike[str]) -> Path:
@@ -33,7 +33,12 @@ def write_demo(page: DemoPage, path: str | os.PathLike[str]) -> Path:
     return write(render("demo.html", page), path)
 
 
-def render(template: str, page: TopKPage | ForensicsPage | DemoPage) -> str:
+def write_residual(page: ResidualPage, path: str | os.PathLike[str]) -> Path:
+    """Write how far a projected kernel is from the exact one; see `write`."""
+    return write(render("residual.html", page), path)
+
+
+def render(template: str, page: TopKPage | ForensicsPage | ResidualPage | DemoPage) -> str:
     """The page as HTML text.
 
     Args:

@@ -213,6 +213,43 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class ResidualPage:
+    """Page of `residual`: how far a projected kernel is from the exact one.
+
+    Attributes:
+        kernel: name of the projected kernel.
+        exact: name of the exact one.
+        pairs: pairs compared.
+        facts: headline numbers.
+        x: absolute residuals, ascending from 0.
+        curves: shares of pairs up to each x: observed, a fitted exponential, what theory predicts.
+        provenance: where the numbers come from.
+        title: heading of the page.
+    """
+
+    kernel: str
+    exact: str
+    pairs: int
+    facts: tuple[Fact, ...]
+    x: tuple[float, ...]
+    curves: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    provenance: Provenance = ()
+    title: str = "How near the projected kernel is to the exact one"
+
+    def drawn(self, width: float, height: float) -> list[tuple[str, str, str]]:
+        """(points of a polyline, colour, dashes) for each curve."""
+        span = self.x[-1] or 1.0
+        looks = (("var(--clean)", ""), ("var(--poison)", "7 4"), ("var(--soft)", "2 4"))
+        return [
+            (
+                " ".join(f"{width * x / span:.1f},{height * (1 - y):.1f}" for x, y in zip(self.x, curve, strict=True)),
+                *look,
+            )
+            for curve, look in zip(self.curves, looks, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class DemoPage:
     """Page of the demo: the whole story from a poisoned training set to the queries that give it away.
 
