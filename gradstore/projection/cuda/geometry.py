@@ -15,7 +15,12 @@ STAGE = 64
 SPAN = 8192
 PRECISIONS = ("fast", "exact")
 
-_MAX_ROWS = {("rademacher", "fast"): 128, ("rademacher", "exact"): 64, ("gaussian", "fast"): 256, ("gaussian", "exact"): 64}
+_MAX_ROWS = {
+    ("rademacher", "fast"): 128,
+    ("rademacher", "exact"): 64,
+    ("gaussian", "fast"): 256,
+    ("gaussian", "exact"): 64,
+}
 _TILES = {("rademacher", "fast"): 2, ("rademacher", "exact"): 2, ("gaussian", "fast"): 1, ("gaussian", "exact"): 1}
 _ROW_STEP = 32
 _RING_BYTES = {True: 160 << 10, False: 64 << 10}  # of gradients in shared memory: Hopper, and every card since Ampere

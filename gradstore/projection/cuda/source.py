@@ -16,6 +16,7 @@ from gradstore.projection.cuda.geometry import Variant
 
 FOLDER = Path(__file__).parent / "src"
 ENTRY = "product"
+PACKS = ("pack_float32", "pack_float16", "pack_bfloat16")
 _DIGEST_BYTES = 32
 
 
@@ -48,8 +49,8 @@ def cubin(variant: Variant, architecture: str) -> bytes:
 
 def compile_source(source: str, architecture: str) -> bytes:
     """Compile to machine code; takes seconds. Errors as in `cubin`."""
-    core = _cuda_core()
-    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER), ptxas_options=None)
+    core = cuda_core()
+    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER))
     try:
         return bytes(core.Program(source, "c++", options).compile("cubin").code)
     except ImportError:
@@ -79,7 +80,12 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _cuda_core() -> Any:
+def cuda_core() -> Any:
+    """The module of cuda-core that has `Program`.
+
+    Raises:
+        ImportError: it is not installed, or without the bindings that it needs.
+    """
     try:
         import cuda.core as core
 

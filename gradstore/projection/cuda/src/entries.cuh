@@ -9,7 +9,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define BOTH __host__ __device__ __forceinline__
+#define BOTH __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #else
 #include <cmath>
@@ -60,6 +60,53 @@ BOTH Words words_of(const Matrix& matrix, u64 b, u32 k) {
 
 // The parameter, within its 128, of an element of a chunk.
 BOTH int parameter_of(int chunk, int element) { return 16 * element + chunk; }
+
+// ---- numbers ------------------------------------------------------------------------------------------------------------
+
+struct Half {
+    u16 bits;
+};
+struct BFloat {
+    u16 bits;
+};
+struct alignas(16) Sixteen {
+    u32 word[4];
+};
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float float_of(u32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ u32 bits_of(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ float to_float(Half x) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+}
+
+// Two floats as halves, `low` in the lower 16 bits.
+__device__ __forceinline__ u32 two_halves(float low, float high) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+#else
+template <class To, class From>
+inline To as(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from, "the same bits");
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline float float_of(u32 bits) { return as<float>(bits); }
+inline u32 bits_of(float value) { return as<u32>(value); }
+inline float to_float(Half x) { return (float)as<_Float16>(x.bits); }
+inline u32 two_halves(float low, float high) { return as<u16>((_Float16)low) | (u32)as<u16>((_Float16)high) << 16; }
+#endif
+
+BOTH float to_float(float x) { return x; }
+BOTH float to_float(BFloat x) { return float_of((u32)x.bits << 16); }
+BOTH float low_half(u32 both) { return to_float(Half{(u16)both}); }
+BOTH float high_half(u32 both) { return to_float(Half{(u16)(both >> 16)}); }
 
 // ---- signs --------------------------------------------------------------------------------------------------------------
 
@@ -157,6 +204,19 @@ BOTH int register_of(int i, int row_half) { return 4 * (i >> 1) + 2 * (i & 1) + 
 // reads, which also keeps ldmatrix free of bank conflicts. The tile begins at a multiple of 1024 bytes.
 BOTH int place_of_chunk(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+// What wgmma is told of a tile at a shared address: this swizzle, and that 8 rows are 1024 bytes apart from the next 8.
+BOTH u64 describe_tile(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// The same for the 16 columns of a step, of the tile that begins `offset` bytes later.
+BOTH u64 describe_step(u64 tile, u32 offset, int step) { return tile + (offset + step * 32) / 16; }
+
+// Where ldmatrix reads for a lane: of 16 rows from `first_row` on, eight rows and half a step for each eight lanes.
+BOTH int place_for_lane(int first_row, int step, u32 lane) {
+    return place_of_chunk(first_row + 8 * (lane >> 4) + (lane & 7), 2 * step + ((lane >> 3) & 1));
+}
+
 // The power of two by which a row is multiplied: its largest value comes to [2^14, 2^15), so that rounding to 16 bits
 // cannot overflow. `bits` are those of the largest absolute value.
 BOTH i32 scale_exponent(u32 bits) {
@@ -170,16 +230,7 @@ BOTH i32 scale_exponent(u32 bits) {
 }
 
 // The float 2^e, for e within the normal range.
-BOTH float power_of_two(i32 e) {
-    const u32 bits = (u32)(e + 127) << 23;
-#ifdef __CUDACC__
-    return __uint_as_float(bits);
-#else
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-#endif
-}
+BOTH float power_of_two(i32 e) { return float_of((u32)(e + 127) << 23); }
 
 // value * 2^e in two exact steps, as 2^e itself may be out of range.
 BOTH float times_power(float value, i32 e) { return value * power_of_two(e >> 1) * power_of_two(e - (e >> 1)); }

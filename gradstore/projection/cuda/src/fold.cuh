@@ -28,6 +28,58 @@ BOTH Unit unit_of(const Job& job, u32 index) {
             groups_of_span(job.first_group, job.groups, (i32)span)};
 }
 
+// Reads and writes of the output pass by the first-level cache: other multiprocessors write there too.
+#ifdef __CUDACC__
+__device__ __forceinline__ float read(const float* out) { return __ldcg(out); }
+__device__ __forceinline__ void write(float* out, float value) { __stcg(out, value); }
+#else
+inline float read(const float* out) { return *out; }
+inline void write(float* out, float value) { *out = value; }
+#endif
+
+constexpr int BATCH = 2;  // fragments of 8 rows whose old values are read together, to wait for memory once
+
+// Adds a lane's accumulators to the output. sum[m][4 i + r] belongs to row 8 i + 2 t + r % 2 of gradients and to row
+// first_k + PITCH m + g + 8 (r / 2) of P.
+template <int PITCH, int PIECES, int COUNT>
+BOTH void fold_lane(const Job& job, const Unit& unit, const float (&sum)[PIECES][COUNT], i32 first_k, u32 lane) {
+    const u32 g = lane >> 2, t = lane & 3;
+    const i64 first_row = (i64)unit.row_tile * (2 * COUNT) + 2 * t, k = (i64)first_k + g;
+    const float* undo = job.undo + 2 * ((i64)unit.span * job.padded_rows + first_row);
+    float* column = job.out + first_row * job.out_stride + k;
+    i64 rows = job.rows - first_row;
+    UNROLL
+    for (int begin = 0; begin < COUNT / 4; begin += BATCH) {
+        float old[BATCH][2][PIECES][2];
+        Sixteen factors[BATCH];  // two for each of two rows
+        float* at = column;
+        UNROLL
+        for (int i = 0; i < BATCH; ++i, at += 8 * job.out_stride) {
+            factors[i] = *reinterpret_cast<const Sixteen*>(undo + 16 * i);
+            UNROLL
+            for (int j = 0; j < 4 * PIECES; ++j) {
+                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
+                const bool inside = 8 * i + side < rows && k + PITCH * m + 8 * half < job.count;
+                old[i][side][m][half] = inside ? read(at + side * job.out_stride + PITCH * m + 8 * half) : 0.0f;
+            }
+        }
+        UNROLL
+        for (int i = 0; i < BATCH; ++i, column += 8 * job.out_stride) {
+            UNROLL
+            for (int j = 0; j < 4 * PIECES; ++j) {
+                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
+                if (8 * i + side < rows && k + PITCH * m + 8 * half < job.count) {
+                    const float value = sum[m][4 * (begin + i) + 2 * half + side] * float_of(factors[i].word[2 * side]) *
+                                        float_of(factors[i].word[2 * side + 1]);
+                    write(column + side * job.out_stride + PITCH * m + 8 * half, old[i][side][m][half] + value);
+                }
+            }
+        }
+        rows -= 8 * BATCH;
+        undo += 16 * BATCH;
+    }
+}
+
 #ifdef __CUDACC__
 
 // The threads that own a part of a tile, and take turns at it with those of other spans. On Hopper each warpgroup goes its
@@ -60,49 +112,11 @@ struct Crew {
     }
 };
 
-constexpr int BATCH = 2;  // fragments of 8 rows whose old values are read together, to wait for memory once
-
-// Adds accumulators to the output. sum[m][4 i + r] belongs to row 8 i + 2 t + r % 2 of gradients and to row
-// first_k + PITCH m + g + 8 (r / 2) of P. Reads and writes pass by the first-level cache: other multiprocessors write too.
 template <int MEMBERS, int PITCH, int PIECES, int COUNT>
 __device__ __forceinline__ void fold(const Job& job, const Unit& unit, const float (&sum)[PIECES][COUNT], i32 first_k) {
-    const u32 lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-    const i64 first_row = (i64)unit.row_tile * (2 * COUNT) + 2 * t, k = (i64)first_k + g;
-    const float2* undo = reinterpret_cast<const float2*>(job.undo) + (i64)unit.span * job.padded_rows + first_row;
-    float* column = job.out + first_row * job.out_stride + k;
-    i64 rows = job.rows - first_row;
     const Crew<MEMBERS> crew{job, unit};
     crew.wait_for_turn();
-    UNROLL
-    for (int begin = 0; begin < COUNT / 4; begin += BATCH) {
-        float old[BATCH][2][PIECES][2];
-        float2 factors[BATCH][2];
-        float* at = column;
-        UNROLL
-        for (int i = 0; i < BATCH; ++i, at += 8 * job.out_stride) {
-            factors[i][0] = __ldg(undo + 8 * i);
-            factors[i][1] = __ldg(undo + 8 * i + 1);
-            UNROLL
-            for (int j = 0; j < 4 * PIECES; ++j) {
-                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
-                const bool inside = 8 * i + side < rows && k + PITCH * m + 8 * half < job.count;
-                old[i][side][m][half] = inside ? __ldcg(at + side * job.out_stride + PITCH * m + 8 * half) : 0.0f;
-            }
-        }
-        UNROLL
-        for (int i = 0; i < BATCH; ++i, column += 8 * job.out_stride) {
-            UNROLL
-            for (int j = 0; j < 4 * PIECES; ++j) {
-                const int side = j & 1, half = (j >> 1) & 1, m = j >> 2;
-                if (8 * i + side < rows && k + PITCH * m + 8 * half < job.count) {
-                    __stcg(column + side * job.out_stride + PITCH * m + 8 * half,
-                           old[i][side][m][half] + sum[m][4 * (begin + i) + 2 * half + side] * factors[i][side].x * factors[i][side].y);
-                }
-            }
-        }
-        rows -= 8 * BATCH;
-        undo += 8 * BATCH;
-    }
+    fold_lane<PITCH>(job, unit, sum, first_k, threadIdx.x % 32);
     crew.pass_turn();
 }
 

@@ -1,4 +1,4 @@
-// Fragments of P on the device: the registers of two steps, made by one warp for 16 rows.
+// Fragments of P: the registers of two steps, made by one warp for 16 rows.
 #pragma once
 
 #include "pack.cuh"
@@ -16,6 +16,7 @@ struct Kept {
     Words words;
 };
 
+#ifdef __CUDACC__
 __device__ __forceinline__ void exchange(Words& words, int low, int high, bool upper, int mask) {
     take_word(words, low, high, upper, __shfl_xor_sync(0xFFFFFFFFu, word_to_give(words, low, high, upper), mask));
 }
@@ -29,14 +30,16 @@ __device__ __forceinline__ void begin_group(Kept& kept, const Matrix& matrix, u6
     exchange(kept.words, 1, 3, lane & 2, 2);
 }
 
+#endif
+
 // Normals as halves: the nearest, and with two limbs what is left.
-__device__ __forceinline__ void store_pair(u32 (&a)[P_LIMBS][PAIR], int i, float even, float odd) {
+BOTH void store_pair(u32 (&a)[P_LIMBS][PAIR], int i, float even, float odd) {
     a[0][i] = two_halves(even, odd);
     if (P_LIMBS > 1) a[P_LIMBS - 1][i] = two_halves(even - low_half(a[0][i]), odd - high_half(a[0][i]));
 }
 
 // The registers of pair 0..7 of a group's fragments: a[limb][4 * step + register].
-__device__ __forceinline__ void make_fragments(u32 (&a)[P_LIMBS][PAIR], const Kept& kept, const Matrix& matrix, u64 group,
+BOTH void make_fragments(u32 (&a)[P_LIMBS][PAIR], const Kept& kept, const Matrix& matrix, u64 group,
                                                u32 k, u32 lane, int pair) {
     if (KIND == 0) {
         sign_fragments(a[0], kept.words, pair);

@@ -21,10 +21,9 @@ __device__ __forceinline__ void mma(float* sum, const u32* a, u32 b0, u32 b1) {
 
 // Gradients of one step for 16 rows: two fragments of 8 rows, two registers each.
 __device__ __forceinline__ void load_fragments(u32 (&b)[4], u32 tile, int first_row, int step, u32 lane) {
-    const int row = first_row + 8 * (lane >> 4) + (lane & 7), chunk = 2 * step + ((lane >> 3) & 1);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(tile + place_of_chunk(row, chunk))
+                 : "r"(tile + place_for_lane(first_row, step, lane))
                  : "memory");
 }
 

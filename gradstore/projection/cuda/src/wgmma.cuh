@@ -56,9 +56,10 @@ __device__ __forceinline__ void hold(float (&sum)[SUMS]) {
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
-// Descriptor of a tile of ROWS x 128 bytes with the 128-byte swizzle; 8 rows are 1024 bytes apart from the next 8.
-__device__ __forceinline__ u64 describe(u32 address) {
-    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+// Has fragments finished before the multiplication begins, which may not be interrupted by other instructions.
+__device__ __forceinline__ void hold(u32 (&a)[2][P_LIMBS][PAIR]) {
+    UNROLL
+    for (int i = 0; i < 2 * P_LIMBS * PAIR; ++i) asm volatile("" : "+r"(a[i / (P_LIMBS * PAIR)][i / PAIR % P_LIMBS][i % PAIR])::"memory");
 }
 
 // Which stage of the ring is next, and the parity of its barriers.
@@ -73,16 +74,17 @@ struct Ring {
 };
 
 // Multiplies the four steps of a stage: sum += a x tile for every pair of limbs that matters.
-__device__ __forceinline__ void multiply(float (&sum)[SUMS], const u32 (&a)[2][P_LIMBS][PAIR], u32 stage, bool add) {
-    const u64 tile = describe(stage);
+__device__ __forceinline__ void multiply(float (&sum)[SUMS], u32 (&a)[2][P_LIMBS][PAIR], u32 stage, bool add) {
+    const u64 tile = describe_tile(stage);
+    hold(a);
     wgmma_fence();
     UNROLL
     for (int step = 0; step < STEPS; ++step) {
         UNROLL
         for (int limb = 0; limb < LIMBS; ++limb) {
-            wgmma(sum, &a[step >> 1][0][4 * (step & 1)], tile + (limb * TILE_BYTES + step * 32) / 16, add || step > 0 || limb > 0);
+            wgmma(sum, &a[step >> 1][0][4 * (step & 1)], describe_step(tile, limb * TILE_BYTES, step), add || step > 0 || limb > 0);
         }
-        if (P_LIMBS > 1) wgmma(sum, &a[step >> 1][P_LIMBS - 1][4 * (step & 1)], tile + step * 2, 1);
+        if (P_LIMBS > 1) wgmma(sum, &a[step >> 1][P_LIMBS - 1][4 * (step & 1)], describe_step(tile, 0, step), 1);
     }
     wgmma_commit();
 }
@@ -153,8 +155,8 @@ struct Multiplier {
                 }
                 ring.advance();
             }
+            if (PROMOTE || TILES == 1) wgmma_wait<0>();  // ptxas serialises one chain that stays open around a loop
             if (PROMOTE) {
-                wgmma_wait<0>();
                 UNROLL
                 for (int m = 0; m < TILES; ++m) {
                     hold(sum[m]);
