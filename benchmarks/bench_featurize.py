@@ -1,0 +1,89 @@
+"""Featurize end to end on a CPU: share of time inside projection arithmetic, and peak memory.
+
+    python benchmarks/bench_featurize.py                     # rows to benchmarks/results/featurize.csv
+    python benchmarks/bench_featurize.py --cases digits:640
+
+Each case runs in a process of its own, whose peak resident memory is the figure: interpreter, torch, model, data and
+all. `baseline_MB` is that of the same process just before featurize begins. Time is split by featurize's own stopwatch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_jacobians import digits_cnn, resnet18
+from setting import append_rows
+from torch.utils.data import TensorDataset
+
+import gradstore as gs
+
+MODELS = {"digits": (digits_cnn, (1, 8, 8)), "resnet18": (resnet18, (3, 32, 32))}
+
+
+def peak_megabytes() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def run(case: str, K: int, memory: str, seed: int) -> dict[str, object]:
+    """Featurize one case and say where the time went."""
+    name, n = case.split(":")
+    build, shape = MODELS[name]
+    torch.manual_seed(seed)
+    model, rows = build(), int(n)
+    data = TensorDataset(torch.randn(rows, *shape), torch.randint(0, 10, (rows,)))
+    project = gs.Project(model=model, splits={"train": data})
+    baseline, last = peak_megabytes(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        gs.featurize(
+            project,
+            split="train",
+            out=Path(folder) / "store",
+            proj_dim=K,
+            memory=memory,
+            progress=lambda state: last.update(busy=state.busy, seconds=state.seconds),
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": name,
+        "rows": rows,
+        "classes": 10,
+        "parameters": parameters,
+        "K": K,
+        "memory": memory,
+        "rows_per_second": round(rows / last["seconds"], 3),
+        "projection_share": round(last["busy"]["projection"] / last["seconds"], 3),
+        "jacobian_share": round(last["busy"]["jacobians"] / last["seconds"], 3),
+        "projection_GFLOPs": round(2 * rows * 10 * parameters * K / last["busy"]["projection"] / 1e9, 1),
+        "baseline_MB": baseline,
+        "peak_MB": peak_megabytes(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=["digits:640", "resnet18:16"], metavar="MODEL:ROWS")
+    parser.add_argument("--proj-dim", type=int, default=10240)
+    parser.add_argument("--memory", default="1GB")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(run(options.child, options.proj_dim, options.memory, options.seed)))
+        return
+    for case in options.cases:
+        words = [sys.executable, __file__, "--child", case, "--proj-dim", str(options.proj_dim)]
+        words += ["--memory", options.memory, "--seed", str(options.seed)]
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env=dict(os.environ))
+        append_rows("featurize", [json.loads(done.stdout)], options.seed)
+
+
+if __name__ == "__main__":
+    main()
