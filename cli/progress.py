@@ -59,3 +59,39 @@ class FeaturizeBar:
             self._console.print(
                 f"{self._title}: {state.rows}/{state.total} rows  {rate}  {size}", soft_wrap=True, highlight=False
             )
+
+
+class CountBar:
+    """A bar for work that is counted in one unit; on stderr where that is a terminal, otherwise nothing.
+
+    Args:
+        title: of the bar.
+        unit: what is counted.
+    """
+
+    def __init__(self, title: str, unit: str) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} % of {task.total:,.0f} " + unit),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=1)
+
+    def __enter__(self) -> CountBar:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing, leaving the last state on the screen."""
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how much is done."""
+        self._bar.update(self._task, completed=done, total=total)

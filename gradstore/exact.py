@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -18,6 +19,42 @@ from gradstore.project import Project
 from gradstore.representations import RepresentationTiles
 from gradstore.selection import Selection
 from gradstore.tiles import Tile
+
+
+@overload
+def exact_gram(
+    project: Project,
+    a: str = ...,
+    b: str | None = ...,
+    kernel: str = ...,
+    *,
+    rows_a: Sequence[int] | np.ndarray | None = ...,
+    rows_b: Sequence[int] | np.ndarray | None = ...,
+    out: None = ...,
+    memory: int | str = ...,
+    device: str = ...,
+    layers: str | None = ...,
+    progress: Report | None = ...,
+    disk: Disk | None = ...,
+) -> np.ndarray: ...
+
+
+@overload
+def exact_gram(
+    project: Project,
+    a: str = ...,
+    b: str | None = ...,
+    kernel: str = ...,
+    *,
+    rows_a: Sequence[int] | np.ndarray | None = ...,
+    rows_b: Sequence[int] | np.ndarray | None = ...,
+    out: str | os.PathLike[str],
+    memory: int | str = ...,
+    device: str = ...,
+    layers: str | None = ...,
+    progress: Report | None = ...,
+    disk: Disk | None = ...,
+) -> Gram: ...
 
 
 def exact_gram(

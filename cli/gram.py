@@ -1,0 +1,105 @@
+"""`gradstore gram`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import as_json, memory_option, parse_assignments
+from .output import print_json, print_pairs, say
+from .progress import CountBar
+
+
+@click.command(
+    short_help="Write the matrix of kernel values between all rows.",
+    epilog="Examples: gradstore gram stores/train stores/test --out gram.h5   "
+    "gradstore gram project.py train test --kernel trntk --out exact.h5",
+)
+@click.argument("source", metavar="STORE|PROJECT.PY", type=click.Path(path_type=Path))
+@click.argument("sides", nargs=-1, metavar="[STORE|SPLIT]...")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="HDF5 file to write; continued where it was interrupted.",
+)
+@click.option(
+    "--kernel",
+    help="From stores proj-trntk, proj-pntk, proj-trntk0; from a project trntk, trntk0, pntk, pntk-cosine, entk, ck, "
+    "embedding, embedding-layerwise.  [default: proj-trntk or trntk]",
+)
+@click.option(
+    "--arithmetic",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "int8"]),
+    help="Products from stores: exact, or of rows rounded to int8, faster and about 1e-4 off.",
+)
+@click.option("--layers", help="The final linear layer (ck), or a regular expression of module names (embedding).")
+@click.option("--device", default="auto", show_default=True, help="Of exact kernels: auto, cpu, cuda or cuda:<index>.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=parse_assignments,
+    help="Keyword argument of project(); may be repeated.",
+)
+@memory_option("2GB")
+@as_json
+def gram(
+    source: Path,
+    sides: tuple[str, ...],
+    out: Path,
+    kernel: str | None,
+    arithmetic: str,
+    layers: str | None,
+    device: str,
+    options: Mapping[str, Any],
+    memory: str,
+    as_json: bool,
+) -> None:
+    """Write the matrix of kernel values between all rows of two stores, or exactly between two splits of a project.
+
+    With one store or split, the matrix is that of its rows with one another.
+    """
+    import gradstore as gs
+
+    with CountBar("gram", "values") as progress:
+        if source.suffix == ".py":
+            a, b = _two(sides, "splits", least=1)
+            project = gs.load_project(source, options)
+            made = gs.exact_gram(
+                project,
+                str(a),
+                b,
+                kernel or "trntk",
+                out=out,
+                memory=memory,
+                device=device,
+                layers=layers,
+                progress=progress,
+            )
+        else:
+            (b,) = _two(sides, "stores", least=0)[:1]
+            left, right = gs.open(source), gs.open(b) if b is not None else None
+            made = gs.gram(
+                left, right, kernel or "proj-trntk", out=out, memory=memory, arithmetic=arithmetic, progress=progress
+            )
+    facts = {"path": str(made.path), "shape": list(made.shape), **made.attributes}
+    if as_json:
+        print_json(facts)
+    else:
+        print_pairs({name: str(value) for name, value in facts.items()})
+        say(f"wrote {made.path}")
+
+
+def _two(sides: tuple[str, ...], what: str, least: int) -> tuple[str | None, str | None]:
+    most = least + 1
+    if not least <= len(sides) <= most:
+        raise click.UsageError(f"expected {least} or {most} {what} after the first argument, got {len(sides)}")
+    return (*sides, None, None)[0], (*sides, None, None)[1]
