@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", default="auto", show_default=True, callback=lambda c, p, v: _batch_size(v), help="Rows projected together.")
 @memory_option("2GB")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read existing shards first, compute damaged ones again.")
+@click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(

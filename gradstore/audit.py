@@ -19,7 +19,7 @@ def norm_band(K: int) -> tuple[float, float]:
     """Least and greatest ‖P g‖² / (K ‖g‖²) that a correct projection shows, up to a chance of 1e-12 a row.
 
     For a Gaussian P the ratio is a chi-squared variable with K degrees of freedom over K, bounded by Laurent and
-    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003). Near `1 ± 7.4 sqrt(2/K)`.
+    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003). Near 1 ± 7.4 sqrt(2/K).
     """
     t = math.log(1 / _FALSE_ALARM)
     return max(0.0, 1 - 2 * math.sqrt(t / K)), 1 + 2 * math.sqrt(t / K) + 2 * t / K
@@ -43,8 +43,8 @@ def require_finite_block(sq_norm: Tensor, rows: Sequence[int], parameter: str, s
     )
 
 
-def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str) -> None:
-    """Refuse features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
+def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str, scale: float = 1.0) -> None:
+    """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
 
     Raises:
         NonFiniteError: names the first row and class whose gradient is zero or whose norm was not kept.
@@ -60,7 +60,8 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str
             hint="Widen `parameters=`, or check that this logit depends on them",
         )
     low, high = norm_band(features.shape[-1])
-    ratio = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).square().cpu() / sq_norm.cpu().double()
+    norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).cpu() * scale
+    ratio = norm.square() / sq_norm.cpu().double()
     bad = torch.nonzero(~((ratio >= low) & (ratio <= high)))
     if len(bad):
         i, c = bad[0].tolist()

@@ -18,7 +18,7 @@ class Encoded:
 
     Attributes:
         features: [n, c, K] in the stored dtype.
-        scale: float32 [n, c]; features * scale restores the values. A power of two, or amax / 127 for int8.
+        scale: float32 [n, c]; features * scale restores the values. The factor times a power of two, or amax / 127.
         norm: float64 [n, c], the norm of the restored row, so that a cosine of a stored row with itself is 1.
     """
 
@@ -27,25 +27,32 @@ class Encoded:
     norm: np.ndarray
 
 
-def encode(features: Tensor, dtype: str) -> Encoded:
+def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
     """Round float32 features [n, c, K] on the CPU to `dtype`: "float16", "float32" or "int8".
+
+    The features stored are `factor * features`. The factor goes into the scale only, so the digits do not depend on it.
 
     Relative error of a cosine: about 1e-6 for float16 and 5e-5 for int8, against a projection noise of
     1/sqrt(K). Holds two arrays of the size of `features`.
     """
     peak = features.abs().amax(dim=-1)
     if dtype == "int8":
-        scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-        rounded = (features / scale[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        unit = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+        rounded = (features / unit[..., None]).round_().clamp_(-127, 127).to(torch.int8)
     else:
-        _, exponent = torch.frexp(peak)
-        # Exponents are clamped so that the scale itself stays a normal float32.
-        exponent = (exponent - _PEAK_EXPONENT[dtype]).clamp_(-126, 127)
-        scale = torch.ldexp(torch.ones_like(peak), exponent)
-        rounded = (features / scale[..., None]).to(getattr(torch, dtype))
+        unit = torch.ldexp(torch.ones_like(peak), exponents(features, dtype))
+        rounded = (features / unit[..., None]).to(getattr(torch, dtype))
+    scale = unit * factor
     stored = rounded.to(torch.float64)
     norm = torch.linalg.vector_norm(stored, dim=-1) * scale.to(torch.float64)
     return Encoded(rounded.numpy(), scale.numpy(), norm.numpy())
+
+
+def exponents(features: Tensor, dtype: str) -> Tensor:
+    """Exponent of the power of two by which each row of features [n, c, K] is divided, int32 [n, c]."""
+    _, exponent = torch.frexp(features.abs().amax(dim=-1))
+    # Clamped so that the scale itself stays a normal float32.
+    return (exponent - _PEAK_EXPONENT[dtype]).clamp_(-100, 127)
 
 
 def decode(features: np.ndarray, scale: np.ndarray) -> Tensor:

@@ -18,6 +18,7 @@ from gradstore.encoding import encode
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
+from gradstore.grow import SmallerStore
 from gradstore.jacobians import join_blocks
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
@@ -72,6 +73,7 @@ def featurize(
     memory: int | str = "2GB",
     allow_other_versions: bool = False,
     verify: bool = True,
+    grow_from: str | os.PathLike[str] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -101,6 +103,8 @@ def featurize(
         allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
             the change is written to the run log.
         verify: read the shards that exist first and compute the damaged ones again; False trusts them.
+        grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
+            store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         progress: called after every batch.
@@ -119,6 +123,11 @@ def featurize(
     """
     settings = Settings(proj_dim, projection, seed, layout, dtype)
     plan = Plan(project, split, settings, device, parse_bytes(memory))
+    smaller = None
+    if grow_from is not None:
+        smaller = SmallerStore(open_store(grow_from), plan.manifest)
+        now = environment(plan.device, plan.projection)
+        require_same_environment(Path(grow_from) / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
     with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
@@ -127,21 +136,21 @@ def featurize(
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            _Run(plan, writer, batch_size, progress).write_missing()
+            _Run(plan, writer, batch_size, progress, smaller).write_missing()
     return open_store(out)
 
 
 def project_rows(plan: Plan, rows: range) -> Tensor:
     """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
     inputs = to_device(plan.examples.read(rows)[0], plan.device)
-    return _project(plan, [inputs], [rows], _Stopwatch())[0]
+    return _project(plan, [inputs], [rows], _Stopwatch())[0].mul_(plan.projection.scale)
 
 
 def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
     """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
     truth, watch = plan.project.poisoned_mask(plan.split), _Stopwatch()
     for rows in groups:
-        yield _columns_of(plan, rows, plan.manifest.group, truth, watch)
+        yield _columns_of(plan, rows, plan.manifest.group, truth, watch, None)
 
 
 class _Stopwatch:
@@ -162,9 +171,14 @@ class _Run:
     """Computes the missing shards of one store."""
 
     def __init__(
-        self, plan: Plan, writer: StoreWriter, batch_size: int | None, progress: Callable[[Progress], None] | None
+        self,
+        plan: Plan,
+        writer: StoreWriter,
+        batch_size: int | None,
+        progress: Callable[[Progress], None] | None,
+        smaller: SmallerStore | None = None,
     ) -> None:
-        self.plan, self.writer, self.progress = plan, writer, progress
+        self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
         self.group = writer.manifest.group
         self.groups = self._groups_per_batch(batch_size)
         self.watch = _Stopwatch()
@@ -223,18 +237,18 @@ class _Run:
         self.watch.lap("writing")
 
     def _columns(self, rows: range) -> dict[str, np.ndarray]:
-        return _columns_of(self.plan, rows, self.group, self.truth, self.watch)
+        return _columns_of(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
 
 
 def _columns_of(
-    plan: Plan, rows: range, group: int, truth: np.ndarray | None, watch: _Stopwatch
+    plan: Plan, rows: range, group: int, truth: np.ndarray | None, watch: _Stopwatch, smaller: SmallerStore | None
 ) -> dict[str, np.ndarray]:
     """Every dataset but the digests, for some groups of rows."""
     inputs, labels = plan.examples.read(rows)
     spans = list(_batches(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-    features, sq_norm, logits = _project(plan, parts, spans, watch)
-    encoded = encode(features.cpu(), plan.settings.dtype)
+    sums, sq_norm, logits = _grown(plan, parts, spans, watch, smaller)
+    encoded = encode(sums.cpu(), plan.settings.dtype, plan.projection.scale)
     columns = {
         "features": encoded.features,
         "scale": encoded.scale,
@@ -253,13 +267,28 @@ def _columns_of(
     return columns
 
 
-def _project(
-    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch
+def _grown(
+    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch, smaller: SmallerStore | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(features float32 [n, c, K], squared norms float64 [n, c], logits [n, classes]) of some groups of rows.
+    """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
+    if smaller is None:
+        return _project(plan, groups, spans, watch)
+    old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
+    sums, sq_norm, logits = _project(plan, groups, spans, watch, old)
+    return (
+        (sums, sq_norm, logits) if smaller.exact(sums.cpu(), exponent, small) else _project(plan, groups, spans, watch)
+    )
 
-    The groups' Jacobians are computed one group at a time and projected together, block by block.
+
+def _project(
+    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch, old: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(P g float32 [n, c, K], squared norms float64 [n, c], logits [n, classes]) of some groups of rows.
+
+    The groups' Jacobians are computed one group at a time and projected together, block by block. The first columns
+    are those of `old`, if given, and not computed.
     """
+    first_k = 0 if old is None else old.shape[-1]
     projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
     mixed = plan.settings.layout == "mixed"
     watch.lap("jacobians")
@@ -274,30 +303,31 @@ def _project(
         if mixed:
             part = part.sum(dim=1, keepdim=True)  # E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²
         if features is None or sq_norm is None:
-            features = torch.zeros(*part.shape, projection.dim, device=logits.device)
+            features = torch.zeros(*part.shape, projection.dim - first_k, device=logits.device)
             sq_norm = torch.zeros_like(part)
         sq_norm += part
         watch.lap("jacobians")
         if mixed:
-            _accumulate_mixed(projection, features[:, 0], block.dense(), block.start)
+            _accumulate_mixed(projection, features[:, 0], block.dense(), block.start, first_k)
         else:
-            accumulate_block(projection, features, block)
+            accumulate_block(projection, features, block, first_k=first_k)
         watch.lap("projection")
     assert features is not None  # parameter_blocks refuses an empty selection
     assert sq_norm is not None
-    features.mul_(projection.scale)
-    require_preserved(features, sq_norm, rows, plan.split)
+    if old is not None:
+        features = torch.cat([old.to(features.device), features], dim=-1)
+    require_preserved(features, sq_norm, rows, plan.split, projection.scale)
     return features, sq_norm, logits
 
 
-def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int) -> None:
+def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
     """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
 
     One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
     T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
     """
     for c in range(block.shape[1]):
-        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start)
+        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start, first_k=first_k)
 
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:

@@ -39,7 +39,8 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
     Returns:
         The route: "dense", "shared" or "sparse".
     """
-    chosen = route(projection, block, out.shape[-1])
+    # By all of K, so that columns computed by themselves take the route that they would take together.
+    chosen = route(projection, block, projection.dim)
     if chosen == "shared":
         assert isinstance(block, LinearBlock)
         native.accumulate_shared(projection._entries, out, block.activations, block.deltas, block.start, first_k)
