@@ -31,6 +31,8 @@ _BLOCK_BYTES = 48 << 20
 _BLOCK_ROWS = 4096
 _BATCH = 512
 _MAX_WORKERS = 16
+# Floating-point operations below which choosing an engine by measurement takes longer than it can save.
+_WORTH_MEASURING = 2e10
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def scan_all(
         return np.empty((0, k), np.int64), np.empty((0, k)), Search("exact", 0)
     longest = max(phis, key=lambda phi: phi.length)
     plan = plan_scan(train, longest, len(rows), k, memory)
+    if engine == "auto" and 2.0 * len(rows) * len(train) * longest.length < _WORTH_MEASURING:
+        engine = "cuda" if torch.cuda.is_available() else "torch"
     means = choose_engine(engine, plan.batch, plan.block, longest.width)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
     found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
