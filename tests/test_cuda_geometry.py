@@ -65,7 +65,7 @@ def test_launches_cover_the_axis_at_fixed_cuts(variant, rows, count, start, colu
     assert pieces[0].first_group == first
     assert sum(piece.groups for piece in pieces) == last - first
     row_bytes = -(-rows // variant.rows) * variant.rows * 2 * variant.limbs
-    for piece, following in zip(pieces, [*pieces[1:], None]):
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         stop = piece.first_group + piece.groups
         assert piece.groups > 0
         spans = {group // (SPAN // GROUP) for group in (piece.first_group, stop - 1)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -14,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from gradstore.projection import Projection
 from gradstore.projection.cuda import product, source
 from gradstore.projection.cuda.geometry import Variant, variant_for
 from gradstore.projection.cuda.jobs import Job, Pack
@@ -245,7 +246,10 @@ needs_nvrtc = pytest.mark.skipif(bool(_why_no_nvrtc()), reason=f"NVRTC is not in
 )
 def test_the_source_compiles_without_a_gpu(kind, precision, architecture):
     variant = variant_for(kind, precision, 32, architecture == "sm_90a")
-    code = source.compile_source(source.source_of(variant), architecture)
+    report = io.StringIO()
+    code = source.compile_source(source.source_of(variant), architecture, report)
+    assert "Potential Performance Loss" not in report.getvalue(), "wgmma is serialised"
+    assert set(re.findall(r"(\d+) bytes spill stores", report.getvalue())) == {"0"}
     assert code[:4] == b"\x7fELF"
     for name in (source.ENTRY, *source.PACKS):
         assert name.encode() in code
@@ -253,7 +257,7 @@ def test_the_source_compiles_without_a_gpu(kind, precision, architecture):
 
 @needs_nvrtc
 def test_errors_of_the_compiler_are_shown():
-    with pytest.raises(RuntimeError, match=r"did not compile the projection for sm_90a.*nonsense"):
+    with pytest.raises(RuntimeError, match=r"NVRTC did not compile the projection for sm_90a: .*no storage class"):
         source.compile_source("nonsense;", "sm_90a")
 
 
@@ -318,7 +322,3 @@ def test_wgmma_names_every_accumulator_once():
     assert all(text.count(f'"+f"(sum[{i}])') == 1 for i in range(128))
     assert "m64n256k16" in text
     assert "%127}, {%128, %129, %130, %131}, %132, add" in text
-
-
-def test_projections_on_other_devices_are_untouched():
-    assert Projection(backend="reference").project(torch.ones(1, 3)).shape == (1, 10240)

@@ -198,7 +198,7 @@ def test_pickle_and_repr_round_trip():
         (lambda: Projection("sparse"), "kind: unknown kind (expected one of rademacher, gaussian, got 'sparse')."),
         (
             lambda: Projection(backend="gpu"),
-            "backend: unknown backend (expected one of auto, native, reference, got 'gpu').",
+            "backend: unknown backend (expected one of auto, native, cuda, reference, got 'gpu').",
         ),
         (lambda: Projection(dim=0), "dim: bad dim (expected an integer in [1, 4294967297), got 0)."),
         (lambda: Projection(seed=-1), "seed: bad seed (expected an integer in [0, 18446744073709551616), got -1)."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.projection import native, reference
+from gradstore.projection import cuda, native, reference
 from gradstore.projection.entries import KINDS, Entries
 
 ALIGNMENT = 128
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "cuda", "reference")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,10 @@ class Projection:
         dim: the projected dimension K, in [1, 2^32].
         seed: in [0, 2^64).
         stream: an independent matrix for each number in [0, 2^31), under one seed.
-        backend: "auto" (compiled code where it is available, for tensors on the CPU), "native" or "reference".
+        backend: "native" (compiled code on the CPU, the fused kernels on NVIDIA devices), "cuda" (the fused kernels on
+            NVIDIA devices only), "reference" (torch everywhere), or "auto", which takes the first that can be had here.
+        precision: of the fused kernels: "fast" (gradients rounded to one float16: relative error of a feature vector
+            about 2e-4) or "exact" (to two: about 1e-6). The CPU and the reference are always exact.
 
     Raises:
         UsageError: an argument is out of range.
@@ -51,17 +53,20 @@ class Projection:
     seed: int = 0
     stream: int = 0
     backend: str = "auto"
+    precision: str = "fast"
 
     VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, KINDS)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("precision", self.precision, cuda.PRECISIONS)
         _check_range("dim", self.dim, 1, 2**32 + 1)
         _check_range("seed", self.seed, 0, 2**64)
         _check_range("stream", self.stream, 0, 2**31)
         if self.backend == "auto":
-            object.__setattr__(self, "backend", "native" if native.available() else "reference")
+            other = "cuda" if torch.cuda.is_available() else "reference"
+            object.__setattr__(self, "backend", "native" if native.available() else other)
 
     @property
     def scale(self) -> float:
@@ -115,14 +120,27 @@ class Projection:
             raise UsageError("bad output", where="out", expected=f"float32 [{block.shape[0]}, K]", got=got)
         _check_range("start", start, 0, 2**63 - block.shape[1])
         _check_range("first_k", first_k, 0, self.dim - out.shape[1] + 1)
-        self._accumulate_on(block.device)(self._entries, out, block.detach(), start, first_k)
+        path, source = self.path(block.device), block.detach()
+        if path == "native":
+            native.accumulate(self._entries, out, source, start, first_k)
+        elif path == "reference":
+            reference.accumulate(self._entries, out, source, start, first_k)
+        else:
+            device = cuda.device(block.device.index)
+            cuda.accumulate(device, self._entries, out, source, start, first_k, self.precision)
+
+    def path(self, device: torch.device) -> str:
+        """What multiplies by P on a device: "native", "cuda fast", "cuda exact" or "reference".
+
+        Warns once where an NVIDIA device could use the fused kernels but for something that is missing.
+        """
+        if device.type == "cuda" and self.backend != "reference" and cuda.usable(device.index):
+            return f"cuda {self.precision}"
+        return "native" if device.type == "cpu" and self.backend == "native" else "reference"
 
     @property
     def _entries(self) -> Entries:
         return Entries(self.kind, self.seed, self.stream)
-
-    def _accumulate_on(self, device: torch.device) -> Callable[[Entries, Tensor, Tensor, int, int], None]:
-        return native.accumulate if self.backend == "native" and device.type == "cpu" else reference.accumulate
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,15 @@ def unavailable(index: int) -> str:
     except ImportError as error:
         return f"cuda-core is not usable ({error}); pip install 'gradstore[cuda]'"
     return ""
+
+
+@cache
+def usable(index: int | None) -> bool:
+    """Whether the fused product can run on a CUDA device (None: the current one); if not, says why once."""
+    why = unavailable(torch.cuda.current_device() if index is None else index)
+    if why:
+        warnings.warn(f"projecting with the slow reference on the GPU: {why}", RuntimeWarning, stacklevel=4)
+    return not why
 
 
 @cache

@@ -1,8 +1,8 @@
 """Arithmetic of the fused product: which variant of the source, which tiles, which pieces of the parameter axis.
 
-Plain functions of integers, so that they are tested where there is no GPU. Two rules keep the bits of a row independent of
-everything beside it: the parameter axis is cut at multiples of `SPAN` counted from parameter 0, and spans are added in
-ascending order. Rows, tiles, launches and multiprocessors only decide who computes what.
+Plain functions of integers, so that they are tested where there is no GPU. Two rules keep the bits of a row independent
+of everything beside it: the parameter axis is cut at multiples of `SPAN` counted from parameter 0, and spans are added
+in ascending order. Rows, tiles, launches and multiprocessors only decide who computes what.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gradstore.projection.cuda.geometry import Variant
 
@@ -47,16 +47,23 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     return code
 
 
-def compile_source(source: str, architecture: str) -> bytes:
-    """Compile to machine code; takes seconds. Errors as in `cubin`."""
+def compile_source(source: str, architecture: str, report: TextIO | None = None) -> bytes:
+    """Compile to machine code; takes seconds. Errors as in `cubin`.
+
+    Args:
+        source: the program.
+        architecture: such as "sm_90a".
+        report: takes the assembler's notes: registers, spills, losses of performance.
+    """
     core = cuda_core()
-    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER))
+    verbose = {} if report is None else {"ptxas_options": ["-v"]}
+    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER), **verbose)
     try:
-        return bytes(core.Program(source, "c++", options).compile("cubin").code)
-    except ImportError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"NVRTC did not compile the projection for {architecture}: {error}") from error
+        return bytes(core.Program(source, "c++", options).compile("cubin", logs=report).code)
+    except Exception as error:  # cuda-core has several kinds
+        errors = [line for line in str(error).splitlines() if "error" in line and "compilation log" not in line]
+        text = errors[0] if errors else str(error)
+        raise RuntimeError(f"NVRTC did not compile the projection for {architecture}: {text}") from error
 
 
 def cache_folder() -> Path:
@@ -134,10 +141,16 @@ def _wgmma(rows: int) -> str:
     operands = ", ".join(f"%{i}" for i in range(sums))
     a = ", ".join(f"%{sums + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(sum[{i}])' for i in range(sums))
-    return (
-        f"__device__ __forceinline__ void wgmma(float (&sum)[{sums}], const u32* a, u64 tile, int add) {{\n"
-        f'    asm volatile("{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{sums + 5}, 0;\\n"\n'
-        f'        "wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.f16.f16 {{{operands}}}, {{{a}}}, %{sums + 4}, add, 1, 1, 0;\\n"\n'
-        f'        "}}\\n" : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(add));\n'
-        "}\n"
-    )
+    shape = f"m64n{rows}k16.f32.f16.f16"
+    return f"""
+__device__ __forceinline__ void wgmma(float (&sum)[{sums}], const u32* a, u64 tile, int add) {{
+    asm volatile(
+        "{{\\n"
+        ".reg .pred add;\\n"
+        "setp.ne.b32 add, %{sums + 5}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.{shape} {{{operands}}}, {{{a}}}, %{sums + 4}, add, 1, 1, 0;\\n"
+        "}}\\n"
+        : {outputs}
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(add));
+}}
+"""
