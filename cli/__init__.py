@@ -13,9 +13,12 @@ import click
 
 from gradstore.errors import GradstoreError
 
+from .attribute import attribute
 from .check import check
 from .demo import demo
+from .evaluate import evaluate
 from .featurize import featurize
+from .fit import fit
 from .forensics import forensics
 from .gram import gram
 from .index import index
@@ -52,7 +55,22 @@ def gradstore(traceback: bool) -> None:
     """
 
 
-for _command in (demo, init, check, featurize, info, index, topk, forensics, gram, residual, verify):
+for _command in (
+    demo,
+    init,
+    check,
+    featurize,
+    info,
+    index,
+    topk,
+    forensics,
+    gram,
+    residual,
+    fit,
+    attribute,
+    evaluate,
+    verify,
+):
     gradstore.add_command(_command)
 
 

@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradstore.attribution import attribute
     from gradstore.errors import GradstoreError
     from gradstore.exact import exact_gram
+    from gradstore.faithfulness import evaluate
     from gradstore.featurize import featurize
     from gradstore.fingerprint import fingerprint
     from gradstore.forensics import forensics
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from gradstore.show import image, text
     from gradstore.store import FeatureStore
     from gradstore.store import open_store as open
+    from gradstore.surrogate import KernelGLM
     from gradstore.topk import topk
     from gradstore.verify import verify
 
@@ -35,9 +38,12 @@ _WHERE = {
     "FeatureStore": "store",
     "Gram": "gram_file",
     "GradstoreError": "errors",
+    "KernelGLM": "surrogate",
     "Project": "project",
     "Projection": "projection",
     "Session": "session",
+    "attribute": "attribution",
+    "evaluate": "faithfulness",
     "exact_gram": "exact",
     "featurize": "featurize",
     "featurize_queries": "fresh",
@@ -58,9 +64,12 @@ __all__ = [
     "FeatureStore",
     "GradstoreError",
     "Gram",
+    "KernelGLM",
     "Project",
     "Projection",
     "Session",
+    "attribute",
+    "evaluate",
     "exact_gram",
     "featurize",
     "featurize_queries",

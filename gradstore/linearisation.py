@@ -12,13 +12,18 @@ Each is fitted by least squares in log-odds on one half of the queries and judge
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.special import log_expit
 
 from gradstore.faithfulness import Measure, saturated, with_error
+from gradstore.store import FeatureStore
+from gradstore.surrogate import KernelGLM
+from gradstore.surrogate.alpha import log_odds
+from gradstore.surrogate.training_data import two_logits
 
 MAPS = ("phi1", "phi2", "phi3")
 _FEWEST = 8  # queries in a half
@@ -43,6 +48,10 @@ class Linearisation:
     def __call__(self, z: np.ndarray) -> np.ndarray:
         """The network's log-odds that the map expects at the surrogate's log-odds z."""
         return _CURVES[self.name](z, np.asarray(self.parameters))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; null where undefined."""
+        return asdict(self)
 
 
 def linearise(
@@ -70,6 +79,15 @@ def linearise(
     resamples = [rng.integers(0, len(judge), len(judge)) for _ in range(bootstrap)]
     r2 = with_error(_r2, (network[judge], expected), resamples)
     return Linearisation(name, tuple(parameters.tolist()), r2, int(masked.sum()))
+
+
+def linearise_store(
+    model: KernelGLM, queries: FeatureStore, *, bootstrap: int = 200, seed: int = 0
+) -> list[Linearisation]:
+    """All three maps for a surrogate and the network's logits and labels in a store; see `linearise`."""
+    surrogate = log_odds(model.log_odds_basis(queries), queries.labels)
+    network = log_odds(two_logits(queries.logits), queries.labels)
+    return [linearise(network, surrogate, name, bootstrap=bootstrap, seed=seed) for name in MAPS]
 
 
 def _fitted(name: str, z: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from scipy.linalg import cholesky
 from scipy.optimize import OptimizeResult, minimize
 from scipy.special import log_softmax
+from threadpoolctl import threadpool_limits
 
 from gradstore.errors import NonFiniteError
 from gradstore.surrogate.rows import ArrayRows, Rows
@@ -131,7 +132,9 @@ def fit_softmax(
 
     # The callback decides; L-BFGS's own tests on single components are set out of reach.
     options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "maxcor": PAIRS, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=stop, options=options)
+    # The products are torch's; L-BFGS's own are short, and BLAS threads would only wait for one another.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=stop, options=options)
     value, gradient = objective(found.x)
     if not np.isfinite(value):
         raise NonFiniteError("the surrogate's loss is not finite", expected="a finite loss", got=value)

@@ -1,0 +1,64 @@
+"""`gradstore attribute`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import as_json
+from .output import print_json, print_table
+
+
+@click.command(
+    short_help="Divide a prediction among the training examples.",
+    epilog="Example: gradstore attribute surrogate.safetensors stores/test --row 3 --class cat --rather-than dog",
+)
+@click.argument("surrogate", type=click.Path(path_type=Path))
+@click.argument("queries", type=click.Path(path_type=Path))
+@click.option("--row", required=True, type=click.IntRange(0), help="Row of the query.")
+@click.option("--class", "wanted", help="Class to explain.  [default: the predicted one]")
+@click.option("--rather-than", help="Class to compare it with.")
+@click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Examples for and against.")
+@click.option(
+    "--train", type=click.Path(path_type=Path), help="Training store.  [default: where the surrogate was fitted]"
+)
+@as_json
+def attribute(
+    surrogate: Path,
+    queries: Path,
+    row: int,
+    wanted: str | None,
+    rather_than: str | None,
+    k: int,
+    train: Path | None,
+    as_json: bool,
+) -> None:
+    """List the training examples that speak most for and against a prediction (eq. 3).
+
+    SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings. The
+    attributions of all training examples sum to the surrogate's logit.
+    """
+    import gradstore as gs
+    from gradstore.attribution import class_index
+
+    model = gs.KernelGLM.load(surrogate)
+    found = gs.attribute(model, gs.open(queries), row, train=None if train is None else gs.open(train))
+    c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
+    record = found.as_dict(k, c, other)
+    if as_json:
+        print_json(record)
+    else:
+        _print(record)
+
+
+def _print(record: dict[str, Any]) -> None:
+    question = f"why {record['class']}" + (f" rather than {record['rather_than']}" if record["rather_than"] else "")
+    click.echo(f"query row {record['row']}, predicted {record['predicted']}: {question}\n")
+    rows = [
+        (sign, str(item["row"]), f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
+        for sign, name in (("for", "contributors"), ("against", "opponents"))
+        for item in record[name]
+    ]
+    print_table(("speaks", "training row", "attribution", "similarity"), rows, right=(1, 2, 3))

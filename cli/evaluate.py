@@ -1,0 +1,40 @@
+"""`gradstore evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import as_json
+from .output import print_json, print_table, say
+
+
+@click.command(
+    short_help="Measure how faithful a surrogate is.",
+    epilog="Example: gradstore evaluate surrogate.safetensors stores/test",
+)
+@click.argument("surrogate", type=click.Path(path_type=Path))
+@click.argument("queries", type=click.Path(path_type=Path))
+@click.option("--bootstrap", default=200, show_default=True, type=click.IntRange(0), help="Resamples for the errors.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the resamples and halves.")
+@as_json
+def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json: bool) -> None:
+    """Compare a surrogate with its network on labelled queries: τ_K, TAD, R_miss, correlations, linearisations.
+
+    SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings.
+    """
+    import gradstore as gs
+    from gradstore.linearisation import linearise_store
+
+    model, store = gs.KernelGLM.load(surrogate), gs.open(queries)
+    found = gs.evaluate(model, store, bootstrap=bootstrap, seed=seed)
+    curves = linearise_store(model, store, bootstrap=bootstrap, seed=seed)
+    if as_json:
+        print_json({**found.as_dict(), "linearisations": [curve.as_dict() for curve in curves]})
+        return
+    rows = [(name, str(measure), str(measure.n)) for name, measure in found.measures().items()]
+    rows += [(f"r2 of {curve.name}", str(curve.r2), str(curve.r2.n)) for curve in curves]
+    print_table(("measure", "value", "queries"), rows, right=(2,))
+    say(f"saturated probabilities: network {found.saturated[0]}, surrogate {found.saturated[1]}")
+    say(f"tied pairs: network {found.ties[0]}, surrogate {found.ties[1]}")
