@@ -16,9 +16,8 @@ from torch import Tensor
 
 from gradstore.projection.entries import Entries
 
-TILE_BYTES = (
-    32 << 20
-)  # of P in float64; the words behind it are a few percent more for Rademacher, as much for Gaussian
+# Of P in float64; the words behind it are a few percent more for Rademacher, as much for Gaussian.
+TILE_BYTES = 32 << 20
 _DEPTH = {"rademacher": 4096, "gaussian": 512}  # columns of a tile: 2^12 * 2^40 and 2^9 * 2^26 * 2^18 reach 2^52, 2^53
 _LIMB_BITS = {"rademacher": 40, "gaussian": 17}
 _LIMBS = {"rademacher": 1, "gaussian": 2}
@@ -36,19 +35,20 @@ def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k
         start: flat parameter index of the first column; any non-negative integer.
         first_k: the row of P that column 0 of ``out`` belongs to.
 
-    Holds one tile of P (32 MB and as much again while it is made) and 16 bytes for each of rows * (4096 + tile rows).
+    Holds one tile of P (32 MB and as much again while it is made), 8 bytes for each value of ``out`` and 32 for each of
+    rows * 4096.
     """
     device = block.device if block.device.type != "mps" else torch.device("cpu")  # Metal has no float64
-    rows, columns = block.shape
-    depth = _DEPTH[entries.kind]
+    (rows, columns), count, depth = block.shape, out.shape[1], _DEPTH[entries.kind]
     step = TILE_BYTES // (8 * depth)
-    for k in range(0, out.shape[1], step):
-        stop_k = min(k + step, out.shape[1])
-        total = torch.zeros(rows, stop_k - k, dtype=torch.float64, device=device)
-        for begin, end in _tiles(start, start + columns, depth):
+    total = torch.zeros(rows, count, dtype=torch.float64, device=device)
+    for begin, end in _tiles(start, start + columns, depth):
+        limbs, unit = _integers(block[:, begin - start : end - start].to(device), entries.kind)
+        for k in range(0, count, step):
+            stop_k = min(k + step, count)
             tile = entries.tile(first_k + k, first_k + stop_k, begin, end, device)
-            total += _exact_product(block[:, begin - start : end - start].to(device), tile, entries.kind)
-        out[:, k:stop_k] += total.to(out)
+            total[:, k:stop_k] += _exact_product(limbs, unit, tile, entries.kind)
+    out += total.to(out)
 
 
 def _tiles(start: int, stop: int, depth: int) -> list[tuple[int, int]]:
@@ -57,18 +57,24 @@ def _tiles(start: int, stop: int, depth: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _exact_product(gradients: Tensor, tile: Tensor, kind: str) -> Tensor:
-    """``gradients @ tile.T`` in float64 by products that are exact whatever their order of summation."""
-    if kind == "gaussian":
-        tile = torch.round(tile * _NORMAL_GRID)
+def _integers(gradients: Tensor, kind: str) -> tuple[list[Tensor], Tensor]:
+    """Gradients as integers in float64, in limbs of falling weight, and the unit [rows, 1] of the first limb."""
     bits = _LIMB_BITS[kind]
     rest = gradients.double()
     exponent = torch.frexp(rest.abs().amax(dim=1, keepdim=True)).exponent.clamp(min=_SMALLEST_EXPONENT)
     rest = torch.ldexp(rest, bits - exponent)
-    total = torch.zeros(rest.shape[0], tile.shape[0], dtype=torch.float64, device=rest.device)
-    for limb in range(_LIMBS[kind]):
-        integer = torch.round(rest)
-        total += torch.ldexp(integer @ tile.T, torch.tensor(-limb * bits, device=rest.device))
-        rest = torch.ldexp(rest - integer, torch.tensor(bits, device=rest.device))
-    unit = exponent - bits if kind == "rademacher" else exponent - bits - 23
-    return torch.ldexp(total, unit)
+    limbs = []
+    for _ in range(_LIMBS[kind]):
+        limbs.append(torch.round(rest))
+        rest = (rest - limbs[-1]).mul_(2.0**bits)
+    return limbs, torch.ldexp(torch.ones_like(rest[:, :1]), exponent - bits)
+
+
+def _exact_product(limbs: list[Tensor], unit: Tensor, tile: Tensor, kind: str) -> Tensor:
+    """``gradients @ tile.T`` in float64 by products that are exact whatever their order of summation."""
+    if kind == "gaussian":
+        tile, unit = torch.round(tile * _NORMAL_GRID), unit / _NORMAL_GRID
+    total = limbs[0] @ tile.T
+    for number, limb in enumerate(limbs[1:], 1):
+        total += (limb @ tile.T).mul_(2.0 ** (-number * _LIMB_BITS[kind]))
+    return total.mul_(unit)
