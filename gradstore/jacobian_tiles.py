@@ -28,6 +28,9 @@ from gradstore.weights import weights_digest
 # Examples whose Jacobians are computed in one pass.
 _BATCH = 32
 _PROBE = 4
+# Columns that pass by together: enough to share the dense rows formed for them, few enough to leave room for rows that
+# stay, since everything that passes by is computed again for each group.
+_STREAM = 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class JacobianTiles:
             loading=0,
             value=24 * self.factor**2,
             memory=memory - self.scratch - int(self.engine.bytes_needed(self.batch)),
+            most=_STREAM,
             ahead=False,
         )
         self.shape = (len(a) * self.factor, len(b) * self.factor)
