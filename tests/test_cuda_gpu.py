@@ -1,0 +1,186 @@
+"""The fused CUDA projection on a CUDA device, against dense float64 products; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradstore.projection import Projection, cuda
+from gradstore.projection.entries import Entries
+
+WHY_NOT = cuda.unavailable(0) if torch.cuda.is_available() else "no CUDA device"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+
+VECTORS = json.loads((Path(__file__).parent / "data" / "projection.json").read_text())
+VARIANTS = [(kind, precision) for kind in ("rademacher", "gaussian") for precision in ("fast", "exact")]
+BOUND = {"fast": 4e-4, "exact": 3e-6}  # relative error of a feature vector
+SHAPES = [  # rows, p, K, start, first_k
+    (1, 1, 1, 0, 0),
+    (3, 129, 17, 127, 3),
+    (32, 777, 300, 100, 9),
+    (31, 20000, 257, 2**31 - 300, 0),
+    (640, 3000, 513, 2**40 + 7, 2**20),
+    (650, 9001, 129, 8192 * 3 - 129, 1),
+]
+
+
+@pytest.fixture(params=["wgmma", "mma"])
+def path(request):
+    """Both forms of the product where the device has both."""
+    device = cuda.device(0)
+    native = device.hopper
+    if request.param == "wgmma" and not native:
+        pytest.skip("wgmma needs compute capability 9.0")
+    device.hopper = request.param == "wgmma"
+    yield request.param
+    device.hopper = native
+
+
+def accumulate(entries, out, block, start=0, first_k=0, precision="exact"):
+    cuda.accumulate(cuda.device(block.device.index), entries, out, block, start, first_k, precision)
+    return out
+
+
+def dense(entries, block, start, count, first_k):
+    k, p = first_k + torch.arange(count)[:, None], start + torch.arange(block.shape[1])
+    return block.cpu().double() @ entries.at(k, p).T
+
+
+def relative_error(got, want):
+    return float((got.cpu().double() - want).norm() / want.norm())
+
+
+def gradients(rows, columns, seed=0, spread=2.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rows, columns, generator=generator)
+    return (normal * torch.exp(spread * torch.randn(rows, columns, generator=generator))).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("rows", [7, 640])
+def test_integers_come_out_exactly(path, rows):
+    """In one limb small integers are exact, and so are their sums: any misplaced sign or gradient shows."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randint(-8, 9, (rows, 20000), generator=generator).float().cuda()
+    entries = Entries("rademacher", 2**63 + 5, 3)
+    got = accumulate(entries, torch.zeros(rows, 600, device="cuda"), block, 384, 9, "fast")
+    assert torch.equal(got.cpu().double(), dense(entries, block, 384, 600, 9))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "precision"), VARIANTS)
+def test_the_product_equals_the_dense_one(path, kind, precision, shape):
+    rows, columns, count, start, first_k = shape
+    entries, block = Entries(kind, 7, 0), gradients(rows, columns, seed=rows)
+    out = torch.full((rows, count), 2.0, device="cuda")
+    got = accumulate(entries, out, block, start, first_k, precision) - 2
+    assert relative_error(got, dense(entries, block, start, count, first_k)) < BOUND[precision] + 2e-7 * math.sqrt(
+        count
+    )
+
+
+@pytest.mark.parametrize(("kind", "precision"), VARIANTS)
+def test_the_projected_vector_matches_the_vectors(kind, precision):
+    case = VECTORS["projected"]
+    i = torch.arange(1, case["P"] + 1, dtype=torch.float64)
+    gradient = (torch.sin(0.37 * i) * 10.0 ** (-(i % 5)))[None].float().cuda()
+    projection = Projection(kind, dim=case["K"], seed=case["seed"], precision=precision)
+    want = torch.tensor(case[f"{kind}_over_sqrt_K"], dtype=torch.float64)
+    assert projection.path(gradient.device) == f"cuda {precision}"
+    assert relative_error(projection.project(gradient)[0], want) < BOUND[precision]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_dtype_is_read_as_it_is(dtype):
+    entries, block = Entries("rademacher", 7, 0), gradients(5, 3000, spread=0.5, dtype=dtype)
+    got = accumulate(entries, torch.zeros(5, 100, device="cuda"), block)
+    assert relative_error(got, dense(entries, block, 0, 100, 0)) < BOUND["exact"]
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_tiny_and_huge_gradients_keep_their_precision(scale, precision):
+    entries, block = Entries("rademacher", 7, 0), gradients(2, 300, spread=0.0) * scale
+    got, want = (
+        accumulate(entries, torch.zeros(2, 70, device="cuda"), block, precision=precision),
+        dense(entries, block, 0, 70, 0),
+    )
+    assert (got.cpu().double() - want).abs().max() <= 4e-4 * want.abs().max() + 2**-149
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    block = torch.ones(3, 200, device="cuda")
+    block[0, 5], block[1, 7] = torch.nan, torch.inf
+    entries = Entries("rademacher", 7, 0)
+    got = accumulate(entries, torch.zeros(3, 70, device="cuda"), block)
+    assert not torch.isfinite(got[:2]).any()
+    assert torch.equal(got[2:].cpu().double(), dense(entries, block[2:], 0, 70, 0))
+
+
+@pytest.mark.parametrize(("kind", "precision"), VARIANTS)
+def test_fifty_runs_give_the_same_bits(path, kind, precision):
+    entries, block = Entries(kind, 7, 0), gradients(640, 30000)
+    first = accumulate(entries, torch.zeros(640, 1000, device="cuda"), block, 128, 0, precision)
+    for _ in range(49):
+        again = accumulate(entries, torch.zeros(640, 1000, device="cuda"), block, 128, 0, precision)
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize(("kind", "precision"), VARIANTS)
+def test_bits_do_not_depend_on_the_rows_beside_them(path, kind, precision):
+    entries, block = Entries(kind, 7, 0), gradients(640, 30000)
+    whole = accumulate(entries, torch.zeros(640, 600, device="cuda"), block, 128, 0, precision)
+    for rows in (slice(0, 1), slice(5, 37), slice(600, 640)):
+        part = block[rows]
+        alone = accumulate(entries, torch.zeros(len(part), 600, device="cuda"), part, 128, 0, precision)
+        assert torch.equal(alone, whole[rows])
+    some = accumulate(entries, torch.zeros(640, 100, device="cuda"), block, 128, 77, precision)
+    assert torch.equal(some, whole[:, 77:177])
+
+
+def test_more_than_2_31_columns():
+    columns = 2**31 + 5000
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * columns:
+        pytest.skip("needs 13 GB of free GPU memory")
+    generator = torch.Generator().manual_seed(2)
+    places = torch.cat(
+        (torch.randint(0, columns, (2000,), generator=generator), torch.tensor([0, 2**31, columns - 1]))
+    ).unique()
+    block = torch.zeros(2, columns, dtype=torch.bfloat16, device="cuda")
+    values = torch.randint(1, 9, (2, len(places)), generator=generator).bfloat16()
+    block[:, places.cuda()] = values.cuda()
+    entries = Entries("rademacher", 7, 0)
+    got = accumulate(entries, torch.zeros(2, 64, device="cuda"), block, 2**31 - 128, 0, "fast")
+    want = values.double() @ entries.at(torch.arange(64)[:, None], 2**31 - 128 + places).T
+    assert torch.equal(got.cpu().double(), want)
+
+
+def test_it_runs_on_the_current_stream():
+    entries, stream = Entries("rademacher", 7, 0), torch.cuda.Stream()
+    source = gradients(16, 4000)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # the product must wait for what is queued before it
+        block = source * 2
+        got = accumulate(entries, torch.zeros(16, 100, device="cuda"), block)
+    stream.synchronize()
+    assert relative_error(got, dense(entries, source, 0, 100, 0) * 2) < BOUND["exact"]
+
+
+def test_memory_beside_gradients_and_features_is_small():
+    entries, block = Entries("rademacher", 7, 0), torch.randn(640, 200_000, device="cuda")
+    out = torch.zeros(640, 10240, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    accumulate(entries, out, block, precision="fast")
+    assert torch.cuda.max_memory_allocated() - before <= 64e6
+
+
+def test_outputs_and_blocks_of_any_layout():
+    entries = Entries("rademacher", 7, 0)
+    block = gradients(600, 9).T[::2, 100:]
+    out = torch.ones(80, 5, device="cuda").T
+    accumulate(entries, out, block)
+    assert relative_error(out - 1, dense(entries, block, 0, 80, 0)) < BOUND["exact"] + 1e-6
