@@ -67,7 +67,7 @@ def _columns(features: torch.Tensor, start: int) -> dict[str, np.ndarray]:
     return {
         "features": encoded.features,
         "scale": encoded.scale,
-        "sq_norm": features.square().sum(-1).numpy(),
+        "sq_norm": features.double().square().sum(-1).numpy(),
         "logits": np.zeros((n, c), np.float32),
         "label": np.zeros(n, np.int64),
         "row": np.arange(start, start + n),

@@ -19,13 +19,13 @@ from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
 from gradstore.grow import SmallerStore
-from gradstore.jacobians import join_blocks
+from gradstore.jacobians import DenseBlock, JacobianBlock, join_blocks
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
 from gradstore.previews import preview_table
 from gradstore.project import Project
 from gradstore.projection import Projection
-from gradstore.projection.routes import accumulate_block
+from gradstore.projection.routes import accumulate_block, route
 from gradstore.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
 from gradstore.verify import Damage, find_damage
@@ -252,7 +252,7 @@ def _columns_of(
     columns = {
         "features": encoded.features,
         "scale": encoded.scale,
-        "sq_norm": sq_norm.float().cpu().numpy(),
+        "sq_norm": sq_norm.double().cpu().numpy(),
         "logits": logits.float().cpu().numpy(),
         "label": labels,
         "row": np.arange(rows.start, rows.stop, dtype=np.int64),
@@ -297,9 +297,9 @@ def _project(
     features: Tensor | None = None
     sq_norm: Tensor | None = None
     for blocks in zip(*streams, strict=True):
-        block = join_blocks(blocks)
-        part = block.sq_norm()
-        require_finite_block(part, rows, block.name, plan.split)
+        part = torch.cat([block.sq_norm() for block in blocks])
+        require_finite_block(part, rows, blocks[0].name, plan.split)
+        block = _joined(blocks, dense=mixed or route(projection, blocks[0], projection.dim) == "dense")
         if mixed:
             part = part.sum(dim=1, keepdim=True)  # E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²
         if features is None or sq_norm is None:
@@ -318,6 +318,13 @@ def _project(
         features = torch.cat([old.to(features.device), features], dim=-1)
     require_preserved(features, sq_norm, rows, plan.split, projection.scale)
     return features, sq_norm, logits
+
+
+def _joined(blocks: Sequence[JacobianBlock], dense: bool) -> JacobianBlock:
+    """The same columns of several groups; values are formed a group at a time, since their bits depend on it."""
+    if dense and len(blocks) > 1:
+        return join_blocks([DenseBlock(block.name, block.start, block.dense()) for block in blocks])
+    return join_blocks(blocks)
 
 
 def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:

@@ -57,7 +57,7 @@ class Schema:
         rows = [
             ("features", (self.c, self.K), self.dtype, "n c K", "P g^c / sqrt(K), divided by scale"),
             ("scale", (self.c,), "float32", "n c", "factor that restores the features"),
-            ("sq_norm", (self.c,), "float32", "n c", "exact squared norm of g^c before projection"),
+            ("sq_norm", (self.c,), "float64", "n c", "exact squared norm of g^c before projection"),
             ("logits", (self.classes,), "float32", "n classes", "outputs of the network"),
             ("label", (), "int64", "n", "true class, -1 where there is none"),
             ("row", (), "int64", "n", "index in the split"),

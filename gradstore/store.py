@@ -139,7 +139,7 @@ class FeatureStore:
 
     @cached_property
     def sq_norms(self) -> np.ndarray:
-        """Exact ‖g^c‖² before projection, float32 [n, c]."""
+        """Exact ‖g^c‖² before projection, float64 [n, c]."""
         return self._column("sq_norm")
 
     @cached_property

@@ -51,7 +51,7 @@ def row(i: int) -> dict[str, np.ndarray]:
     return {
         "features": rng.standard_normal((SCHEMA.c, SCHEMA.K)).astype(np.float16),
         "scale": 2.0 ** rng.integers(-30, 30, SCHEMA.c).astype(np.float32),
-        "sq_norm": rng.random(SCHEMA.c, np.float32),
+        "sq_norm": rng.random(SCHEMA.c),
         "logits": rng.standard_normal(SCHEMA.classes).astype(np.float32),
         "label": np.int64(i % 2),
         "row": np.int64(i),

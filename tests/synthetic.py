@@ -57,7 +57,7 @@ def _columns(features: np.ndarray, logits: np.ndarray, rows: range, dtype: str) 
     return {
         "features": encoded.features,
         "scale": encoded.scale,
-        "sq_norm": np.minimum(np.square(part, dtype=np.float64).sum(-1), 3e38).astype(np.float32),
+        "sq_norm": np.square(part, dtype=np.float64).sum(-1),
         "logits": logits[rows.start : rows.stop],
         "label": np.arange(rows.start, rows.stop) % max(logits.shape[1], 2),
         "row": np.arange(rows.start, rows.stop),

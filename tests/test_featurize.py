@@ -251,8 +251,8 @@ def test_a_zero_gradient_is_refused(tmp_path: Path) -> None:
 def test_a_projection_that_is_silently_wrong_is_refused(
     digits: gs.Project, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(projection: Projection, out: Tensor, block: Any) -> None:
-        accumulate_block(projection, out, block)
+    def wrong(projection: Projection, out: Tensor, block: Any, first_k: int) -> None:
+        accumulate_block(projection, out, block, first_k=first_k)
         out.mul_(factor)
 
     monkeypatch.setattr(sys.modules["gradstore.featurize"], "accumulate_block", wrong)
