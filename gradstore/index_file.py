@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gradstore.disk import Disk
-from gradstore.errors import NoSpaceError
+from gradstore.errors import NoSpaceError, UsageError
 from gradstore.schema import raw
 from gradstore.store import FeatureStore
 
@@ -61,6 +61,7 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
 
     Raises:
         NoSpaceError: the disk has no room for it.
+        UsageError: the store cannot be written to.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), Disk().free_bytes(path.parent)
@@ -74,6 +75,13 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
     try:
         save_file(dict(arrays), temporary, metadata=metadata)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            "the index cannot be saved in its store",
+            where=path,
+            got=str(error),
+            hint="Use mode exact, which needs none",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

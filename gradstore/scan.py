@@ -146,18 +146,23 @@ class _Scan:
         self._starts = count(0, plan.block)
         self._lock = Lock()
         self._errors: list[tuple[int, Exception]] = []
+        self._stopped = False
 
     def run(self) -> None:
         with ThreadPoolExecutor(self.plan.workers) as pool:
-            for future in [pool.submit(self._work) for _ in range(self.plan.workers)]:
-                future.result()
+            try:
+                for future in [pool.submit(self._work) for _ in range(self.plan.workers)]:
+                    future.result()
+            except BaseException:  # such as Ctrl-C, which arrives here and not in a worker
+                self._stopped = True
+                raise
         if self._errors:
             raise min(self._errors, key=lambda found: found[0])[1]
 
     def _work(self) -> None:
         torch.set_num_threads(1)  # counts for this thread only
         buffers = _Buffers.of(self.train, self.groups, self.engine.device, self.plan.block)
-        while not self._errors:
+        while not self._errors and not self._stopped:
             start = next(self._starts)
             if start >= len(self.train):
                 return

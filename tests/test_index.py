@@ -14,7 +14,7 @@ from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 from gradstore.basis import fit_basis, integer_product
-from gradstore.errors import NonFiniteError, UsageError
+from gradstore.errors import NonFiniteError, NoSpaceError, UsageError
 from gradstore.index import index_path, open_index
 from gradstore.index_file import load_index
 from gradstore.kernels import projected_kernel
@@ -185,6 +185,22 @@ def test_an_index_is_extended_when_the_store_has_grown(small: FeatureStore, tmp_
     much = write_store(tmp_path / "much", np.concatenate([features, clustered(800, 2, 64, seed=7)]), shard_rows=50)
     shutil.copy(index_path(small, projected_kernel("proj-trntk")), much.path)
     assert open_index(much).event == "built: the store has outgrown it"
+
+
+def test_a_store_that_cannot_be_written_is_one_line(
+    small: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("gradstore.index_file.save_file", refuse)
+    with pytest.raises(UsageError, match=r"the index cannot be saved in its store .*Permission denied.* Use mode exact"):
+        open_index(small, rebuild=True)
+    assert not list(small.path.glob("*.tmp"))
+    monkeypatch.undo()
+    monkeypatch.setattr("gradstore.disk.Disk.free_bytes", lambda *args: 100)
+    with pytest.raises(NoSpaceError, match="the index does not fit the disk"):
+        open_index(small, rebuild=True)
 
 
 def test_kernels_with_one_feature_map_share_an_index(small: FeatureStore) -> None:
