@@ -17,10 +17,12 @@ from .attribute import attribute
 from .check import check
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .featurize import featurize
 from .fit import fit
 from .forensics import forensics
 from .gram import gram
+from .importing import import_command
 from .index import index
 from .info import info
 from .init import init
@@ -70,6 +72,8 @@ for _command in (
     attribute,
     evaluate,
     verify,
+    export,
+    import_command,
 ):
     gradstore.add_command(_command)
 

@@ -19,13 +19,27 @@ if TYPE_CHECKING:
     from gradstore.verify import Damage
 
 
-@click.command(short_help="Store the projected gradients of a split.", epilog="Example: gradstore featurize project.py --split train --out stores/train")
+@click.command(
+    short_help="Store the projected gradients of a split.",
+    epilog="Example: gradstore featurize project.py --split train --out stores/train",
+)
 @project_options
 @settings_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
-@click.option("--batch-size", default="auto", show_default=True, callback=lambda c, p, v: _batch_size(v), help="Rows projected together.")
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    callback=lambda c, p, v: _batch_size(v),
+    help="Rows projected together.",
+)
 @memory_option("2GB")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Read existing shards first, compute damaged ones again.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Read existing shards first, compute damaged ones again.",
+)
 @click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradstore.attribution import attribute
     from gradstore.errors import GradstoreError
     from gradstore.exact import exact_gram
+    from gradstore.export import export
     from gradstore.faithfulness import evaluate
     from gradstore.featurize import featurize
     from gradstore.fingerprint import fingerprint
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gradstore.fresh import featurize_queries
     from gradstore.gram import gram
     from gradstore.gram_file import Gram, open_gram
+    from gradstore.importing import Provenance, import_features
     from gradstore.project import Project, load_project
     from gradstore.projection import Projection
     from gradstore.residual import residual
@@ -41,16 +43,19 @@ _WHERE = {
     "KernelGLM": "surrogate",
     "Project": "project",
     "Projection": "projection",
+    "Provenance": "importing",
     "Session": "session",
     "attribute": "attribution",
     "evaluate": "faithfulness",
     "exact_gram": "exact",
+    "export": "export",
     "featurize": "featurize",
     "featurize_queries": "fresh",
     "fingerprint": "fingerprint",
     "forensics": "forensics",
     "gram": "gram",
     "image": "show",
+    "import_features": "importing",
     "load_project": "project",
     "open": "store:open_store",
     "open_gram": "gram_file",
@@ -67,16 +72,19 @@ __all__ = [
     "KernelGLM",
     "Project",
     "Projection",
+    "Provenance",
     "Session",
     "attribute",
     "evaluate",
     "exact_gram",
+    "export",
     "featurize",
     "featurize_queries",
     "fingerprint",
     "forensics",
     "gram",
     "image",
+    "import_features",
     "load_project",
     "open",
     "open_gram",

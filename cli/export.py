@@ -1,0 +1,31 @@
+"""`gradstore export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import as_json, memory_option
+from .output import print_json, say
+
+
+@click.command(
+    short_help="Write a store's arrays as .npy or .safetensors.",
+    epilog="Examples: gradstore export stores/train train.npy   gradstore export stores/train train.safetensors",
+)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@memory_option("256MB")
+@as_json
+def export(store: Path, file: Path, memory: str, as_json: bool) -> None:
+    """Write the features of a store as float32 to FILE.npy, or everything but pictures to FILE.safetensors."""
+    import gradstore as gs
+    from gradstore.export import export as write_file
+
+    opened = gs.open(store)
+    written = write_file(opened, file, memory=memory)
+    if as_json:
+        print_json({"file": str(written), "shape": list(opened.shape), "bytes": written.stat().st_size})
+    else:
+        say(f"wrote {written}")
