@@ -15,7 +15,7 @@ from gradstore.kernels import Kernel, feature_map
 from gradstore.memory import parse_bytes
 from gradstore.store import FeatureStore, open_store
 from gradstore.surrogate import KernelGLM
-from gradstore.surrogate.rows import StoreRows
+from gradstore.surrogate.rows import StoreRows, doubled
 from gradstore.surrogate.training_data import kernel_on
 
 
@@ -170,8 +170,8 @@ def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, train:
     kernel = kernel_on(model.kernel)
     query = _unit(kernel, queries, row)
     out = np.empty(len(store))
-    for span, phi in StoreRows(store, kernel, parse_bytes(model.memory), copies=1).blocks():
-        out[span] = (phi.double() @ query).numpy()
+    for span, phi in doubled(StoreRows(store, kernel, parse_bytes(model.memory))):
+        out[span] = (phi @ query).numpy()
     return out
 
 

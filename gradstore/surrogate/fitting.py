@@ -22,6 +22,9 @@ from gradstore.surrogate.training_gram import TrainingGram
 
 ALPHAS = {"multinomial": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), "sgd": (1e-1, 1e-2, 1e-3, 1e-4)}
 
+FACTOR_COPIES = 3
+"""Float64 matrices [n, n] that factoring a Gram matrix holds."""
+
 
 class Solver(Protocol):
     """One way to fit, for any strength of the penalty and any selection of rows."""
@@ -68,9 +71,14 @@ class MultinomialSolver:
     def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
         """See `Solver`; rows left out weigh nothing."""
         weights = self._weights if keep is None else np.where(keep, self._weights, 0.0)
-        tolerance, max_iter = self._settings.tolerance, self._settings.max_iter
         found = fit_softmax(
-            self._rows, self._targets, weights, alpha * self._scale, tolerance=tolerance, max_iter=max_iter
+            self._rows,
+            self._targets,
+            weights,
+            alpha * self._scale,
+            norm=self._scale**0.5,
+            tolerance=self._settings.tolerance,
+            max_iter=self._settings.max_iter,
         )
         self._logits = found.logits
         return Fitted(
@@ -80,7 +88,7 @@ class MultinomialSolver:
             alpha=alpha,
             n_iter=found.iterations,
             loss=found.loss,
-            converged=found.logit_error <= tolerance,
+            converged=found.logit_error <= self._settings.tolerance,
             reason=found.reason,
             logit_error=found.logit_error,
         )
@@ -135,7 +143,7 @@ class OneVsRestSolver:
 def _multinomial(data: TrainingData, settings: Settings) -> Iterator[Solver]:
     """On features, unless a factor of the Gram matrix is smaller and fits the memory."""
     n, classes = data.n, len(data.classes)
-    factor_bytes = 8 * n * (3 * n + 2 * PAIRS * classes)
+    factor_bytes = 8 * n * (FACTOR_COPIES * n + 2 * PAIRS * classes)
     fits = factor_bytes <= settings.memory
     if data.rows is not None and not (fits and n < data.rows.length):
         need = 2 * 8 * 2 * PAIRS * classes * data.rows.length

@@ -137,7 +137,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         if isinstance(X, FeatureStore):
             self.binding_.require_queries(X)
-            rows = StoreRows(X, kernel_on(self.kernel), parse_bytes(self.memory), copies=1)
+            rows = StoreRows(X, kernel_on(self.kernel), parse_bytes(self.memory))
             return scores(rows, self.vectors_) + self.intercept_
         if isinstance(X, Gram):
             self.binding_.require_query_gram(X)

@@ -16,6 +16,7 @@ from gradstore.prefetch import prefetched
 from gradstore.store import FeatureStore
 
 _MOST_ROWS = 4096
+_COPY_BYTES = 16 << 20
 
 
 class Rows(Protocol):
@@ -39,7 +40,7 @@ class ArrayRows:
     """Rows that are already in memory, float64 [n, D].
 
     Args:
-        values: [n, D]; not copied where they need no normalisation.
+        values: [n, D]; only copied where they are normalised or read-only.
         normalised: divide each row by its norm.
 
     Raises:
@@ -54,7 +55,7 @@ class ArrayRows:
             if not norms.all():
                 raise ValueError(f"row {int(np.argmin(norms))} is zero, so its cosine is undefined")
             values = values / norms
-        self._values = torch.from_numpy(np.ascontiguousarray(values))
+        self._values = torch.from_numpy(np.require(values, requirements=("C", "W")))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """One block: all of it."""
@@ -71,13 +72,12 @@ class StoreRows:
         store: a complete store.
         kernel: which Φ.
         memory: bytes for the blocks.
-        copies: float64 copies of a block that the caller makes.
 
     Raises:
         UsageError: not even one row fits the memory.
     """
 
-    def __init__(self, store: FeatureStore, kernel: Kernel, memory: int, *, copies: int = 0) -> None:
+    def __init__(self, store: FeatureStore, kernel: Kernel, memory: int) -> None:
         n, c, K = store.shape
         self.n, self.length = n, K if kernel.sums_classes else c * K
         self.bytes = 4 * n * self.length
@@ -85,7 +85,7 @@ class StoreRows:
         self._unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
         self._checked = not store.verify
         # As read, decoded and normalised, three times: one block in use, one ready, one being made.
-        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length) + 8 * copies * self.length
+        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length)
         if row > memory:
             raise UsageError(
                 "too little memory",
@@ -118,12 +118,27 @@ class StoreRows:
         return phi.div_(norms[:, None].float()) if self._kernel.normalised else phi
 
 
+def doubled(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks in float64, small enough that the copies stay in cache.
+
+    Sums in float32 would be too coarse: an objective that is only known to 1e-7 hides its minimum from L-BFGS.
+    """
+    step = max(1, _COPY_BYTES // (8 * rows.length))
+    for span, phi in rows.blocks():
+        if phi.dtype == torch.float64:
+            yield span, phi
+            continue
+        for at in range(0, len(phi), step):
+            part = phi[at : at + step].double()
+            yield slice(span.start + at, span.start + at + len(part)), part
+
+
 def weighted_sum(rows: Rows, weights: np.ndarray) -> np.ndarray:
     """Σ_i weights[·, i] Φ(x_i), float64 [classes, D]: the one vector per class that a surrogate amounts to."""
     w = torch.from_numpy(np.ascontiguousarray(weights))
     total = torch.zeros(len(w), rows.length, dtype=torch.float64)
-    for span, phi in rows.blocks():
-        total += w[:, span] @ phi.double()
+    for span, phi in doubled(rows):
+        total += w[:, span] @ phi
     return total.numpy()
 
 
@@ -131,8 +146,8 @@ def scores(rows: Rows, vectors: np.ndarray) -> np.ndarray:
     """⟨vectors_c, Φ(x_i)⟩, float64 [n, classes]."""
     v = torch.from_numpy(np.ascontiguousarray(vectors)).T
     out = np.empty((rows.n, v.shape[1]))
-    for span, phi in rows.blocks():
-        out[span] = (phi.double() @ v).numpy()
+    for span, phi in doubled(rows):
+        out[span] = (phi @ v).numpy()
     return out
 
 

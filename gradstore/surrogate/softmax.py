@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 
 from gradstore.errors import NonFiniteError
-from gradstore.surrogate.rows import ArrayRows, Rows
+from gradstore.surrogate.rows import ArrayRows, Rows, doubled
 
 PAIRS = 20
 """Steps that L-BFGS remembers, two vectors each."""
@@ -36,7 +36,7 @@ class SoftmaxFit:
         logits: ⟨θ_c, Φ(x_i)⟩ + b_c of the rows, float64 [n, classes].
         loss: value of the objective.
         iterations: of L-BFGS.
-        logit_error: bound on how far W κ + b may be from these logits, ‖gradient‖ / α times the largest ‖Φ(x)‖.
+        logit_error: how far W κ + b may be from these logits at most, ‖gradient‖ ‖Φ(x)‖ / α.
         reason: why it stopped.
     """
 
@@ -70,14 +70,14 @@ class SoftmaxObjective:
         c, n = len(intercept), self.rows.n
         slope_theta, slope_b = torch.zeros(theta.shape, dtype=torch.float64), np.zeros(c)
         value = 0.0
-        for span, phi in self.rows.blocks():
-            logits = (phi @ torch.from_numpy(theta).T.to(phi.dtype)).double().numpy() + intercept
+        for span, phi in doubled(self.rows):
+            logits = (phi @ torch.from_numpy(theta).T).numpy() + intercept
             self.logits[span] = logits
             log_p = log_softmax(logits, axis=1)
             s = self.sample_weights[span, None]
             value -= float((s * self.targets[span] * log_p).sum())
             residual = s * (np.exp(log_p) - self.targets[span])
-            slope_theta += (torch.from_numpy(residual).T.to(phi.dtype) @ phi).double()
+            slope_theta += torch.from_numpy(residual).T @ phi
             slope_b += residual.sum(axis=0)
         gradient = np.concatenate([(slope_theta.numpy() / n + self.alpha * theta).ravel(), slope_b / n])
         self.slope = float(np.linalg.norm(gradient))
@@ -100,6 +100,7 @@ def fit_softmax(
     sample_weights: np.ndarray,
     alpha: float,
     *,
+    norm: float,
     tolerance: float,
     max_iter: int,
 ) -> SoftmaxFit:
@@ -108,10 +109,11 @@ def fit_softmax(
     Holds 2 · 20 vectors of classes · D float64 values beside one block of rows.
 
     Args:
-        rows: Φ, of unit norm or about.
+        rows: Φ.
         targets: [n, classes]; one-hot labels or probabilities.
         sample_weights: [n]; 0 leaves a row out.
         alpha: α.
+        norm: ‖Φ(x)‖, or its root mean square.
         tolerance: stop where the surrogate's logits are certain to this.
         max_iter: iterations at most.
 
@@ -126,7 +128,7 @@ def fit_softmax(
 
     def stop(intermediate_result: OptimizeResult) -> None:
         nonlocal done
-        if objective.slope <= tolerance * alpha:
+        if objective.slope * norm <= tolerance * alpha:
             done = True
             raise StopIteration
 
@@ -144,7 +146,7 @@ def fit_softmax(
         logits=objective.logits,
         loss=value,
         iterations=int(found.nit),
-        logit_error=float(np.linalg.norm(gradient)) / alpha,
+        logit_error=float(np.linalg.norm(gradient)) * norm / alpha,
         reason="the logits are certain to the tolerance" if done else str(found.message),
     )
 

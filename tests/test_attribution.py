@@ -1,0 +1,101 @@
+"""Attribution: what it sums to, what it ranks, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import clustered, dense_similarity, write_store
+
+import gradstore as gs
+from gradstore.attribution import class_index
+from gradstore.errors import UsageError
+
+N, M, C, K = 70, 9, 3, 20
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.KernelGLM, gs.FeatureStore, gs.FeatureStore]:
+    folder = tmp_path_factory.mktemp("stores")
+    names = ("cat", "dog", "owl")
+    train = write_store(folder / "train", clustered(N, C, K, seed=2), shard_rows=16, names=names)
+    test = write_store(folder / "test", clustered(M, C, K, seed=3), names=names)
+    return gs.KernelGLM(alpha=1e-4).fit(train), train, test
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-pntk", "proj-trntk0"])
+@pytest.mark.parametrize("backend", ["multinomial", "sgd"])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_attributions_sum_to_the_logit(fitted: tuple, kernel: str, backend: str) -> None:
+    _, train, test = fitted
+    model = gs.KernelGLM(kernel, backend, alpha=1e-4, max_iter=40).fit(train)
+    logits = model.decision_function(test)
+    for row in (0, M - 1):
+        found = gs.attribute(model, test, row)
+        assert found.values.shape == (C, N)
+        np.testing.assert_allclose(found.values.sum(1), logits[row], atol=1e-5)
+        np.testing.assert_allclose(found.logits, logits[row], atol=1e-5)
+
+
+def test_values_are_eq_3(fitted: tuple) -> None:
+    model, train, test = fitted
+    kappa = dense_similarity(train, test, "proj-trntk")
+    for row in range(M):
+        found = gs.attribute(model, test, row)
+        np.testing.assert_allclose(found.similarity, kappa[row], atol=1e-6)
+        for c in range(C):
+            expected = [model.coef_[c, i] * kappa[row, i] + model.intercept_[c] / N for i in range(N)]
+            np.testing.assert_allclose(found.values[c], expected, atol=1e-6 * np.abs(model.coef_).max())
+
+
+def test_contrast_and_ranking(fitted: tuple) -> None:
+    model, _, test = fitted
+    found = gs.attribute(model, test, 1)
+    other = (found.predicted + 1) % C
+    difference = found.logits[found.predicted] - found.logits[other]
+    np.testing.assert_allclose(found.contrast(found.predicted, other).sum(), difference, atol=1e-8)
+    for rather_than in (None, other):
+        top = found.top(4, rather_than=rather_than)
+        values = top.values
+        assert list(top.contributors) == sorted(np.flatnonzero(values > 0), key=lambda i: -values[i])[:4]
+        assert list(top.opponents) == sorted(np.flatnonzero(values < 0), key=lambda i: values[i])[:4]
+
+
+def test_the_drawn_form_is_bounded_and_leaves_the_intercept_out(fitted: tuple) -> None:
+    model, _, test = fitted
+    found = gs.attribute(model, test, 2)
+    for c in range(C):
+        drawn, raw = found.visual(c), model.coef_[c] * found.similarity
+        assert np.abs(drawn).max() == pytest.approx(1)
+        np.testing.assert_allclose(drawn * np.abs(raw).max(), raw, atol=1e-9 * np.abs(raw).max())
+    assert (found.visual() == found.visual(found.predicted)).all()
+
+
+def test_from_a_gram_matrix_and_an_array(fitted: tuple, tmp_path: Path) -> None:
+    _, train, test = fitted
+    square, wide = gs.gram(train, out=tmp_path / "a.h5"), gs.gram(test, train, out=tmp_path / "b.h5")
+    by_file = gs.KernelGLM(alpha=1e-3).fit(square, train.labels)
+    by_array = gs.KernelGLM("precomputed", alpha=1e-3).fit(square[:], train.labels)
+    for model, queries in ((by_file, wide), (by_array, wide[:])):
+        found = gs.attribute(model, queries, 4)
+        np.testing.assert_allclose(found.values.sum(1), model.logits(queries)[4], atol=1e-8)
+
+
+def test_json_names_classes_and_rows(fitted: tuple) -> None:
+    model, _, test = fitted
+    record = gs.attribute(model, test, 0).as_dict(k=2, c=2, rather_than=0)
+    assert (record["class"], record["rather_than"], len(record["contributors"])) == ("owl", "cat", 2)
+    assert record["contributors"][0]["attribution"] >= record["contributors"][1]["attribution"] > 0
+
+
+def test_bad_input_gets_one_line(fitted: tuple) -> None:
+    model, _, test = fitted
+    with pytest.raises(UsageError, match=f"no such query row .*expected 0 to {M - 1}, got {M}"):
+        gs.attribute(model, test, M)
+    with pytest.raises(UsageError, match="keeps no training examples of an array"):
+        gs.attribute(gs.KernelGLM("linear").fit(np.eye(4), [0, 1, 0, 1]), np.eye(4), 0)
+    with pytest.raises(UsageError, match="expected one of cat, dog, owl, got 'fox'"):
+        class_index(("cat", "dog", "owl"), "fox")
+    with pytest.raises(UsageError, match="k is too small"):
+        gs.attribute(model, test, 0).top(0)
