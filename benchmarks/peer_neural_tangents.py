@@ -27,7 +27,7 @@ def main() -> None:
             vmap_axes=0,
             implementation=nt.NtkImplementation[name],
         )
-        batched = nt.batch(kernel, batch_size=50)
+        batched = nt.batch(kernel, batch_size=max(size for size in range(1, 51) if len(images) % size == 0))
         np.asarray(batched(images, None, params))  # compiles
         began = time.perf_counter()
         value = np.asarray(batched(images, None, params))

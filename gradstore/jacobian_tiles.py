@@ -26,11 +26,11 @@ from gradstore.tiles import Skip, Tile, nothing, plan_grid
 from gradstore.weights import weights_digest
 
 # Examples whose Jacobians are computed in one pass.
-_BATCH = 32
+_BATCH = 128
 _PROBE = 4
-# Columns that pass by together: enough to share the dense rows formed for them, few enough to leave room for rows that
-# stay, since everything that passes by is computed again for each group.
-_STREAM = 64
+# Columns that pass by together. Few, where not all rows can stay, since what passes by is computed again for each
+# group; many, where they can, since the dense rows formed for a product are shared by them all.
+_FEW, _MANY = 64, 256
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,17 @@ class JacobianTiles:
         self.factor = self.classes if kernel.pairs_classes else 1
         self.scratch = memory // 6
         self.batch = self._choose_batch(memory)
+        held = self._bytes_held(probe)
+        room = memory - self.scratch - int(self.engine.bytes_needed(self.batch))
         self.grid = plan_grid(
             len(a),
             len(b),
             symmetric=a is b,
-            held=self._bytes_held(probe),
+            held=held,
             loading=0,
             value=24 * self.factor**2,
-            memory=memory - self.scratch - int(self.engine.bytes_needed(self.batch)),
-            most=_STREAM,
+            memory=room,
+            most=_MANY if (len(a) + _MANY) * held < room else _FEW,
             ahead=False,
         )
         self.shape = (len(a) * self.factor, len(b) * self.factor)
@@ -106,9 +108,9 @@ class JacobianTiles:
 
     def _choose_batch(self, memory: int) -> int:
         batch = _BATCH
-        while batch > 1 and self.engine.bytes_needed(batch) > memory // 3:
+        while batch > 1 and self.engine.bytes_needed(batch) > memory // 4:
             batch //= 2
-        need = 3 * int(self.engine.bytes_needed(batch))
+        need = 4 * int(self.engine.bytes_needed(batch))
         if need > memory:
             expected = f"at least {format_bytes(need)}"
             raise UsageError("too little memory", where="--memory", expected=expected, got=format_bytes(memory))

@@ -62,15 +62,16 @@ def operand(phi: Tensor, norms: Tensor, rows: range, *, normalised: bool, arithm
     pieces = tuple(slice(at, min(at + step, end)) for end in ends for at in range(end - width, end, step))
     values = torch.empty(phi.shape, dtype=torch.int8)
     scale = torch.empty(len(phi), len(pieces))
-    lost = torch.zeros(len(phi), dtype=torch.float64)
+    lost, whole = torch.zeros(len(phi)), torch.linalg.vector_norm(phi, dim=1)
     for i, piece in enumerate(pieces):
         part = phi[:, piece]
         unit = part.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-        rounded = (part / unit[:, None]).round_()
+        part /= unit[:, None]
+        rounded = part.round()
         values[:, piece] = rounded
-        lost += torch.linalg.vector_norm(part - rounded * unit[:, None], dim=1, dtype=torch.float64).square()
+        lost += (torch.linalg.vector_norm(part.sub_(rounded), dim=1) * unit).square_()
         scale[:, i] = unit
-    _require_small(lost.sqrt() / torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64), rows)
+    _require_small(lost.sqrt_() / whole, rows)
     return Operand(values, scale, pieces, normalised)
 
 
