@@ -101,6 +101,7 @@ struct Crew {
         while (reached != unit.span) {
             asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(reached) : "l"(turn()) : "memory");
         }
+        __syncwarp();
         meet();
     }
 
