@@ -1,0 +1,60 @@
+"""Stores that earlier releases wrote stay readable: each format version keeps a small one in `tests/data/archives`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from small_store import N, files, write, wrong_rows
+
+from gradstore.disk import Disk
+from gradstore.manifest_file import read_manifest
+from gradstore.schema import FORMAT_VERSION
+from gradstore.store import FeatureStore
+from gradstore.verify import verify
+
+ARCHIVES = sorted((Path(__file__).parent / "data/archives").iterdir())
+
+
+def test_every_version_has_an_archive() -> None:
+    assert [path.name for path in ARCHIVES] == [f"v{version}" for version in range(1, FORMAT_VERSION + 1)]
+
+
+@pytest.mark.parametrize("path", ARCHIVES, ids=lambda path: path.name)
+def test_an_archive_reads_as_it_was_written(path: Path) -> None:
+    store = FeatureStore(path)
+    assert len(store) == N
+    assert wrong_rows(store) == []
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize("path", ARCHIVES[-1:], ids=lambda path: path.name)
+def test_the_current_version_is_still_written_so(path: Path, tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    now, then = (read_manifest(folder, Disk()) for folder in (tmp_path / "store", path))
+    assert now.schema == then.schema
+    for index in range(now.shard_count):
+        name = now.file_of(index)
+        with h5py.File(tmp_path / "store" / name) as a, h5py.File(path / name) as b:
+            assert list(a) == list(b)
+            assert {k: str(v) for k, v in a.attrs.items()} == {k: str(v) for k, v in b.attrs.items()}
+            for column in a:
+                np.testing.assert_array_equal(a[column][:], b[column][:])
+                assert dict(a[column].attrs) == dict(b[column].attrs)
+    if h5py.version.hdf5_version_tuple[:2] == (2, 0):
+        assert files(tmp_path / "store") == files(path)
+
+
+@pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump is not installed")
+def test_any_hdf5_tool_reads_a_shard(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    shard = tmp_path / "store/shard-00000.h5"
+    done = subprocess.run(["h5dump", "-d", "/row", str(shard)], capture_output=True, text=True, check=True)
+    assert "(0): 0, 1, 2, 3, 4, 5, 6, 7" in done.stdout
+    listed = subprocess.run(["h5ls", str(shard)], capture_output=True, text=True, check=True).stdout
+    columns = read_manifest(shard.parent, Disk()).schema.columns
+    assert [line.split()[0] for line in listed.splitlines()] == sorted(column.name for column in columns)
