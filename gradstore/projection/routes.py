@@ -3,6 +3,7 @@
 - A `LinearBlock` used at T positions can share the projected activations among its c classes (see
   `native.accumulate_shared`); a cost model compares that with forming and projecting its dense values.
 - An `EmbeddingBlock` is projected at the rows that occur only, each at its own place in P; all other columns are zero.
+  The fused kernels take it densely, in parts: a launch for every row that occurs would cost more than the zeros.
 - Everything else, and every layer where it is cheaper, goes the dense way.
 
 All routes apply the same entries of P and differ in float32 rounding only. The route depends on shapes within one
@@ -12,6 +13,7 @@ example, never on how many examples there are, so that the bits of a row do not 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ _PASS = 64  # parameters that the compiled product looks up for one k and 16 row
 _LOOK_UP = 15.0
 _TABLES = 1.0  # cycles a pass, k and 16 rows for making tables and gathering gradients, at a tile of about 1000 k
 _MULTIPLY_ADD = 3.0  # cycles for 16 rows, one k and one output
+_PART_COLUMNS = 1 << 17  # of an embedding matrix that are formed at once
 _FORM = 0.6  # cycles to form one dense value, write it and read it again
 
 
@@ -48,15 +51,16 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
         assert isinstance(block, EmbeddingBlock)
         _accumulate_rows(projection, out, block, first_k)
     else:
-        projection.accumulate(out.flatten(0, 1), block.dense().flatten(0, 1), block.start, first_k=first_k)
+        for part in _parts(block):
+            projection.accumulate(out.flatten(0, 1), part.dense().flatten(0, 1), part.start, first_k=first_k)
     return chosen
 
 
 def route(projection: Projection, block: JacobianBlock, k: int) -> str:
     """The route that `accumulate_block` takes for ``k`` columns: "dense", "shared" or "sparse"."""
     if isinstance(block, EmbeddingBlock):
-        tokens = block.indices.shape[1]
-        return "sparse" if tokens < block.num_embeddings else "dense"
+        few = block.indices.shape[1] < block.num_embeddings
+        return "sparse" if few and not _fused(projection, block) else "dense"
     if isinstance(block, LinearBlock) and _can_share(projection, block):
         _, c, positions, outputs = block.deltas.shape
         shape = (c, positions, outputs, block.activations.shape[-1])
@@ -82,6 +86,20 @@ def shared_cost(c: int, positions: int, outputs: int, inputs: int) -> float:
 def _can_share(projection: Projection, block: LinearBlock) -> bool:
     on_cpu = block.deltas.device.type == "cpu"
     return projection.kind == "rademacher" and projection.backend == "native" and on_cpu
+
+
+def _fused(projection: Projection, block: EmbeddingBlock) -> bool:
+    return projection.path(block.deltas.device).startswith("cuda")
+
+
+def _parts(block: JacobianBlock) -> Iterator[JacobianBlock]:
+    """A large embedding matrix by some whole rows at a time; any other block as it is."""
+    if not isinstance(block, EmbeddingBlock) or block.size <= _PART_COLUMNS:
+        yield block
+        return
+    step = max(1, _PART_COLUMNS // block.deltas.shape[-1])
+    for first in range(0, block.num_embeddings, step):
+        yield block.rows(first, min(first + step, block.num_embeddings))
 
 
 def _accumulate_rows(projection: Projection, out: Tensor, block: EmbeddingBlock, first_k: int) -> None:
