@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -98,23 +99,24 @@ class Recorder:
 # ---- compile -------------------------------------------------------------------------------------------------------
 
 
+def compile_variant(variant: Variant, architecture: str) -> float:
+    """Seconds to have the code of a variant in the cache."""
+    began = time.perf_counter()
+    source.cubin(variant, architecture)
+    return time.perf_counter() - began
+
+
 def compile_all(record: Recorder) -> None:
     """Fill the cache with every variant that the other stages use, in parallel: NVRTC needs no GPU."""
     device = cuda.device(0)
     kinds = [(kind, precision) for kind in ("rademacher", "gaussian") for precision in cuda.PRECISIONS]
     rows = (1, 640, 650, 64, 160, 32)
     wanted = {variant_for(*kind, n, hopper) for kind in kinds for n in rows for hopper in {device.hopper, False}}
+    first = variant_for("rademacher", "fast", 640, device.hopper)
+    record("compile one variant", compile_variant(first, device.architecture), "s")
     began = time.perf_counter()
-
-    def one(variant: Variant) -> float:
-        start = time.perf_counter()
-        source.cubin(variant, device.architecture)
-        return time.perf_counter() - start
-
-    first = one(variant_for("rademacher", "fast", 640, device.hopper))
-    record("compile one variant", first, "s")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, wanted))
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_variant, wanted, [device.architecture] * len(wanted)))
     record(f"compile {len(wanted)} variants", time.perf_counter() - began, "s", note=f"NVRTC {source.nvrtc_version()}")
 
 
