@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Read existing shards first, compute damaged ones again.",
 )
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
 @click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json

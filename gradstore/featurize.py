@@ -29,6 +29,7 @@ from gradstore.projection.routes import accumulate_block, route
 from gradstore.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
 from gradstore.verify import Damage, find_damage
+from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
 
 # Rows (example × class) from which generating P is cheap beside multiplying by it.
@@ -74,6 +75,7 @@ def featurize(
     allow_other_versions: bool = False,
     verify: bool = True,
     grow_from: str | os.PathLike[str] | None = None,
+    workers: int = 1,
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -105,6 +107,7 @@ def featurize(
         verify: read the shards that exist first and compute the damaged ones again; False trusts them.
         grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
             store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
+        workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         progress: called after every batch.
@@ -136,7 +139,7 @@ def featurize(
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            _Run(plan, writer, batch_size, progress, smaller).write_missing()
+            _Run(plan, writer, batch_size, progress, smaller, workers).write_missing()
     return open_store(out)
 
 
@@ -177,7 +180,9 @@ class _Run:
         batch_size: int | None,
         progress: Callable[[Progress], None] | None,
         smaller: SmallerStore | None = None,
+        workers: int = 1,
     ) -> None:
+        self.workers = require_workers(workers, plan.device)
         self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
         self.group = writer.manifest.group
         self.groups = self._groups_per_batch(batch_size)
@@ -201,16 +206,28 @@ class _Run:
                 )
 
         report()
-        for index in self.writer.missing:
-            with self.writer.shard(index) as shard:
-                for batch in _batches(manifest.rows_of(index), self.group * self.groups):
-                    self._write(shard, batch)
-                    report()
-            self.watch.lap("writing")
+        if self.workers > 1:
+            write_shards(self.writer, self._fill, self.workers, lambda shard: self._count(shard.rows, report))
+        else:
+            for index in self.writer.missing:
+                with self.writer.shard(index) as shard:
+                    self._fill(shard, report)
+                self.watch.lap("writing")
         report()
         busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
         seconds = round(time.perf_counter() - began, 3)
         self.writer.log(event="finish", at=now_utc(), rows=self.computed, seconds=seconds, busy=busy)
+
+    def _fill(self, shard: ShardWriter, report: Callable[[], None] = lambda: None) -> None:
+        """Write all rows of one shard."""
+        for batch in _batches(self.writer.manifest.rows_of(shard.index), self.group * self.groups):
+            self._write(shard, batch)
+            report()
+
+    def _count(self, rows: int, report: Callable[[], None]) -> None:
+        """Count rows that a worker computed."""
+        self.computed += rows
+        report()
 
     def _groups_per_batch(self, batch_size: int | None) -> int:
         if batch_size is not None:

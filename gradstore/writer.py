@@ -92,12 +92,13 @@ class StoreWriter:
     def adopt(self, shard: Shard) -> None:
         """List a shard that has its final name and is on the medium, whoever wrote it."""
         self.manifest = self.manifest.with_shard(shard)
-        replaces_short = self._short is not None and shard.index == self._short.index
-        if self._short is None or replaces_short:
+        short = self._short
+        if short is None or shard.index == short.index:
             write_manifest(self.path, self.manifest, self.disk)
-        if replaces_short:
+        if short is not None and shard.index == short.index:
             self._short = None
-            self.clean()
+            # Just this file: workers may have published others that are not listed yet.
+            self.disk.remove(self.path / short_name(short.index, short.rows))
 
     def drop(self, indices: Iterable[int]) -> None:
         """Make damaged shards missing, so that they are computed again."""

@@ -119,7 +119,7 @@ def test_a_projector_that_is_wrong_stops_the_run(
 
 # -- F11 -----------------------------------------------------------------------------------------------------------
 
-CELLS = [(b, t, i) for b in (1, 7, 32, 96) for t in (1, 2) for i in (False, True)]
+CELLS = [(b, w, t, i) for b in (1, 7, 32, 96) for w in (1, 2) for t in (1, 2) for i in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,15 @@ class StopError(Exception):
     """The run is interrupted here."""
 
 
-@pytest.mark.parametrize(("batch", "threads", "interrupted"), CELLS)
-def test_bits_do_not_depend_on_batches_threads_or_interruptions(
-    batch: int, threads: int, interrupted: bool, reference: dict[str, bytes], tmp_path: Path, record: Record
+@pytest.mark.parametrize(("batch", "workers", "threads", "interrupted"), CELLS)
+def test_bits_do_not_depend_on_batches_workers_threads_or_interruptions(
+    batch: int,
+    workers: int,
+    threads: int,
+    interrupted: bool,
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    record: Record,
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -150,14 +156,16 @@ def test_bits_do_not_depend_on_batches_threads_or_interruptions(
     try:
         if interrupted:
             with pytest.raises(StopError):
-                featurize(tmp_path / "store", batch_size=batch, progress=stop)
-            assert 0 < len(FeatureStore(tmp_path / "store")) < N
-        featurize(tmp_path / "store", batch_size=batch)
+                featurize(tmp_path / "store", batch_size=batch, workers=workers, progress=stop)
+            assert 0 < len(FeatureStore(tmp_path / "store").manifest.shards) < 4
+        featurize(tmp_path / "store", batch_size=batch, workers=workers)
     finally:
         torch.set_num_threads(before)
     assert files(tmp_path / "store") == reference
     control = "another seed: other bytes"
-    record("F11", "batch × threads × interrupted", injected=1, recovered=1, refused=0, silent=0, control=control)
+    record(
+        "F11", "batch × workers × threads × interrupted", injected=1, recovered=1, refused=0, silent=0, control=control
+    )
 
 
 def test_another_seed_gives_other_bytes(reference: dict[str, bytes], tmp_path: Path) -> None:
