@@ -45,7 +45,12 @@ def shard_layout(schema: Schema, rows: int, fingerprint: str, split: str) -> Sha
 
     The same arguments give the same bytes under one version of HDF5, at any time and place.
     """
-    attributes = {"format": FORMAT, "version": FORMAT_VERSION, "fingerprint": fingerprint, "split": split}
+    attributes: dict[str, str | int] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "split": split,
+    }
     return file_layout(schema.columns, rows, attributes)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import Record
 from small_store import N, plan, write, wrong_rows
 
 from gradstore.disk import Disk
