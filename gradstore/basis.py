@@ -34,23 +34,31 @@ class Basis:
 
     Attributes:
         columns: int8 [D, r].
+        factor: L float64 [r, r], lower triangular, with B^T B = L L^T.
     """
 
     columns: np.ndarray
+    factor: np.ndarray
 
     @property
     def size(self) -> int:
         """r, the number of directions."""
         return int(self.columns.shape[1])
 
-    @cached_property
-    def factor(self) -> np.ndarray:
-        """L float64 [r, r], lower triangular, with B^T B = L L^T; the products are exact integers."""
-        gram = np.zeros((self.size, self.size))
-        for start in range(0, len(self.columns), _EXACT):
-            part = self.columns[start : start + _EXACT].astype(np.float32)
+    @classmethod
+    def of(cls, columns: np.ndarray) -> Basis:
+        """With the factor of B^T B, whose entries are exact integers."""
+        gram = np.zeros((columns.shape[1],) * 2)
+        for start in range(0, len(columns), _EXACT):
+            part = columns[start : start + _EXACT].astype(np.float32)
             gram += np.matmul(part.T, part)
-        return np.linalg.cholesky(gram)
+        return cls(columns, np.linalg.cholesky(gram))
+
+    @cached_property
+    def _spread(self) -> float:
+        """‖L^-1 diag ‖B_j‖‖, which is 1 where the columns are orthogonal."""
+        norms = np.linalg.norm(self.factor, axis=1)
+        return float(np.linalg.norm(solve_triangular(self.factor, np.diag(norms), lower=True), 2))
 
     def coordinates(self, products: np.ndarray) -> np.ndarray:
         """Q^T t float64 [n, r] from B^T t float64 [n, r]; its rounding error is some 1e-13 of ‖t‖."""
@@ -65,17 +73,15 @@ class Basis:
         """
         phi, size = group.phi, self.size
         products = torch.zeros(len(group.members), size, dtype=torch.float64)
-        for j in range(phi.pieces):
-            rows = piece_rows(phi, j)
-            part = torch.from_numpy(self.columns[rows]).float()
-            for low in range(0, len(part), _SHORT):
-                short = part[low : low + _SHORT]
-                products += (group.pieces[j, :, low : low + len(short)] @ short).double()
+        with single_threaded():  # hundreds of products too small to share out
+            for j in range(phi.pieces):
+                part = torch.from_numpy(self.columns[piece_rows(phi, j)]).float()
+                for low in range(0, len(part), _SHORT):
+                    short = part[low : low + _SHORT]
+                    products += (group.pieces[j, :, low : low + len(short)] @ short).double()
         coordinates = self.coordinates(products.numpy()) / group.norms[:, None]
         roundings = (_SHORT + 16) * _UNIT
-        norms = np.linalg.norm(self.factor, axis=1)
-        spread = np.linalg.norm(solve_triangular(self.factor, np.diag(norms), lower=True), 2)
-        return coordinates, 1.01 * roundings / (1 - roundings) * np.sqrt(size) * spread
+        return coordinates, 1.01 * roundings / (1 - roundings) * np.sqrt(size) * self._spread
 
 
 def piece_rows(phi: Phi, j: int) -> slice:
@@ -130,7 +136,7 @@ def fit_basis(store: FeatureStore, phi: Phi, rows: np.ndarray, size: int) -> Bas
     values, vectors = eigh(gram, subset_by_index=[len(rows) - size, len(rows) - 1])
     keep = values > 1e-6 * values[-1]
     weights = vectors[:, keep][:, ::-1] / np.sqrt(values[keep][::-1]) / norms[:, None]
-    return Basis(_round_to_8_bits(sample.combine(weights.astype(np.float32))))
+    return Basis.of(_round_to_8_bits(sample.combine(weights.astype(np.float32))))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class SketchIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        parts = (self.basis.columns, self.sketch.coordinates, self.sketch.rest, self.sketch.error)
+        parts = (self.basis.columns, self.basis.factor, self.sketch.coordinates, self.sketch.rest, self.sketch.error)
         return sum(part.nbytes for part in parts)
 
     def fitted_rows(self) -> np.ndarray:
@@ -73,6 +73,7 @@ class SketchIndex:
         """Write it beside the shards."""
         arrays = {
             "basis": self.basis.columns,
+            "factor": self.basis.factor,
             "coordinates": self.sketch.coordinates,
             "rest": self.sketch.rest,
             "error": self.sketch.error,
@@ -141,7 +142,7 @@ def _reuse(
 ) -> SketchIndex | str:
     """The saved index brought up to date, or why it is of no use."""
     arrays, covered = saved.arrays, saved.covered(store)
-    basis = Basis(arrays["basis"])
+    basis = Basis(arrays["basis"], arrays["factor"])
     if basis.columns.shape[0] != phi.length or (size is not None and basis.size != min(size, len(store))):
         return "another size was asked for"
     if covered == 0:
@@ -185,7 +186,6 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
     )
     starts, done = count(start, block), count(block, block)
-    basis.factor  # noqa: B018  computed once, before the workers ask for it
 
     def work() -> None:
         torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from gradstore.errors import NoSpaceError, UsageError
 from gradstore.schema import raw
 from gradstore.store import FeatureStore
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
