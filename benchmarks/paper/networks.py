@@ -27,21 +27,29 @@ class SmallMLP(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions with average pooling and three linear layers, in the same parametrisation."""
+    """Three stages of one or two convolutions and a pooling, then three linear layers, in the same parametrisation.
 
-    def __init__(self, channels: int = 1, side: int = 28, width: int = 8) -> None:
+    Args:
+        repeats: convolutions a stage; one with average pooling for MNIST, two with maximum pooling for CIFAR.
+    """
+
+    def __init__(self, channels: int = 1, side: int = 28, width: int = 8, repeats: int = 1) -> None:
         super().__init__()
-        c1, c2, c3 = 8 * width, 4 * width, width
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1) for i, o in ((channels, c1), (c1, c2), (c2, c3))
-        )
-        left = (side // 8) ** 2 * c3
+        self.repeats, stages, i = repeats, [], channels
+        for o in (8 * width, 4 * width, width):
+            for _ in range(repeats):
+                stages.append(nn.Conv2d(i, o, 3, padding=1))
+                i = o
+        self.convolutions = nn.ModuleList(stages)
+        left = (side // 8) ** 2 * width
         self.linear = nn.ModuleList(nn.Linear(i, o) for i, o in ((left, 128), (128, 64), (64, 1)))
         self.apply(standard_normal)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.convolutions:
-            x = F.avg_pool2d(F.relu(layer(x)) / math.sqrt(9 * layer.out_channels), 2)
+        pool = F.avg_pool2d if self.repeats == 1 else F.max_pool2d
+        for number, layer in enumerate(self.convolutions, 1):
+            x = F.relu(layer(x)) / math.sqrt(9 * layer.out_channels)
+            x = pool(x, 2) if number % self.repeats == 0 else x
         x = x.flatten(1)
         for layer in self.linear[:-1]:
             x = F.relu(layer(x)) / math.sqrt(layer.out_features)

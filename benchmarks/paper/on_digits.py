@@ -48,28 +48,29 @@ def draw(found: Collected, attacked: list[dict[str, object]], out: Path, proj_di
 
 def _heading(seeds: int, proj_dim: int, where: dict[str, object]) -> str:
     ran = ", ".join(f"{name} {value}" for name, value in where.items())
-    return (
-        f"# The paper's experiments on scikit-learn's digits\n\n"
-        f"`python -m benchmarks.paper --digits --seeds {seeds}`, K = {proj_dim:,}. Means over seeds (split, weights and "
-        f"projection) with standard errors of the mean. `sgd` is the paper's fit (one-vs-rest, alpha 1e-2; 1e-4 for two "
-        f"classes), `multinomial` the softmax of eq. 1 and 2 (alpha 1e-4). TAD is surrogate minus network. τ is of the "
-        f"correct class's probability.\n\nRan on: {ran}.\n"
-    )
+    return f"""# The paper's experiments on scikit-learn's digits
+
+`python -m benchmarks.paper --digits --seeds {seeds}`, K = {proj_dim:,}. Means over seeds (split, weights and projection)
+with standard errors of the mean. `sgd` is the paper's fit (one-vs-rest, alpha 1e-2; 1e-4 for two classes), `multinomial`
+the softmax of eq. 1 and 2 (alpha 1e-4). TAD is surrogate minus network. τ is of the correct class's probability.
+
+Ran on: {ran}.
+"""
 
 
 def _figures(facts: dict[str, float]) -> str:
     made_up = "; ".join(
         f"{m.name}: Pearson {m.pearson:.3f}, Spearman {m.spearman:.3f}, τ {m.tau:.3f}" for m in thought_experiment()
     )
-    return "\n".join(
-        [
-            "## Figures\n",
-            "- fig01: most similar training digits. fig02: linear realisation. fig08-fig11: the same for the small networks, a panel a seed.",
-            f"- fig04: |proj-trNTK - trNTK|: mean {facts['mean']:.5f}, median {facts['p50']:.5f}, 99 % {facts['p99']:.5f}, largest {facts['max']:.5f}.",
-            f"- fig05, fig06 (App. H): {made_up}.",
-            "- fig07 (App. J): errors under PGD-7; every number in adversarial.csv.\n",
-        ]
-    )
+    residual = ", ".join(f"{name} {value:.5f}" for name, value in facts.items())
+    return f"""## Figures
+
+- fig01: most similar training digits. fig02: linear realisation.
+- fig04: |proj-trNTK - trNTK|: {residual}.
+- fig05, fig06 (App. H): {made_up}.
+- fig07 (App. J): errors under PGD-7; every number is in adversarial.csv.
+- fig08-fig11: linear realisation of the small networks, a panel a seed.
+"""
 
 
 def _verdict(found: Collected) -> str:
