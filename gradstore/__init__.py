@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,10 @@ __all__ = [
     "verify",
 ]
 
-__version__ = _version("gradstore")
+try:
+    __version__ = _version("gradstore")
+except _NotInstalled:  # a source checkout on the path
+    __version__ = "0+source"
 
 
 class _Package(ModuleType):
