@@ -29,7 +29,7 @@ def write_slowly(path: str, n: int, shard_rows: int, acks: str, **_: Any) -> Non
 
 
 def append_naively(path: str, n: int, acks: str, **_: Any) -> None:
-    """The control: rows appended to an open HDF5 file, flushed now and then."""
+    """The control: rows appended to an open HDF5 file."""
     notes = os.open(acks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     with h5py.File(path, "a") as file:
         features = file.get("features")
@@ -39,9 +39,7 @@ def append_naively(path: str, n: int, acks: str, **_: Any) -> None:
             features.resize(i + 1, axis=0)
             features[i] = ROWS[i]["features"]
             time.sleep(0.0003)
-            if i % 4 == 3:
-                file.flush()
-                os.write(notes, b"%d\n" % i)
+            os.write(notes, b"%d\n" % i)
 
 
 def hold(path: str, said: str, locks: bool, **_: Any) -> None:

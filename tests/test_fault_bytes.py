@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Record
-from small_store import ROWS, N, files, write
+from small_store import ROWS, N, columns, files, write
 
 from gradstore.errors import CorruptError
 from gradstore.store import FeatureStore
@@ -105,16 +105,16 @@ def unnoticed_by_hdf5(path: Path) -> bool:
     for index in range(manifest.shard_count):
         try:
             with h5py.File(path / manifest.file_of(index)) as file:
-                for i, row in enumerate(manifest.rows_of(index)):
-                    if any(file[name][i].tobytes() != ROWS[row][name].tobytes() for name in ROWS[row]):
-                        return True
+                rows = manifest.rows_of(index)
+                if any(file[name][:].tobytes() != data.tobytes() for name, data in columns(rows).items()):
+                    return True
         except (OSError, KeyError, RuntimeError, ValueError):
             continue
     return False
 
 
 def survive(path: Path, changes: Iterator[Change]) -> tuple[int, int]:
-    """(changes, those of every tenth that HDF5 alone reads wrongly without an error)."""
+    """(changes, those of every fifth that HDF5 alone reads wrongly without an error)."""
     whole = files(path)
     count = unnoticed = 0
     for change in changes:
@@ -125,7 +125,7 @@ def survive(path: Path, changes: Iterator[Change]) -> tuple[int, int]:
         assert change.rows is None or named == change.rows
         assert wrong == set()
         assert named == raised
-        unnoticed += count % 10 == 1 and change.file.name != "store.json" and unnoticed_by_hdf5(path)
+        unnoticed += count % 5 == 1 and change.file.name != "store.json" and unnoticed_by_hdf5(path)
         if change.file.name == "store.json":
             with pytest.raises(CorruptError, match=r"the manifest is not what was written|too large"):
                 write(path)
@@ -137,8 +137,8 @@ def survive(path: Path, changes: Iterator[Change]) -> tuple[int, int]:
 
 def test_a_flipped_bit_is_never_read(store: Path, amount: Callable[[int, int], int], record: Record) -> None:
     count, unnoticed = survive(store, flips(store, amount(1000, 20_000)))
-    assert unnoticed > 0
-    control = f"HDF5 alone: {unnoticed} of {-(-count // 10)} read wrongly without an error"
+    assert unnoticed > count / 50
+    control = f"HDF5 alone: {unnoticed} of {-(-count // 5)} read wrongly without an error"
     record("F5", "one bit flipped anywhere", injected=count, recovered=count, refused=0, silent=0, control=control)
 
 
@@ -146,7 +146,7 @@ def test_truncation_extension_and_zeroed_blocks_are_never_read(
     store: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
     count, unnoticed = survive(store, maulings(store, amount(300, 3000)))
-    assert unnoticed > 0
-    control = f"HDF5 alone: {unnoticed} of {-(-count // 10)} read wrongly without an error"
+    assert unnoticed > 0  # few: most of such a small shard is header and padding
+    control = f"HDF5 alone: {unnoticed} of {-(-count // 5)} read wrongly without an error"
     what = "truncated, extended, blocks zeroed"
     record("F6", what, injected=count, recovered=count, refused=0, silent=0, control=control)
