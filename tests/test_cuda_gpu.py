@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,15 @@ def test_it_runs_on_the_current_stream():
         got = accumulate(entries, torch.zeros(16, 100, device="cuda"), block)
     stream.synchronize()
     assert relative_error(got, dense(entries, source, 0, 100, 0) * 2) < BOUND["exact"]
+
+
+def test_a_thread_that_has_not_used_the_device_yet_may_call_it():
+    entries, block = Entries("rademacher", 7, 0), gradients(4, 500)
+    out = torch.zeros(4, 90, device="cuda")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(accumulate, entries, out, block).result()
+    torch.cuda.synchronize()
+    assert relative_error(out, dense(entries, block, 0, 90, 0)) < BOUND["exact"]
 
 
 def test_memory_beside_gradients_and_features_is_small():

@@ -78,11 +78,22 @@ class CudaDevice:
 
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
         with torch.cuda.device(self.index):
+            self._enter()
             stream = torch.cuda.current_stream().cuda_stream
             _check(
                 driver.cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), 0),
                 "launching the projection",
             )
+
+    def _enter(self) -> None:
+        """Make the context that torch uses current: in a new thread there may be none yet."""
+        from cuda.bindings import driver
+
+        (context,) = _check(driver.cuCtxGetCurrent(), "asking for the context")
+        if int(context) == 0:
+            (number,) = _check(driver.cuDeviceGet(self.index), "finding the device")
+            (context,) = _check(driver.cuDevicePrimaryCtxRetain(number), "opening the device")
+            _check(driver.cuCtxSetCurrent(context), "entering the device's context")
 
     def _kernels(self, variant: Variant) -> dict[str, Any]:
         if variant not in self._loaded:
@@ -102,7 +113,7 @@ class CudaDevice:
                 hint='Update nvidia-cuda-nvrtc, or choose backend="reference"',
             ) from error
         with torch.cuda.device(self.index):
-            torch.cuda.current_stream().synchronize()  # makes the device's primary context current
+            self._enter()
             (module,) = _check(driver.cuModuleLoadData(code), "loading the projection")
             names = (source.ENTRY, *source.PACKS)
             kernels = {name: _check(driver.cuModuleGetFunction(module, name.encode()), name)[0] for name in names}
