@@ -23,10 +23,10 @@ import torch
 from setting import append_rows
 
 import gradstore as gs
-from gradstore.encoding import encode
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import Schema
+from gradstore.storage.encoding import encode
+from gradstore.storage.manifest import Manifest
 from gradstore.writer import open_writer
 
 CLASSES, K, SEED, TILE = 10, 10240, 0, 512

@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.setting import append_rows
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import Schema
+from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore
 from gradstore.writer import open_writer
 

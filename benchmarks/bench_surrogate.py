@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.encoding import encode
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import Schema
+from gradstore.storage.encoding import encode
+from gradstore.storage.manifest import Manifest
 from gradstore.writer import open_writer
 
 CLASSES = 10
@@ -56,6 +56,7 @@ def write(folder: Path, n: int, K: int) -> None:
             "parameters": {"count": 1, "blocks": [["w", [1]]]},
             "layout": "per-class",
             "dtype": "float16",
+            "classes": CLASSES,
             "data": {"length": count, "seed": seed},
         }
         names = tuple(str(c) for c in range(CLASSES))
@@ -73,7 +74,7 @@ def columns(rows: range, features: np.ndarray, labels: np.ndarray) -> dict[str, 
     return {
         "features": encoded.features,
         "scale": encoded.scale,
-        "sq_norm": np.square(features, dtype=np.float64).sum(-1).astype(np.float32),
+        "sq_norm": np.square(features, dtype=np.float64).sum(-1),
         "logits": np.zeros((len(rows), CLASSES), np.float32),
         "label": labels,
         "row": np.arange(rows.start, rows.stop),

@@ -28,8 +28,8 @@ from setting import RESULTS, append_rows
 from structured import write_structured
 
 import gradstore as gs
-from gradstore.engines import single_threaded
-from gradstore.faiss_index import require_faiss
+from gradstore.search.engines import single_threaded
+from gradstore.search.faiss_index import require_faiss
 from gradstore.store import FeatureStore
 
 K_BEST = 10

@@ -45,7 +45,7 @@ class Terminated(KeyboardInterrupt):
 @click.version_option(package_name="gradstore", message="gradstore %(version)s")
 @click.option(TRACEBACK, is_flag=True, help="Show the whole traceback of an error; may stand anywhere on the line.")
 def gradstore(traceback: bool) -> None:
-    """Find the training examples behind a prediction, from projected per-example gradients.
+    r"""Find the training examples behind a prediction, from projected per-example gradients.
 
     \b
     A first look:       gradstore demo

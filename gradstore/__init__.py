@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradstore.attribution import attribute
     from gradstore.errors import GradstoreError
-    from gradstore.exact import exact_gram
+    from gradstore.exact.gram import exact_gram
     from gradstore.export import export
     from gradstore.faithfulness import evaluate
     from gradstore.featurize import featurize
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gradstore.project import Project, load_project
     from gradstore.projection import Projection
     from gradstore.residual import residual
-    from gradstore.session import Session
+    from gradstore.search.session import Session
     from gradstore.show import image, text
     from gradstore.store import FeatureStore
     from gradstore.store import open_store as open
@@ -45,10 +45,10 @@ _WHERE = {
     "Project": "project",
     "Projection": "projection",
     "Provenance": "importing",
-    "Session": "session",
+    "Session": "search.session",
     "attribute": "attribution",
     "evaluate": "faithfulness",
-    "exact_gram": "exact",
+    "exact_gram": "exact.gram",
     "export": "export",
     "featurize": "featurize",
     "featurize_queries": "fresh",

@@ -14,9 +14,9 @@ import h5py
 import numpy as np
 import torch
 
-from gradstore.disk import Disk
 from gradstore.errors import GradstoreError, MismatchError, UsageError
 from gradstore.projection import Projection, native
+from gradstore.storage.disk import Disk
 
 _LOG_BYTES = 256 << 20
 # What can move the last bits of a feature.

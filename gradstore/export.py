@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.disk import Disk
-from gradstore.encoding import decode
 from gradstore.errors import UsageError
 from gradstore.memory import parse_bytes
 from gradstore.schema import raw
+from gradstore.storage.disk import Disk
+from gradstore.storage.encoding import decode
 from gradstore.store import FeatureStore
 
 FORMATS = (".npy", ".safetensors")

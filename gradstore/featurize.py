@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_finite_block, require_preserved
-from gradstore.disk import Disk
-from gradstore.encoding import encode
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
@@ -26,7 +24,9 @@ from gradstore.previews import preview_table
 from gradstore.project import Project
 from gradstore.projection import Projection
 from gradstore.projection.routes import accumulate_block, route
-from gradstore.shards import ShardFile
+from gradstore.storage.disk import Disk
+from gradstore.storage.encoding import encode
+from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
 from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards

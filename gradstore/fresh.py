@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.disk import Disk
 from gradstore.errors import UsageError
 from gradstore.featurize import row_columns
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings
 from gradstore.project import Project
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 
 

@@ -12,12 +12,12 @@ from typing import overload
 
 import numpy as np
 
-from gradstore.disk import Disk
 from gradstore.errors import UsageError
 from gradstore.gram_file import Gram, Report, write_tiles
 from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
 from gradstore.memory import parse_bytes
 from gradstore.products import ARITHMETICS, Operand, multiply, operand
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.tiles import Grid, Skip, Tile, nothing, plan_grid
 

@@ -21,11 +21,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError, GradstoreError, LockedError, MismatchError, NoSpaceError, UsageError
-from gradstore.layout import ShardLayout, file_layout
 from gradstore.memory import format_bytes
 from gradstore.schema import Column, raw
+from gradstore.storage.disk import Disk
+from gradstore.storage.layout import ShardLayout, file_layout
 from gradstore.tiles import CELL, Tile
 
 FORMAT = "gradstore-gram"

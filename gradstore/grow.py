@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.encoding import exponents
 from gradstore.errors import UsageError
 from gradstore.fingerprint import require_same
-from gradstore.manifest import Manifest
+from gradstore.storage.encoding import exponents
+from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it, digits are lost when a row's scale changes

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradstore.disk import Disk
-from gradstore.encoding import encode
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import DTYPES, FORMAT_VERSION, Schema
+from gradstore.storage.disk import Disk
+from gradstore.storage.encoding import encode
+from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore, open_store
 from gradstore.writer import open_writer
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.encoding import decode
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.fingerprint import require_same
+from gradstore.storage.encoding import decode
 from gradstore.store import FeatureStore
 
 

@@ -15,13 +15,13 @@ from gradstore.errors import UsageError
 from gradstore.examples import Examples, Inputs
 from gradstore.fingerprint import data_identity, fingerprint_of, identity
 from gradstore.jacobians import JacobianEngine
-from gradstore.manifest import Manifest
 from gradstore.memory import format_bytes
 from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.previews import preview_shape
 from gradstore.project import Project
 from gradstore.projection import Projection
 from gradstore.schema import DTYPES, LAYOUTS, ONE_ROW, Schema
+from gradstore.storage.manifest import Manifest
 
 MAX_GROUP = 16
 SHARD_BYTES = 256 << 20

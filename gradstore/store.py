@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.digests import THREADS
-from gradstore.disk import Disk, MissingFileError
-from gradstore.encoding import decode
 from gradstore.errors import CorruptError, UsageError
-from gradstore.manifest import Manifest
-from gradstore.manifest_file import read_manifest
 from gradstore.memory import format_bytes
 from gradstore.schema import Schema
-from gradstore.shards import VERIFY, ShardFile
+from gradstore.storage.digests import THREADS
+from gradstore.storage.disk import Disk, MissingFileError
+from gradstore.storage.encoding import decode
+from gradstore.storage.manifest import Manifest
+from gradstore.storage.manifest_file import read_manifest
+from gradstore.storage.shards import VERIFY, ShardFile
 
 if TYPE_CHECKING:
     import torch

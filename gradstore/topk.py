@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstore.class_weights import Classes
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.memory import parse_bytes
-from gradstore.request import check_request, query_phis
-from gradstore.scan import scan_all
-from gradstore.session import Session
+from gradstore.search.class_weights import Classes
+from gradstore.search.request import check_request, query_phis
+from gradstore.search.scan import scan_all
+from gradstore.search.session import Session
+from gradstore.search.topk_result import Search, TopK
 from gradstore.store import FeatureStore
-from gradstore.topk_result import Search, TopK
 
 __all__ = ["Search", "TopK", "topk"]
 

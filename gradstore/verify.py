@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.digests import THREADS
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError, UnsafeError, UsageError
-from gradstore.manifest import Manifest
-from gradstore.shards import ShardFile
+from gradstore.storage.digests import THREADS
+from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Manifest
+from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore
 from gradstore.writer import open_for_repair
 

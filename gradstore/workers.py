@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from gradstore.disk import Disk
 from gradstore.errors import UsageError
-from gradstore.manifest import Manifest, Shard
-from gradstore.shard_writer import ShardWriter, write_shard
+from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Manifest, Shard
+from gradstore.storage.shard_writer import ShardWriter, write_shard
 from gradstore.writer import StoreWriter
 
 

@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore.disk import Disk
 from gradstore.errors import NoSpaceError, UsageError
 from gradstore.fingerprint import require_same
-from gradstore.lock import LOCK, writer_lock
-from gradstore.manifest import MANIFEST, Manifest, Shard, short_name
-from gradstore.manifest_file import read_manifest, write_manifest
 from gradstore.memory import format_bytes
-from gradstore.shard_writer import ShardWriter, write_shard
+from gradstore.storage.disk import Disk
+from gradstore.storage.lock import LOCK, writer_lock
+from gradstore.storage.manifest import MANIFEST, Manifest, Shard, short_name
+from gradstore.storage.manifest_file import read_manifest, write_manifest
+from gradstore.storage.shard_writer import ShardWriter, write_shard
 
 RUN_LOG = "run.jsonl"
 _TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gradstore.disk import Disk
+from gradstore.storage.disk import Disk
 
 CALLS = ("_open", "_pwrite", "_preadv", "_allocate", "_truncate", "_fsync", "_flock", "_replace", "_unlink", "_mkdir")
 

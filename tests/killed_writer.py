@@ -17,8 +17,8 @@ import numpy as np
 from faulty_disk import NoLockDisk, slow
 from small_store import ROWS, N, columns, data, fill, plan, write
 
-from gradstore.disk import Disk
 from gradstore.errors import GradstoreError
+from gradstore.storage.disk import Disk
 from gradstore.writer import open_writer
 
 

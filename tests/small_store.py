@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.disk import Disk
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import Schema
+from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore
 from gradstore.verify import find_damage
 from gradstore.writer import StoreWriter, open_writer

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.encoding import encode
 from gradstore.fingerprint import fingerprint_of
-from gradstore.manifest import Manifest
 from gradstore.schema import Schema
+from gradstore.storage.encoding import encode
+from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore, open_store
 from gradstore.writer import open_writer
 

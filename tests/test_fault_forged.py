@@ -18,11 +18,11 @@ import pytest
 from conftest import Record
 from small_store import N, plan, write, wrong_rows
 
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError, UnsafeError, UsageError
-from gradstore.layout import gaps
-from gradstore.manifest import MANIFEST, Manifest
-from gradstore.manifest_file import read_manifest
+from gradstore.storage.disk import Disk
+from gradstore.storage.layout import gaps
+from gradstore.storage.manifest import MANIFEST, Manifest
+from gradstore.storage.manifest_file import read_manifest
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from small_store import ROWS, SHARD_ROWS, files, plan, write, wrong_rows
 
-from gradstore.disk import Disk
 from gradstore.errors import GradstoreError, MismatchError
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 from gradstore.writer import open_writer

@@ -16,7 +16,7 @@ from conftest import Record
 from small_store import ROWS, files, write
 
 from gradstore.errors import CorruptError, GradstoreError
-from gradstore.manifest import MANIFEST
+from gradstore.storage.manifest import MANIFEST
 from gradstore.store import FeatureStore
 
 pytestmark = pytest.mark.soak

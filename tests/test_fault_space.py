@@ -18,8 +18,8 @@ from small_store import ROWS, SHARD_ROWS, columns, data, fill, plan, write
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError, NoSpaceError, UsageError
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.writer import open_writer
 

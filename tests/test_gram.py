@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.tiles import Grid, plan_grid
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.basis import fit_basis, integer_product
 from gradstore.errors import NonFiniteError, NoSpaceError, UsageError
-from gradstore.index import index_path, open_index
-from gradstore.index_file import load_index
 from gradstore.kernels import projected_kernel
-from gradstore.phi import Phi
-from gradstore.query_batch import load_queries
-from gradstore.request import query_phis
-from gradstore.session import Session
-from gradstore.sketch import sketch_queries, sketch_rows
+from gradstore.search.basis import fit_basis, integer_product
+from gradstore.search.index import index_path, open_index
+from gradstore.search.index_file import load_index
+from gradstore.search.phi import Phi
+from gradstore.search.query_batch import load_queries
+from gradstore.search.request import query_phis
+from gradstore.search.session import Session
+from gradstore.search.sketch import sketch_queries, sketch_rows
 from gradstore.store import FeatureStore, open_store
 
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
@@ -92,7 +92,7 @@ def test_integer_products_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     a[0], b[:, 0] = 127, 127
     expected = a.long() @ b.long()
     for pays in (True, False):
-        monkeypatch.setattr("gradstore.basis.integer_products_pay", lambda pays=pays: pays)
+        monkeypatch.setattr("gradstore.search.basis.integer_products_pay", lambda pays=pays: pays)
         assert torch.equal(integer_product(a, b).long(), expected)
 
 
@@ -193,12 +193,12 @@ def test_a_store_that_cannot_be_written_is_one_line(
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("gradstore.index_file.save_file", refuse)
+    monkeypatch.setattr("gradstore.search.index_file.save_file", refuse)
     with pytest.raises(UsageError, match=r"the index cannot be saved .*Permission denied.* Use mode exact"):
         open_index(small, rebuild=True)
     assert not list(small.path.glob("*.tmp"))
     monkeypatch.undo()
-    monkeypatch.setattr("gradstore.disk.Disk.free_bytes", lambda *args: 100)
+    monkeypatch.setattr("gradstore.storage.disk.Disk.free_bytes", lambda *args: 100)
     with pytest.raises(NoSpaceError, match="the index does not fit the disk"):
         open_index(small, rebuild=True)
 

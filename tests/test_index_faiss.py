@@ -13,7 +13,7 @@ from synthetic import clustered, write_store
 import gradstore as gs
 from gradstore import faiss_index
 from gradstore.errors import UsageError
-from gradstore.session import Session
+from gradstore.search.session import Session
 from gradstore.store import FeatureStore, open_store
 
 pytest.importorskip("faiss")

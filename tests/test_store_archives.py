@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from small_store import N, files, write, wrong_rows
 
-from gradstore.disk import Disk
-from gradstore.manifest_file import read_manifest
 from gradstore.schema import FORMAT_VERSION
+from gradstore.storage.disk import Disk
+from gradstore.storage.manifest_file import read_manifest
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 

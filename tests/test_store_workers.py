@@ -14,7 +14,7 @@ import pytest
 from small_store import GROUP, columns, data, files, plan, write
 
 from gradstore.errors import CorruptError, NonFiniteError, UsageError
-from gradstore.shard_writer import ShardWriter
+from gradstore.storage.shard_writer import ShardWriter
 from gradstore.store import FeatureStore
 from gradstore.workers import write_shards
 from gradstore.writer import open_writer

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.class_weights import parse_weights
 from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.kernels import projected_kernel
-from gradstore.phi import Phi
-from gradstore.request import query_phis
-from gradstore.scan import plan_scan
+from gradstore.search.class_weights import parse_weights
+from gradstore.search.phi import Phi
+from gradstore.search.request import query_phis
+from gradstore.search.scan import plan_scan
 from gradstore.store import FeatureStore
 
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]

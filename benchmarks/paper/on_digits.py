@@ -50,9 +50,10 @@ def _heading(seeds: int, proj_dim: int, where: dict[str, object]) -> str:
     ran = ", ".join(f"{name} {value}" for name, value in where.items())
     return f"""# The paper's experiments on scikit-learn's digits
 
-`python -m benchmarks.paper --digits --seeds {seeds}`, K = {proj_dim:,}. Means over seeds (split, weights and projection)
-with standard errors of the mean. `sgd` is the paper's fit (one-vs-rest, alpha 1e-2; 1e-4 for two classes), `multinomial`
-the softmax of eq. 1 and 2 (alpha 1e-4). TAD is surrogate minus network. τ is of the correct class's probability.
+`python -m benchmarks.paper --digits --seeds {seeds}`, K = {proj_dim:,}. Means over seeds (split, weights,
+projection) with standard errors of the mean. `sgd` is the paper's fit (one-vs-rest, alpha 1e-2; 1e-4 for two classes),
+`multinomial` the softmax of eq. 1 and 2 (alpha 1e-4). TAD is surrogate minus network.
+τ is of the correct class's probability.
 
 Ran on: {ran}.
 """

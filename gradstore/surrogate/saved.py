@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
-from gradstore.disk import Disk, MissingFileError
 from gradstore.errors import CorruptError, UsageError
+from gradstore.storage.disk import Disk, MissingFileError
 from gradstore.surrogate.binding import Binding
 
 FORMAT = "gradstore-surrogate"

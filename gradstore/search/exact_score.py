@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup, runs, vector_norm
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup, runs, vector_norm
 from gradstore.store import FeatureStore
 
 

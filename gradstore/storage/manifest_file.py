@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gradstore.disk import Disk, MissingFileError
 from gradstore.errors import CorruptError, UsageError
 from gradstore.fingerprint import fingerprint_of
-from gradstore.layout import gaps
-from gradstore.manifest import MANIFEST, Manifest, Shard
 from gradstore.schema import BULK, DTYPES, FORMAT, FORMAT_VERSION, LAYOUTS, ONE_ROW, Schema
+from gradstore.storage.disk import Disk, MissingFileError
+from gradstore.storage.layout import gaps
+from gradstore.storage.manifest import MANIFEST, Manifest, Shard
 
 # Bounds on what one manifest may make gradstore hold: some hundred megabytes at worst.
 _FILE_BYTES = 48 << 20

@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradstore.disk import Disk
 from gradstore.errors import NoSpaceError, UsageError
 from gradstore.schema import raw
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 
 VERSION = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.phi import Phi, Scaled
+from gradstore.search.phi import Phi, Scaled
 from gradstore.store import FeatureStore
 
 # Rows read together where wanted rows follow one another.

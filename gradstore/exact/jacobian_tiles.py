@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_finite_block
-from gradstore.contraction import contract, held, tensors_of
 from gradstore.environment import choose_device
 from gradstore.errors import NonFiniteError, UsageError
+from gradstore.exact.contraction import contract, held, tensors_of
+from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianBlock, JacobianEngine
 from gradstore.kernels import Kernel
 from gradstore.memory import format_bytes
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project
-from gradstore.selection import Selection
 from gradstore.tiles import Skip, Tile, nothing, plan_grid
 from gradstore.weights import weights_digest
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gradstore.disk import Disk
 from gradstore.errors import GradstoreError, LockedError
+from gradstore.storage.disk import Disk
 
 LOCK = ".lock"
 _TRIES = 100

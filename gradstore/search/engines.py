@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gradstore.errors import UsageError

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradstore.basis import Basis
-from gradstore.disk import Disk
 from gradstore.errors import UsageError
-from gradstore.index import SketchIndex
-from gradstore.index_file import shard_digests
-from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup
+from gradstore.search.basis import Basis
+from gradstore.search.index import SketchIndex
+from gradstore.search.index_file import shard_digests
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup
+from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 
 SPACES = ("sketch", "full")

@@ -9,15 +9,15 @@ from typing import overload
 
 import numpy as np
 
-from gradstore.disk import Disk
 from gradstore.errors import UsageError
+from gradstore.exact.jacobian_tiles import JacobianTiles
+from gradstore.exact.representations import RepresentationTiles
+from gradstore.exact.selection import Selection
 from gradstore.gram_file import Gram, Report, write_tiles
-from gradstore.jacobian_tiles import JacobianTiles
 from gradstore.kernels import REPRESENTATION, exact_kernel
 from gradstore.memory import parse_bytes
 from gradstore.project import Project
-from gradstore.representations import RepresentationTiles
-from gradstore.selection import Selection
+from gradstore.storage.disk import Disk
 from gradstore.tiles import Tile
 
 

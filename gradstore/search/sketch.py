@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.basis import Basis, integer_product, piece_rows
-from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup
+from gradstore.search.basis import Basis, integer_product, piece_rows
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup
 
 # Covers float32 sums of squares within a piece and every float64 rounding: 2 · (2048 + 16) · 2^-24 and some.
 _SLACK = 3e-4

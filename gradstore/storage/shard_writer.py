@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.digests import row_digests
-from gradstore.disk import Disk
-from gradstore.manifest import Manifest, Shard
 from gradstore.schema import BULK, raw
+from gradstore.storage.digests import row_digests
+from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Manifest, Shard
 
 
 def temporary_of(path: Path) -> Path:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from gradstore.layout import ShardLayout, shard_layout
 from gradstore.schema import FORMAT, FORMAT_VERSION, Schema
+from gradstore.storage.layout import ShardLayout, shard_layout
 
 MANIFEST = "store.json"
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstore.class_weights import Classes, query_weights
 from gradstore.errors import UsageError
 from gradstore.kernels import Kernel, require_comparable, require_served
-from gradstore.phi import Phi
+from gradstore.search.class_weights import Classes, query_weights
+from gradstore.search.phi import Phi
 from gradstore.store import FeatureStore
 
 

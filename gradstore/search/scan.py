@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.best import Best, pending_limit
-from gradstore.engines import Engine, choose_engine, full_float32, single_threaded
 from gradstore.errors import NonFiniteError, UsageError
-from gradstore.exact_score import ExactScore
 from gradstore.memory import format_bytes
-from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup, load_queries
+from gradstore.search.best import Best, pending_limit
+from gradstore.search.engines import Engine, choose_engine, full_float32, single_threaded
+from gradstore.search.exact_score import ExactScore
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup, load_queries
+from gradstore.search.topk_result import Search
 from gradstore.store import FeatureStore
-from gradstore.topk_result import Search
 
 # A block is large enough for a good matrix product and no larger.
 _BLOCK_BYTES = 48 << 20

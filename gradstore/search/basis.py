@@ -16,9 +16,9 @@ import torch
 from scipy.linalg import eigh, solve_triangular
 from torch import Tensor
 
-from gradstore.engines import fastest_call, single_threaded
-from gradstore.phi import Phi, Scaled
-from gradstore.query_batch import QueryGroup, read_rows
+from gradstore.search.engines import fastest_call, single_threaded
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup, read_rows
 from gradstore.store import FeatureStore
 
 _UNIT = 2.0**-24

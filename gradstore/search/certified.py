@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradstore.best import Best
-from gradstore.exact_score import ExactScore
-from gradstore.index import SketchIndex
-from gradstore.query_batch import QueryGroup
-from gradstore.sketch import sketch_queries
+from gradstore.search.best import Best
+from gradstore.search.exact_score import ExactScore
+from gradstore.search.index import SketchIndex
+from gradstore.search.query_batch import QueryGroup
+from gradstore.search.sketch import sketch_queries
 from gradstore.store import FeatureStore
 
 _ROWS = 8192

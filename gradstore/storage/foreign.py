@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import UnsafeError
-from gradstore.manifest import Shard
 from gradstore.schema import Schema
+from gradstore.storage.manifest import Shard
 
 _SECONDS = 20
 _PARSER = Path(__file__).with_name("foreign_parser.py")

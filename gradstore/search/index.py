@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.basis import Basis, fit_basis
-from gradstore.engines import single_threaded
 from gradstore.errors import UsageError
-from gradstore.index_file import Saved, load_index, save_index
 from gradstore.kernels import Kernel, projected_kernel, require_served
 from gradstore.memory import format_bytes, parse_bytes
-from gradstore.phi import Phi
-from gradstore.sketch import RowSketch, sketch_rows
+from gradstore.search.basis import Basis, fit_basis
+from gradstore.search.engines import single_threaded
+from gradstore.search.index_file import Saved, load_index, save_index
+from gradstore.search.phi import Phi
+from gradstore.search.sketch import RowSketch, sketch_rows
 from gradstore.store import FeatureStore
 
 MAX_SIZE = 512

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from gradstore.environment import choose_device
 from gradstore.errors import NonFiniteError, ProjectError, UsageError
+from gradstore.exact.selection import Selection
 from gradstore.examples import Inputs
 from gradstore.kernels import Kernel
 from gradstore.plan import to_device
 from gradstore.products import Operand, multiply, operand
 from gradstore.project import Project
-from gradstore.selection import Selection
 from gradstore.tiles import Skip, Tile, nothing, plan_grid
 from gradstore.weights import weights_digest
 

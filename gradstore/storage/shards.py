@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.digests import row_digests
-from gradstore.disk import Disk
 from gradstore.errors import CorruptError
-from gradstore.foreign import require_plain_hdf5
-from gradstore.layout import gaps
-from gradstore.manifest import Manifest, Shard
 from gradstore.schema import raw
+from gradstore.storage.digests import row_digests
+from gradstore.storage.disk import Disk
+from gradstore.storage.foreign import require_plain_hdf5
+from gradstore.storage.layout import gaps
+from gradstore.storage.manifest import Manifest, Shard
 
 VERIFY = "Run `gradstore verify` on the store to list the damaged rows; `gradstore featurize` computes them again"
 

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gradstore.certified import IndexSearch
 from gradstore.errors import UsageError
-from gradstore.faiss_index import open_faiss
-from gradstore.index import open_index
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
-from gradstore.phi import Phi
-from gradstore.query_batch import QueryGroup, load_queries
-from gradstore.request import check_request
-from gradstore.scan import scan_all
+from gradstore.search.certified import IndexSearch
+from gradstore.search.faiss_index import open_faiss
+from gradstore.search.index import open_index
+from gradstore.search.phi import Phi
+from gradstore.search.query_batch import QueryGroup, load_queries
+from gradstore.search.request import check_request
+from gradstore.search.scan import scan_all
+from gradstore.search.topk_result import Search, TopK
 from gradstore.store import FeatureStore
-from gradstore.topk_result import Search, TopK
 
 # Rows that approximate search re-ranks: at least this many, and this many for each neighbour.
 _CANDIDATES = 100

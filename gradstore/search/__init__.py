@@ -1,0 +1,1 @@
+"""Similarity search over stores: the exact scan, the certified index, and FAISS."""

@@ -1,0 +1,1 @@
+"""Feature files on disk: every byte read or written, checked, locked and published."""
