@@ -75,7 +75,7 @@ def _announce(plan: Plan) -> None:
     n, parameters = plan.manifest.n, sum(block.size for block in plan.blocks)
     say(
         f"{n} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
-        f"{plan.device.type}, {plan.projection.backend} projection, rows in groups of {plan.manifest.group}"
+        f"{plan.device.type}, {plan.projection.path(plan.device)} projection, rows in groups of {plan.manifest.group}"
     )
     for name, route in plan.engine.describe():
         if "torch.func" in route:

@@ -157,7 +157,9 @@ def _time(plan: Plan) -> str:
     began = time.perf_counter()
     project_rows(plan, rows)
     seconds = (time.perf_counter() - began) / len(rows) * len(plan.examples)
-    return f"about {_duration(seconds)} ({plan.flops:.2g} flops of projection, {plan.projection.backend} path)"
+    return (
+        f"about {_duration(seconds)} ({plan.flops:.2g} flops of projection, {plan.projection.path(plan.device)} path)"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -49,7 +49,7 @@ def environment(device: torch.device, projection: Projection) -> dict[str, str |
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "projection_backend": projection.backend,
+        "projection_backend": projection.path(device),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "h5py": h5py.__version__,

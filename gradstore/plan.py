@@ -18,7 +18,7 @@ from gradstore.jacobians import JacobianEngine
 from gradstore.memory import format_bytes
 from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.previews import preview_shape
-from gradstore.project import Project
+from gradstore.project import Project, require_deterministic
 from gradstore.projection import Projection
 from gradstore.schema import DTYPES, LAYOUTS, ONE_ROW, Schema
 from gradstore.storage.manifest import Manifest
@@ -95,7 +95,9 @@ class Plan:
         self.projection = settings.make_projection()
         self.blocks: tuple[ParameterBlock, ...] = parameter_blocks(project.model, project.parameters)
         inputs = to_device(self.examples.read(range(min(MAX_GROUP, len(self.examples))))[0], self.device)
-        self.classes = int(project.logits(inputs).shape[1])
+        logits = project.logits(inputs)
+        require_deterministic(logits, project.logits(inputs))
+        self.classes = int(logits.shape[1])
         require_labels(self.examples.labels, self.classes, split)
         self.engine = JacobianEngine(
             project.model,

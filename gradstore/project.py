@@ -161,6 +161,24 @@ def require_eval(model: nn.Module) -> None:
             )
 
 
+def require_deterministic(first: Tensor, second: Tensor) -> None:
+    """Refuse a model that computes other logits [n, c] for the same inputs the second time.
+
+    Raises:
+        ProjectError: names the first row that differs.
+    """
+    differ = torch.nonzero(~torch.isclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True))
+    if len(differ):
+        i, c = differ[0].tolist()
+        raise ProjectError(
+            f"the model computes other logits for row {i} the second time",
+            where="model",
+            expected=f"{first[i, c].item():.6g} again",
+            got=f"{second[i, c].item():.6g}",
+            hint="Remove the randomness, or the state that a forward pass changes",
+        )
+
+
 def row_mask(value: Any, n: int, where: str) -> np.ndarray:
     """Bool mask [n] from a bool mask or an array of row indices.
 

@@ -1,0 +1,139 @@
+"""The paper's experiments: loaders of its data sets, its architectures, its attack, its thought experiment."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import SVC
+from torch.func import functional_call, grad, vmap
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.paper import generated, loaders, networks
+from benchmarks.paper.adversarial import ATTACKS, network_decision, pgd, sigmoid_mlp, tangent_svm
+from benchmarks.paper.forensic import votes
+from benchmarks.paper.recipes.badnet_cifar10 import stamped
+from benchmarks.paper.tables import over_seeds
+from benchmarks.paper.thought_experiment import thought_experiment
+from gradstore.errors import CorruptError, ProjectError, UnsafeError
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        (networks.BadNetCNN, 820_394),
+        (lambda: networks.resnet((2, 2, 2, 2)), 11_173_962),
+        (lambda: networks.resnet((3, 4, 6, 3)), 21_282_122),
+        (networks.mobilenet_v2, 2_236_682),
+    ],
+    ids=["BadNet", "ResNet18", "ResNet34", "MobileNetV2"],
+)
+def test_architectures_have_the_published_size(build, parameters: int) -> None:
+    model = build().eval()
+    found = sum(p.numel() for p in model.parameters())
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert found == parameters
+
+
+def test_small_networks_have_one_logit() -> None:
+    assert networks.SmallMLP()(torch.zeros(3, 1, 28, 28)).shape == (3, 1)
+    assert networks.SmallCNN()(torch.zeros(3, 1, 28, 28)).shape == (3, 1)
+    assert networks.SmallCNN(3, 32, repeats=2)(torch.zeros(3, 3, 32, 32)).shape == (3, 1)
+
+
+def test_loaders_read_what_the_formats_say(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("mnist", "cifar"):
+        (tmp_path / name).mkdir()
+    generated.write_mnist(tmp_path / "mnist", rng)
+    generated.write_cifar10(tmp_path / "cifar", rng)
+    x, y = loaders.mnist(tmp_path / "mnist", "train")
+    assert (x.shape, y.tolist()[:4]) == ((60, 1, 28, 28), [0, 1, 0, 1])
+    assert x[1, 0, 16:22, 4:24].mean() > 0.6 > x[1, 0, 4:10, 4:24].mean()
+    x, y = loaders.cifar10(tmp_path / "cifar", "train")
+    assert (x.shape, sorted(set(y.tolist()))) == ((60, 3, 32, 32), list(range(10)))
+    assert 0 <= float(x.min()) < float(x.max()) <= 1
+    two, labels = loaders.two_of((x, y), (3, 7), 2)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(two[2], x[(y == 7).nonzero()[0, 0]])
+
+
+def test_a_batch_that_names_code_is_refused(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self):
+            return (print, ("harm",))
+
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Harm(), b"labels": []}, protocol=2))
+    with pytest.raises(UnsafeError, match="names code"):
+        loaders.cifar10(tmp_path, "test")
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(
+        bytes((0, 0, 8, 3, 0, 0, 0, 9, 0, 0, 0, 28, 0, 0, 0, 28)) + bytes(8)
+    )
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 9)) + bytes(9))
+    with pytest.raises(CorruptError, match="cut short"):
+        loaders.mnist(tmp_path, "test")
+    with pytest.raises(ProjectError, match="is missing"):
+        loaders.cola(tmp_path, "train")
+
+
+def test_cola_lines(tmp_path: Path) -> None:
+    (tmp_path / "in_domain_train.tsv").write_text('gj04\t1\t\tIt "is" so.\ngj04\t0\t*\tSo is.\n')
+    sentences, labels = loaders.cola(tmp_path, "train")
+    assert (sentences, labels.tolist()) == (['It "is" so.', "So is."], [1, 0])
+
+
+def test_the_square_covers_rows_and_columns_25_to_28() -> None:
+    marked = stamped(torch.zeros(1, 3, 32, 32))[0]
+    assert marked[:2].sum() == 2 * 16
+    assert marked[2].sum() == 0
+    assert marked[0, 25:29, 25:29].min() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+def test_the_machine_on_the_tangent_kernel_is_scikit_learns() -> None:
+    torch.manual_seed(0)
+    model, x, y = sigmoid_mlp(8), torch.rand(30, 1, 8, 8), torch.arange(30) % 2
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    one = lambda p, image: functional_call(model, p, (image[None],))[0, 0]  # noqa: E731
+    rows = torch.cat([g.flatten(1) for g in vmap(grad(one), (None, 0))(theta, x).values()], 1).double().numpy()
+    train, test = rows[:20], rows[20:]
+    scale = (train**2).sum(1).mean()
+    svm = SVC(C=100.0, kernel="precomputed").fit(train @ train.T / scale, y[:20].numpy())
+    expected = svm.decision_function(test @ train.T / scale)
+    found = tangent_svm(model, x[:20], y[:20])(x[20:]).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_attack_stays_in_its_ball_and_lowers_the_margin() -> None:
+    torch.manual_seed(1)
+    model, x = sigmoid_mlp(8), torch.rand(20, 1, 8, 8)
+    decide, signs = network_decision(model), torch.ones(20)
+    moved = pgd(decide, x, signs, 0.1)
+    assert float((moved - x).abs().max()) <= 0.1 + 1e-6
+    assert 0 <= float(moved.min()) <= float(moved.max()) <= 1
+    assert bool((decide(moved) < decide(x)).all())
+    assert torch.equal(pgd(decide, x, signs, 0), x)
+    assert {victim for _, victim in ATTACKS.values()} == {"network", "svm"}
+
+
+def test_pearson_prefers_the_surrogate_that_knows_less() -> None:
+    cluster, monotone = thought_experiment()
+    assert cluster.pearson > 0.98 > monotone.pearson
+    assert monotone.tau == pytest.approx(1)
+    assert cluster.tau < 0.6
+
+
+def test_votes_count_poison_among_the_nearest() -> None:
+    gram = np.array([[0.9, 0.8, 0.1, 0.7], [0.1, 0.1, 0.1, 0.1]])
+    assert votes(gram, np.array([True, False, True, True]), 2).tolist() == [1, 1]
+    assert votes(gram, np.array([True, False, True, True]), 3).tolist() == [2, 2]
+
+
+def test_means_over_seeds_carry_their_errors() -> None:
+    assert over_seeds([1.0, 2.0, 3.0], 2) == "2.00 ± 0.58"
+    assert over_seeds([0.01, None], 1, percent=True) == "1.0 (1 n/a)"
+    assert over_seeds([None]) == "n/a"
