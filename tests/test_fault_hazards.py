@@ -180,8 +180,18 @@ def test_without_reading_twice_augmented_rows_are_stored(tmp_path: Path, monkeyp
     assert not np.array_equal(one.features[:], two.features[:])
 
 
-HOSTILE = ["\x1b[2Jcat", "cat\r\x07", "\x9b31mcat", "<script>alert(1)</script>", "=cmd|'/c calc'!A1", "+1", "-1", "@SUM(A1)",
-           "cat\u202egod", "a\x00b"]  # fmt: skip
+HOSTILE = [
+    "\x1b[2Jcat",
+    "cat\r\x07",
+    "\x9b31mcat",
+    "a\x00b",
+    "cat\u202egod",
+    "<script>alert(1)</script>",
+    "=cmd|'/c calc'!A1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+]
 
 
 @pytest.mark.parametrize("label", HOSTILE)

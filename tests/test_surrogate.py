@@ -149,9 +149,13 @@ def test_two_classes(tmp_path: Path) -> None:
     np.testing.assert_allclose(model.coef_[0], -model.coef_[1])
 
 
-def test_targets_are_the_networks_own_outputs(stores: tuple) -> None:
+def test_targets_are_the_networks_own_outputs(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     train, _ = stores
     hard = gs.KernelGLM(alpha=1e-3, target="predictions").fit(train)
+    monkeypatch.setattr(gs.FeatureStore, "labels", np.full(N, -1))
+    unlabelled = gs.KernelGLM(alpha=1e-3, target="predictions").fit(train)
+    assert (unlabelled.coef_ == hard.coef_).all()
+    monkeypatch.undo()
     again = gs.KernelGLM(alpha=1e-3).fit(train, train.logits.argmax(1))
     np.testing.assert_allclose(hard.coef_, again.coef_, atol=1e-6 * np.abs(again.coef_).max())
     soft, sharp = (gs.KernelGLM("precomputed", alpha=1e-4, target=target, class_weight=None).fit(
