@@ -116,7 +116,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             Others: as reading the store.
         """
         settings = self._settings()
-        data = training_data(X, y, outputs, self.kernel, settings.memory)
+        data = training_data(X, y, outputs, self.kernel, settings.target, settings.memory)
         fitted = fit(data, settings)
         self.classes_, self.n_features_in_, self.binding_ = data.classes, data.columns, data.binding
         for name, value in vars(fitted).items():

@@ -95,32 +95,34 @@ def kernel_on(name: str) -> Kernel:
     return PROJECTED[name]
 
 
-def training_data(X: Any, y: Any, outputs: Any, kernel: str, memory: int) -> TrainingData:
+def training_data(X: Any, y: Any, outputs: Any, kernel: str, target: str, memory: int) -> TrainingData:
     """Check and gather what a fit needs; see `KernelGLM.fit` for the arguments.
 
     Raises:
         UsageError: labels are missing or all the same, or the kernel does not fit the data.
     """
     if isinstance(X, FeatureStore):
-        return _from_store(X, y, outputs, kernel_on(kernel), memory)
+        return _from_store(X, y, outputs, kernel_on(kernel), target, memory)
     if isinstance(X, Gram):
         return _from_gram(X, y, outputs, kernel)
     return _from_array(X, y, outputs, kernel)
 
 
-def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, memory: int) -> TrainingData:
+def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, target: str, memory: int) -> TrainingData:
     store.require_complete()
     require_served(kernel, store)
     classes = max(store.schema.classes, 2)
+    logits = two_logits(store.logits if outputs is None else np.asarray(outputs))
+    if y is None and target != "labels" and (store.labels < 0).any():
+        y = logits.argmax(axis=1)  # nothing but the network's outputs is learnt
     labels = _stored_labels(store, y, classes)
-    logits = store.logits if outputs is None else np.asarray(outputs)
     return TrainingData(
         source=store,
         kernel=kernel,
         rows=StoreRows(store, kernel, memory // 2),
         labels=labels,
         classes=np.arange(classes),
-        outputs=two_logits(logits),
+        outputs=logits,
         binding=Binding.of_store(store),
         columns=store.schema.K if kernel.sums_classes else store.schema.c * store.schema.K,
         name=str(store.path),
