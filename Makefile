@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check soak pictures clean
+
+CHROMIUM ?= chromium
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +27,11 @@ check: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=0 -p no:xdist
+
+# The picture in the README: the page that the demo ends with.
+pictures: demo
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$$(mktemp -d) \
+		--window-size=1200,2000 --screenshot=docs/demo.png file://$(CURDIR)/demo/report.html
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
