@@ -53,9 +53,19 @@ class Experiment:
 
 
 def run(
-    project: gs.Project, folder: Path, *, kernels: Sequence[str] = KERNELS, proj_dim: int = 10240, seed: int = 0
+    project: gs.Project,
+    folder: Path,
+    *,
+    kernels: Sequence[str] = KERNELS,
+    proj_dim: int = 10240,
+    seed: int = 0,
+    layers: str | None = None,
 ) -> Experiment:
-    """Compute the kernels of a project whose first split is "train"; stores go to `folder`."""
+    """Compute the kernels of a project whose first split is "train"; stores go to `folder`.
+
+    Args:
+        layers: modules of the embedding kernel, a regular expression; default every module without submodules.
+    """
     project.prepare()
     outputs = {split: split_outputs(project, split) for split in project.splits}
     grams: dict[str, dict[str, np.ndarray]] = {}
@@ -68,7 +78,13 @@ def run(
             grams[kernel] = {split: dense(store, stores["train"], kernel) for split, store in stores.items()}
     for kernel in (k for k in kernels if k not in PROJECTED):
         grams[kernel] = {
-            split: gs.exact_gram(project, split, None if split == "train" else "train", kernel)
+            split: gs.exact_gram(
+                project,
+                split,
+                None if split == "train" else "train",
+                kernel,
+                layers=layers if kernel == "embedding" else None,
+            )
             for split in project.splits
         }
     return Experiment(project, outputs, {kernel: grams[kernel] for kernel in kernels})

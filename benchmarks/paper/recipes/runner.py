@@ -33,6 +33,9 @@ RECIPES: Mapping[str, tuple[Callable[[Path, np.random.Generator], None], Sequenc
 }
 """Name -> what writes a small data set of its format, and the kernels; exact ones where they take hours, not weeks."""
 
+LAYERS = {"bert_cola": r"bert\.encoder\.layer\.\d+\.output\.LayerNorm"}
+"""Modules of the embedding kernel where not every module gives one row an example."""
+
 _SMOKE = {"epochs": "1"}
 
 
@@ -77,7 +80,7 @@ def run_recipe(
     parameters = sum(p.numel() for p in project.model.parameters())
     say(f"{name}: kernels of {parameters:,} parameters")
     with tempfile.TemporaryDirectory() as folder:
-        found = run(project, Path(folder), kernels=RECIPES[name][1], proj_dim=proj_dim)
+        found = run(project, Path(folder), kernels=RECIPES[name][1], proj_dim=proj_dim, layers=LAYERS.get(name))
     rows: list[dict[str, object]] = []
     if "poisoned" in found.queries:
         from benchmarks.paper.forensic import forensic_rows
