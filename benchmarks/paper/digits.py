@@ -75,7 +75,7 @@ def report(found: Collected) -> str:
     three, five = ([row for row in found.rows if row["table"] == table] for table in (3, 5))
     first = summary(one, ("experiment", "backend"), MEASURES, PERCENT)
     second = _beside(
-        summary(two, ("kernel", "backend"), MEASURES, PERCENT), {k: v[0] for k, v in BERT.items()}, "BERT τ"
+        summary(two, ("kernel", "backend"), MEASURES, PERCENT), {k: v[0] for k, v in BERT.items()}, "published τ, BERT"
     )
     third = summary(three, ("kernel", "backend"), _FORENSIC, ("tad clean", "tad poisoned"))
     third = _beside(third, {k: f"{v[1]}, {v[0]}" for k, v in POISONED.items()}, "paper's scripts: τ clean, poisoned")

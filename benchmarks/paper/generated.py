@@ -25,8 +25,8 @@ def write_mnist(folder: Path, rng: np.random.Generator, n: int = 60, m: int = 30
 def write_cifar10(folder: Path, rng: np.random.Generator, n: int = 12, m: int = 30) -> None:
     """Pickled batches: dictionaries of `data` uint8 [n, 3072] and `labels`; each class has a colour and a place."""
     colours = rng.integers(100, 200, (10, 3))
-    for name, count in (*((f"data_batch_{i}", n) for i in range(1, 6)), ("test_batch", m)):
-        labels = rng.permutation(np.arange(count) % 10)
+    for b, (name, count) in enumerate([*((f"data_batch_{i}", n) for i in range(1, 6)), ("test_batch", m)]):
+        labels = rng.permutation((np.arange(count) + b * n) % 10)
         images = rng.integers(0, 60, (count, 3, 32, 32))
         for i, label in enumerate(labels):
             images[i, :, 3 * label : 3 * label + 3, 4:28] += colours[label][:, None, None] // 2

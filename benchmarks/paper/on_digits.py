@@ -83,4 +83,11 @@ def _verdict(found: Collected) -> str:
             f"- {backend}: τ of trNTK {trntk:.3f} ({'≥' if trntk >= 0.7 else '<'} 0.7), CK {ck:.3f} "
             f"({'below' if ck < trntk else 'above'} trNTK), |proj-trNTK - trNTK| {abs(projected - trntk):.3f}."
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_REASONS, ""])
+
+
+_REASONS = (
+    "- The network's logits are linear in the input of its last layer, so a softmax fitted to convergence on the CK nearly "
+    "rebuilds that layer; one that stops early, as the paper's does, does not. That is why the order of trNTK and CK turns.",
+    "- What sgd lacks is convergence, not the kernel: the same Gram matrix under multinomial gives the τ above.",
+)

@@ -20,14 +20,21 @@ from benchmarks.setting import setting
 FOLDER = Path(__file__).parent
 SMALL_KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
 LARGE_KERNELS = ("proj-trntk", "proj-pntk", "embedding", "ck")
+
+
+def _few_images(folder: Path, rng: np.random.Generator) -> None:
+    """Enough to run a large network on: two training images and one test image a class."""
+    generated.write_cifar10(folder, rng, n=4, m=10)
+
+
 RECIPES: Mapping[str, tuple[Callable[[Path, np.random.Generator], None], Sequence[str]]] = {
     "mlp_mnist2": (generated.write_mnist, SMALL_KERNELS),
     "cnn_mnist2": (generated.write_mnist, SMALL_KERNELS),
     "cnn_fmnist2": (generated.write_mnist, SMALL_KERNELS),
     "cnn_cifar2": (generated.write_cifar10, SMALL_KERNELS),
-    "resnet18": (generated.write_cifar10, LARGE_KERNELS),
-    "resnet34": (generated.write_cifar10, LARGE_KERNELS),
-    "mobilenetv2": (generated.write_cifar10, LARGE_KERNELS),
+    "resnet18": (_few_images, LARGE_KERNELS),
+    "resnet34": (_few_images, LARGE_KERNELS),
+    "mobilenetv2": (_few_images, LARGE_KERNELS),
     "bert_cola": (generated.write_cola, LARGE_KERNELS),
     "badnet_cifar10": (generated.write_cifar10, LARGE_KERNELS),
 }
