@@ -87,7 +87,8 @@ def _verdict(found: Collected) -> str:
 
 
 _REASONS = (
-    "- The network's logits are linear in the input of its last layer, so a softmax fitted to convergence on the CK nearly "
-    "rebuilds that layer; one that stops early, as the paper's does, does not. That is why the order of trNTK and CK turns.",
-    "- What sgd lacks is convergence, not the kernel: the same Gram matrix under multinomial gives the τ above.",
+    "- The network's logits are linear in the input of its last layer, so a softmax with a weak penalty on the CK comes "
+    "close to that layer.\n  The paper's one-vs-rest fit does not get there, which is why the order of trNTK and CK turns.",
+    "- The two backends differ in loss (softmax or one-vs-rest), penalty (in the kernel's space or on W) and in when they "
+    "stop.\n  All three lower the τ of sgd; running it for more epochs makes up for only part of it.",
 )
