@@ -87,8 +87,8 @@ def _verdict(found: Collected) -> str:
 
 
 _REASONS = (
-    "- The network's logits are linear in the input of its last layer, so a softmax with a weak penalty on the CK comes",
+    "- The network's logits are linear in its last layer's input, so a softmax with a weak penalty on the CK comes",
     "  close to that layer. The paper's one-vs-rest fit does not, and there trNTK is ahead of CK.",
-    "- The backends differ in loss (softmax or one-vs-rest), penalty (in the kernel's space or on W) and when they stop.",
+    "- The backends differ in loss (softmax or one-vs-rest), penalty (in the kernel's space or on W) and stopping.",
     "  Running sgd for more epochs makes up for only part of its lower τ.",
 )
