@@ -52,7 +52,7 @@ def run(folder: Path, mode: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(
     not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="RLIMIT_DATA counts on Linux"
 )
-@pytest.mark.parametrize("mode", ["exact", "certified"])
+@pytest.mark.parametrize("mode", ["exact"])
 def test_a_search_fits_a_hard_limit(folder: Path, mode: str) -> None:
     train = open_store(folder / "train")
     assert train.nbytes > 5 * BUDGET, "several times larger than the budget"
