@@ -11,8 +11,8 @@ import pytest
 from synthetic import clustered, write_store
 
 import gradstore as gs
-from gradstore.search import faiss_index
 from gradstore.errors import UsageError
+from gradstore.search import faiss_index
 from gradstore.search.session import Session
 from gradstore.store import FeatureStore, open_store
 
