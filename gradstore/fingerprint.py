@@ -16,7 +16,7 @@ from gradstore.examples import Examples, input_bytes, sample_rows
 from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.project import Project
 from gradstore.projection import Projection
-from gradstore.schema import FORMAT_VERSION
+from gradstore.schema import MEANING
 from gradstore.weights import weights_digest
 
 
@@ -43,7 +43,7 @@ def model_identity(
 ) -> dict[str, Any]:
     """The identity without the data; its digest is the fingerprint."""
     return {
-        "format": FORMAT_VERSION,
+        "format": MEANING,
         "projection": {
             "kind": projection.kind,
             "K": projection.dim,

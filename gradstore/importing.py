@@ -14,7 +14,7 @@ import torch
 
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.fingerprint import fingerprint_of
-from gradstore.schema import DTYPES, FORMAT_VERSION, Schema
+from gradstore.schema import DTYPES, MEANING, Schema
 from gradstore.storage.disk import Disk
 from gradstore.storage.encoding import encode
 from gradstore.storage.manifest import Manifest
@@ -152,7 +152,7 @@ def _manifest(
         digest.update(np.ascontiguousarray(features[start : start + _GROUP]).data)
     kind = f"{provenance.projection} ({provenance.tool})"
     identity = {
-        "format": FORMAT_VERSION,
+        "format": MEANING,
         "imported": {"tool": provenance.tool, "model": provenance.model, "dtype": str(features.dtype)},
         "projection": {"kind": kind, "K": schema.K, "seed": provenance.seed, "version": 1},
         "parameters": {"count": 0, "blocks": []},

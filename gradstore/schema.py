@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradstore.hashing import NAMES, newest_version
+
 FORMAT = "gradstore"
-FORMAT_VERSION = 1
+MEANING = 1  # version of what rows mean, part of a store's identity; how their bytes are kept is `Schema.version`
 DTYPES = ("float16", "float32", "int8")
 LAYOUTS = ("per-class", "sum", "mixed")
 ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
@@ -42,6 +44,7 @@ class Schema:
         dtype: dtype of the stored features.
         preview: shape of one row's picture or text in uint8, () for none.
         truth: whether it is known which rows are poisoned.
+        version: of the format, which says how rows are hashed: 1 with SHA-256, 2 with BLAKE3.
     """
 
     c: int
@@ -50,6 +53,7 @@ class Schema:
     dtype: str = "float16"
     preview: tuple[int, ...] = ()
     truth: bool = False
+    version: int = field(default_factory=newest_version)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -67,7 +71,8 @@ class Schema:
             rows.append(("poisoned", (), "uint8", "n", "1 where the example is poisoned"))
         if self.preview:
             rows.append(("preview", self.preview, "uint8", "n ...", "picture, or UTF-8 text padded with zeros"))
-        rows.append(("digest", (16,), "uint8", "n 16", "first 16 bytes of SHA-256 over the row in the datasets above"))
+        meaning = f"first 16 bytes of {NAMES[self.version]} over the row in the datasets above"
+        rows.append(("digest", (16,), "uint8", "n 16", meaning))
         return tuple(Column(name, shape, np.dtype(dtype), axes, meaning) for name, shape, dtype, axes, meaning in rows)
 
     @property

@@ -36,7 +36,7 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = True) -> FeatureS
 
     Args:
         path: the directory that `gradstore featurize` wrote.
-        verify: check the SHA-256 digest of every row read. Turn it off only after `gradstore verify`.
+        verify: check the digest of every row read. Turn it off only after `gradstore verify`.
 
     Raises:
         UsageError: there is no store at `path`.

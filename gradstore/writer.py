@@ -132,7 +132,8 @@ def open_writer(
 
     Args:
         path: directory of the store; created where missing.
-        plan: what the store shall be. Of a store that exists, the row groups and shard size are kept as they are.
+        plan: what the store shall be. Of a store that exists, the row groups, the shard size and the version of the
+            format are kept as they are.
         disk: where bytes go.
         prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
 
@@ -174,6 +175,7 @@ def _continued(
     path: Path, plan: Manifest, disk: Disk, prefix: Callable[[int], Mapping[str, Any]] | None
 ) -> StoreWriter:
     stored = read_manifest(path, disk)
+    plan = replace(plan, schema=replace(plan.schema, version=stored.schema.version))  # it goes on as it began
     planned = plan.identity
     longer = prefix is not None and stored.n < plan.n
     if longer and prefix is not None:

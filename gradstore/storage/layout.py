@@ -17,7 +17,7 @@ from itertools import pairwise
 import h5py
 import numpy as np
 
-from gradstore.schema import FORMAT, FORMAT_VERSION, Column, Schema
+from gradstore.schema import FORMAT, Column, Schema
 
 PAGE = 4096
 
@@ -47,7 +47,7 @@ def shard_layout(schema: Schema, rows: int, fingerprint: str, split: str) -> Sha
     """
     attributes: dict[str, str | int] = {
         "format": FORMAT,
-        "version": FORMAT_VERSION,
+        "version": schema.version,
         "fingerprint": fingerprint,
         "split": split,
     }

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from gradstore.schema import FORMAT, FORMAT_VERSION, Schema
+from gradstore.schema import FORMAT, Schema
 from gradstore.storage.layout import ShardLayout, shard_layout
 
 MANIFEST = "store.json"
@@ -25,7 +25,7 @@ class Shard:
         size: bytes of the file.
         offsets: first byte of each dataset.
         header: SHA-256 of every byte outside the datasets.
-        columns: SHA-256 of each small dataset as a whole, so that one column can be read and checked by itself;
+        columns: digest of each small dataset as a whole, so that one column can be read and checked by itself;
             `digest` among them, which in turn covers every byte of every row.
     """
 
@@ -110,7 +110,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Deterministic JSON, one field or shard a line, that ends with the SHA-256 of all that comes before."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("schema", "shards")}
-        content.update(format=FORMAT, version=FORMAT_VERSION, schema=asdict(self.schema))
+        schema = asdict(self.schema)
+        content.update(format=FORMAT, version=schema.pop("version"), schema=schema)
         head = "".join(f' "{name}": {json.dumps(content[name], sort_keys=True)},\n' for name in sorted(content))
         lines = ",\n  ".join(shard.line for shard in self.shards)
         body = f'{{\n{head} "shards": [\n  {lines}\n ]'

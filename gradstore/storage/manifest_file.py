@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from gradstore.errors import CorruptError, UsageError
 from gradstore.fingerprint import fingerprint_of
-from gradstore.schema import BULK, DTYPES, FORMAT, FORMAT_VERSION, LAYOUTS, ONE_ROW, Schema
+from gradstore.hashing import VERSIONS, hash_of
+from gradstore.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, Schema
 from gradstore.storage.disk import Disk, MissingFileError
 from gradstore.storage.layout import gaps
 from gradstore.storage.manifest import MANIFEST, Manifest, Shard
@@ -90,14 +91,15 @@ def _refuse(number: str) -> NoReturn:
 
 
 def _require_version(content: Mapping[str, Any], file: Path) -> None:
-    if (content["format"], content["version"]) != (FORMAT, FORMAT_VERSION):
+    if content["format"] != FORMAT or content["version"] not in VERSIONS:
         raise CorruptError(
             "this format version cannot be read",
             where=file,
-            expected=f"{FORMAT} {FORMAT_VERSION}",
+            expected=f"{FORMAT} {' or '.join(map(str, VERSIONS))}",
             got=f"{str(content['format'])[:20]} {str(content['version'])[:20]}",
             hint="Use the gradstore release that wrote it",
         )
+    hash_of(_natural(content["version"], "version"))
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
@@ -107,7 +109,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     manifest = Manifest(
         identity=content["identity"],
         fingerprint=_text(content["fingerprint"], "fingerprint"),
-        schema=_schema(content["schema"]),
+        schema=_schema(content["schema"], content["version"]),
         n=_natural(content["n"], "n", 1),
         shard_rows=_natural(content["shard_rows"], "shard_rows", 1),
         group=_natural(content["group"], "group", 1),
@@ -126,7 +128,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     return replace(manifest, shards=tuple(shards))
 
 
-def _schema(content: Any) -> Schema:
+def _schema(content: Any, version: int) -> Schema:
     _require_names(content, {"c", "K", "classes", "dtype", "preview", "truth"}, "schema")
     schema = Schema(
         c=_natural(content["c"], "c", 1),
@@ -135,6 +137,7 @@ def _schema(content: Any) -> Schema:
         dtype=_choice(content["dtype"], DTYPES),
         preview=tuple(_natural(size, "preview", 1) for size in _listed(content["preview"], "preview")),
         truth=content["truth"],
+        version=version,
     )
     if not isinstance(schema.truth, bool) or len(schema.preview) > 3 or schema.row_bytes > _ROW_BYTES:
         raise ValueError(f"rows of {schema.row_bytes} bytes, truth {schema.truth!r}")

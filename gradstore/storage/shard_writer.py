@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from gradstore.hashing import hash_of
 from gradstore.schema import BULK, raw
 from gradstore.storage.digests import row_digests
 from gradstore.storage.disk import Disk
@@ -46,7 +46,7 @@ class ShardWriter:
         self._schema, self._layout = manifest.schema, manifest.layout_of(index)
         self._rows = manifest.rows_of(index)
         self._next = self._rows.start
-        self._sums = {c.name: hashlib.sha256() for c in self._schema.columns if c.name not in BULK}
+        self._sums = {c.name: hash_of(self._schema.version)() for c in self._schema.columns if c.name not in BULK}
         for position, data in self._layout.header:
             disk.write(fd, data, position, self.temporary)
 

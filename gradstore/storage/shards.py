@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gradstore.errors import CorruptError
+from gradstore.hashing import hash_of
 from gradstore.schema import raw
 from gradstore.storage.digests import row_digests
 from gradstore.storage.disk import Disk
@@ -63,7 +64,9 @@ class ShardFile:
         data = np.empty((self.shard.rows, *column.shape), column.dtype)
         with self.disk.open(self.path) as fd:
             self.disk.read_into(fd, raw(data), self.shard.offsets[name], self.path)
-        if hashlib.sha256(raw(data)).hexdigest() != self.shard.columns[name]:
+        digest = hash_of(self.schema.version)()
+        digest.update(raw(data))
+        if digest.hexdigest() != self.shard.columns[name]:
             raise CorruptError(f"the dataset /{name} is not what was written", where=self.path, hint=VERIFY)
         return data
 

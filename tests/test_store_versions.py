@@ -1,0 +1,121 @@
+"""Format versions beside one another: old stores go on as they began, and mean the same rows as new ones."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from blake3 import blake3
+from gradstore_cli import main
+from small_store import GROUP, N, columns, data, files, plan, row, write, wrong_rows
+from synthetic import write_store
+from test_store_growth import project
+
+import gradstore as gs
+from gradstore import plan as planning
+from gradstore.errors import UsageError
+from gradstore.store import FeatureStore
+from gradstore.verify import verify
+from gradstore.writer import open_writer
+
+ARCHIVES = Path(__file__).parent / "data/archives"
+
+
+@pytest.fixture
+def without_blake3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which `import blake3` fails."""
+    monkeypatch.setitem(sys.modules, "blake3", None)
+
+
+def begin(path: Path, version: int, n: int = N) -> None:
+    """The store of a format version with its first shard only."""
+    planned = plan(n)
+    with open_writer(path, replace(planned, schema=replace(planned.schema, version=version))) as writer:
+        rows = writer.manifest.rows_of(0)
+        with writer.shard(0) as shard:
+            for start in range(rows.start, rows.stop, GROUP):
+                shard.write(columns(range(start, min(start + GROUP, rows.stop))))
+
+
+@pytest.mark.parametrize(("version", "hashed"), [(1, hashlib.sha256), (2, blake3)])
+def test_a_digest_is_the_hash_of_the_row(version: int, hashed: object, tmp_path: Path) -> None:
+    begin(tmp_path / "store", version)
+    with h5py.File(tmp_path / "store/shard-00000.h5") as file:
+        assert file.attrs["version"] == version
+        for i in range(8):
+            content = b"".join(value.tobytes() for value in row(i).values())
+            assert file["digest"][i].tobytes() == hashed(content).digest()[:16]  # type: ignore[operator]
+    manifest = FeatureStore(tmp_path / "store").manifest
+    norms = np.stack([row(i)["norm"] for i in range(8)]).tobytes()
+    assert manifest.shards[0].columns["norm"] == hashed(norms).hexdigest()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_is_continued_appended_to_and_repaired_in_its_own_version(version: int, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    begin(path, version, n=12)
+    write(path, n=12)
+    write(path, n=N)
+    assert FeatureStore(path).schema.version == version
+    assert h5py.version.hdf5_version_tuple[:2] != (2, 0) or files(path) == files(ARCHIVES / f"v{version}")
+    whole = files(path)
+    shard = path / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[FeatureStore(path).manifest.shards[1].offsets["features"]] ^= 1
+    shard.write_bytes(content)
+    assert verify(path, repair=True).damaged_rows == (8,)
+    write(path)
+    assert files(path) == whole
+
+
+def test_rows_of_both_versions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.Plan, "_shard_rows", lambda self, schema, group: 32)
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "blake3", None)
+        old = gs.featurize(project(), split="train", out=tmp_path / "old", proj_dim=64)
+    new = gs.featurize(project(40), split="train", out=tmp_path / "new", proj_dim=64)
+    assert (old.schema.version, new.schema.version) == (1, 2)
+    assert old.fingerprint == new.fingerprint
+    again = gs.featurize(project(), split="train", out=tmp_path / "again", proj_dim=64)
+    mixed, plain = gs.topk(old, new, k=3), gs.topk(again, new, k=3)
+    assert (mixed.indices.tolist(), mixed.similarity.tolist()) == (plain.indices.tolist(), plain.similarity.tolist())
+    grown = gs.featurize(project(), split="train", out=tmp_path / "grown", proj_dim=96, grow_from=tmp_path / "old")
+    whole = gs.featurize(project(), split="train", out=tmp_path / "whole", proj_dim=96)
+    assert files(grown.path) == files(whole.path)
+
+
+@pytest.mark.usefixtures("without_blake3")
+def test_without_blake3_stores_are_written_in_version_1(tmp_path: Path) -> None:
+    features = np.ones((3, 2, 8), np.float32)
+    store = write_store(tmp_path / "store", features)
+    assert store.schema.version == 1
+    assert store.features[:].tolist() == features.tolist()
+    assert verify(store.path).ok
+    assert wrong_rows(FeatureStore(ARCHIVES / "v1")) == []
+
+
+@pytest.mark.usefixtures("without_blake3")
+def test_without_blake3_a_store_of_version_2_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "blake3: stores of format version 2 are read and written with BLAKE3, which is not installed here. "
+        "Run `pip install blake3`."
+    )
+    for use in (gs.open, verify, lambda path: open_writer(path, plan(), None, data).__enter__()):
+        with pytest.raises(UsageError) as error:
+            use(ARCHIVES / "v2")
+        assert str(error.value) == text
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", str(ARCHIVES / "v2")])
+    assert stop.value.code == 2
+    assert "pip install blake3" in capsys.readouterr().err
+
+
+def test_importing_gradstore_needs_no_blake3() -> None:
+    code = "import sys; sys.modules['blake3'] = None; import gradstore as gs; gs.open; gs.Projection"
+    subprocess.run([sys.executable, "-c", code], check=True)
