@@ -36,6 +36,13 @@ def project_options(function: F) -> F:
 def settings_options(function: F) -> F:
     """How to featurize: the options that belong to a store's identity, and the device."""
     for option in (
+        click.option(
+            "--precision",
+            default="fast",
+            show_default=True,
+            type=click.Choice(["fast", "exact"]),
+            help="Of products on a GPU: relative error about 2e-4, or 1e-6. A CPU is always exact.",
+        ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."),
         click.option(
             "--dtype",

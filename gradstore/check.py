@@ -45,6 +45,7 @@ def checks(
     layout: str = "per-class",
     device: str = "auto",
     dtype: str = "float16",
+    precision: str = "fast",
     memory: int | str = "2GB",
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
@@ -58,9 +59,8 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        found["plan"] = Plan(
-            project, split, Settings(proj_dim, projection, seed, layout, dtype), device, parse_bytes(memory)
-        )
+        settings = Settings(proj_dim, projection, seed, layout, dtype, precision)
+        found["plan"] = Plan(project, split, settings, device, parse_bytes(memory))
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [

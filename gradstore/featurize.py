@@ -70,6 +70,7 @@ def featurize(
     layout: str = "per-class",
     device: str = "auto",
     dtype: str = "float16",
+    precision: str = "fast",
     batch_size: int | None = None,
     memory: int | str = "2GB",
     allow_other_versions: bool = False,
@@ -99,6 +100,8 @@ def featurize(
             Σ_c P_c g^c as [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         dtype: of the stored features: "float16", "float32" or "int8".
+        precision: of the fused kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact"
+            (about 1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
         batch_size: rows projected together, rounded down to whole groups; None chooses it.
         memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
             the model and the data.
@@ -124,7 +127,7 @@ def featurize(
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm.
     """
-    settings = Settings(proj_dim, projection, seed, layout, dtype)
+    settings = Settings(proj_dim, projection, seed, layout, dtype, precision)
     plan = Plan(project, split, settings, device, parse_bytes(memory))
     smaller = None
     if grow_from is not None:

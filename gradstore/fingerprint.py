@@ -44,12 +44,7 @@ def model_identity(
     """The identity without the data; its digest is the fingerprint."""
     return {
         "format": MEANING,
-        "projection": {
-            "kind": projection.kind,
-            "K": projection.dim,
-            "seed": projection.seed,
-            "version": Projection.VERSION,
-        },
+        "projection": _projection_identity(projection),
         "parameters": {
             "count": sum(block.size for block in blocks),
             "blocks": [[block.name, list(block.shape)] for block in blocks],
@@ -60,6 +55,12 @@ def model_identity(
         "layout": layout,
         "dtype": dtype,
     }
+
+
+def _projection_identity(projection: Projection) -> dict[str, Any]:
+    """P, and the least precision of products with it; not named where it is "fast", which every device reaches."""
+    found = {"kind": projection.kind, "K": projection.dim, "seed": projection.seed, "version": Projection.VERSION}
+    return found if projection.precision == "fast" else {**found, "precision": projection.precision}
 
 
 def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def fingerprint(
     seed: int = 0,
     layout: str = "per-class",
     dtype: str = "float16",
+    precision: str = "fast",
 ) -> str:
     """The fingerprint of a store of `project` featurized with these settings (`gradstore.fingerprint`).
 
@@ -111,9 +113,8 @@ def fingerprint(
     with torch.no_grad():
         classes = project.logits(inputs).shape[1]
     blocks = parameter_blocks(project.model, project.parameters)
-    content = model_identity(
-        project, blocks, Projection(projection, proj_dim, seed), classes=classes, layout=layout, dtype=dtype
-    )
+    entries = Projection(projection, proj_dim, seed, precision=precision)
+    content = model_identity(project, blocks, entries, classes=classes, layout=layout, dtype=dtype)
     return fingerprint_of(content)
 
 

@@ -40,6 +40,7 @@ class Settings:
         seed: of the projection.
         layout: "per-class", "sum" or "mixed".
         dtype: of the stored features.
+        precision: "fast" or "exact", of the fused kernels on a GPU (see `Projection`).
     """
 
     proj_dim: int = 10240
@@ -47,6 +48,7 @@ class Settings:
     seed: int = 0
     layout: str = "per-class"
     dtype: str = "float16"
+    precision: str = "fast"
 
     def __post_init__(self) -> None:
         for name, value, choices in (("--layout", self.layout, LAYOUTS), ("--dtype", self.dtype, DTYPES)):
@@ -59,11 +61,12 @@ class Settings:
     def of(cls, identity: Mapping[str, Any]) -> Settings:
         """The settings that a store was made with."""
         p = identity["projection"]
-        return cls(p["K"], p["kind"], p["seed"], identity["layout"], identity["dtype"])
+        precision = p.get("precision", "fast")
+        return cls(p["K"], p["kind"], p["seed"], identity["layout"], identity["dtype"], precision)
 
     def make_projection(self) -> Projection:
         """The projection of these settings."""
-        return Projection(self.projection, self.proj_dim, self.seed)
+        return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
 
 
 class Plan:

@@ -195,6 +195,7 @@ CHANGES: dict[str, tuple[Callable[[], gs.Project], dict[str, Any], str]] = {
     "K": (lambda: project(**TRUTH), {"proj_dim": 129}, r"projection\.K +128 +129"),
     "seed": (lambda: project(**TRUTH), {"seed": 1}, r"projection\.seed +0 +1"),
     "kind": (lambda: project(**TRUTH), {"projection": "gaussian"}, r"projection\.kind +rademacher +gaussian"),
+    "exact": (lambda: project(**TRUTH), {"precision": "exact"}, r"projection\.precision +— +exact"),
     "layout": (lambda: project(**TRUTH), {"layout": "sum"}, r"layout +per-class +sum"),
     "dtype": (lambda: project(**TRUTH), {"dtype": "float32"}, r"dtype +float16 +float32"),
     "weights": (lambda: project(model=one_ulp(network()), **TRUTH), {}, r"weights +"),
