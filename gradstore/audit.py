@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,23 @@ def require_finite_block(sq_norm: Tensor, rows: Sequence[int], parameter: str, s
         got=f"squared norm {sq_norm[i, c].item()}",
         hint="Look at this row's input and logits; a NaN input, a log of zero or an overflow are the usual causes",
     )
+
+
+def require_finite(sq_norm: Tensor, parts: Mapping[str, Tensor], rows: Sequence[int], split: str) -> None:
+    """Refuse Jacobians whose squared norms are not finite; `require_finite_block` says which.
+
+    Args:
+        sq_norm: the sum over parameters. One look at it is enough where all is well, so that a GPU need not be waited
+            for after every block.
+        parts: the squared norms [n, c] of each parameter.
+        rows: which rows they are.
+        split: their split, for the message.
+    """
+    if bool(torch.isfinite(sq_norm).all()):
+        return
+    for parameter, part in parts.items():
+        require_finite_block(part, rows, parameter, split)
+    require_finite_block(sq_norm, rows, "all together", split)
 
 
 def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str, scale: float = 1.0) -> None:

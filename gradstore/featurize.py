@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.audit import require_finite_block, require_preserved
+from gradstore.audit import require_finite, require_preserved
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
@@ -28,6 +29,7 @@ from gradstore.storage.disk import Disk
 from gradstore.storage.encoding import encode
 from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
+from gradstore.streams import Beside, to_host
 from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
@@ -268,12 +270,13 @@ def _columns_of(
     spans = list(_batches(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     sums, sq_norm, logits = _grown(plan, parts, spans, watch, smaller)
-    encoded = encode(sums.cpu(), plan.settings.dtype, plan.projection.scale)
+    encoded = encode(sums, plan.settings.dtype, plan.projection.scale)
+    sq_norm, logits = to_host(sq_norm.double(), logits.float())
     columns = {
         "features": encoded.features,
         "scale": encoded.scale,
-        "sq_norm": sq_norm.double().cpu().numpy(),
-        "logits": logits.float().cpu().numpy(),
+        "sq_norm": sq_norm.numpy(),
+        "logits": logits.numpy(),
         "label": labels,
         "row": np.arange(rows.start, rows.stop, dtype=np.int64),
         "norm": encoded.norm,
@@ -316,9 +319,11 @@ def _project(
     logits = torch.cat([stream.logits for stream in streams])
     features: Tensor | None = None
     sq_norm: Tensor | None = None
+    parts: dict[str, Tensor] = {}
+    beside = Beside(logits.device)
     for blocks in zip(*streams, strict=True):
-        part = torch.cat([block.sq_norm() for block in blocks])
-        require_finite_block(part, rows, blocks[0].name, plan.split)
+        name, part = blocks[0].name, torch.cat([block.sq_norm() for block in blocks])
+        parts[name] = parts[name] + part if name in parts else part
         block = _joined(blocks, dense=mixed or route(projection, blocks[0], projection.dim) == "dense")
         if mixed:
             part = part.sum(dim=1, keepdim=True)  # E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²
@@ -327,13 +332,12 @@ def _project(
             sq_norm = torch.zeros_like(part)
         sq_norm += part
         watch.lap("jacobians")
-        if mixed:
-            _accumulate_mixed(projection, features[:, 0], block.dense(), block.start, first_k)
-        else:
-            accumulate_block(projection, features, block, first_k=first_k)
+        beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
         watch.lap("projection")
+    beside.join()
     assert features is not None  # parameter_blocks refuses an empty selection
     assert sq_norm is not None
+    require_finite(sq_norm, parts, rows, plan.split)
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
     require_preserved(features, sq_norm, rows, plan.split, projection.scale)
@@ -345,6 +349,14 @@ def _joined(blocks: Sequence[JacobianBlock], dense: bool) -> JacobianBlock:
     if dense and len(blocks) > 1:
         return join_blocks([DenseBlock(block.name, block.start, block.dense()) for block in blocks])
     return join_blocks(blocks)
+
+
+def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
+    """Add a block's product with P, or in the layout "mixed" with each class's P, to out [n, c, K]."""
+    if mixed:
+        _accumulate_mixed(projection, out[:, 0], block.dense(), block.start, first_k)
+    else:
+        accumulate_block(projection, out, block, first_k=first_k)
 
 
 def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.streams import to_host
+
 # float16 rows peak in [2^14, 2^15): below its largest value, 65504, and as far from its smallest as can be.
 _PEAK_EXPONENT = {"float16": 15, "float32": 0}
 
@@ -28,7 +30,7 @@ class Encoded:
 
 
 def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
-    """Round float32 features [n, c, K] on the CPU to `dtype`: "float16", "float32" or "int8".
+    """Round float32 features [n, c, K] to `dtype`, "float16", "float32" or "int8", where they are; then to the CPU.
 
     The features stored are `factor * features`. The factor goes into the scale only, so the digits do not depend on it.
 
@@ -45,7 +47,7 @@ def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
     scale = unit * factor
     stored = rounded.to(torch.float64)
     norm = torch.linalg.vector_norm(stored, dim=-1) * scale.to(torch.float64)
-    return Encoded(rounded.numpy(), scale.numpy(), norm.numpy())
+    return Encoded(*(tensor.numpy() for tensor in to_host(rounded, scale, norm)))
 
 
 def exponents(features: Tensor, dtype: str) -> Tensor:
