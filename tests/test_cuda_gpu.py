@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradstore as gs
 from gradstore.projection import Projection, cuda
 from gradstore.projection.entries import Entries
 
@@ -190,3 +191,35 @@ def test_outputs_and_blocks_of_any_layout():
     out = torch.ones(80, 5, device="cuda").T
     accumulate(entries, out, block)
     assert relative_error(out, 1 + dense(entries, block, 0, 80, 0)) < BOUND["exact"]
+
+
+def small_project():
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.GELU(), torch.nn.Flatten())
+        model = conv.append(torch.nn.Linear(8 * 64, 5))
+    x, y = torch.randn(70, 1, 8, 8, generator=generator), torch.arange(70) % 5
+    return gs.Project(model=model, splits={"train": torch.utils.data.TensorDataset(x, y)})
+
+
+@pytest.mark.parametrize("layout", ["per-class", "sum", "mixed"])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_stores_hold_what_the_cpu_computes(precision, layout, tmp_path):
+    settings = {"split": "train", "proj_dim": 1000, "dtype": "float32", "layout": layout, "precision": precision}
+    card = gs.featurize(small_project(), out=tmp_path / "card", device="cuda", **settings)
+    host = gs.featurize(small_project(), out=tmp_path / "host", device="cpu", **settings)
+    got, want = torch.from_numpy(card.features[:]), torch.from_numpy(host.features[:]).double()
+    error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error.max() < BOUND[precision] + 1e-5
+    assert card.fingerprint == host.fingerprint
+
+
+def test_stores_have_the_same_bits_for_every_batch_size(tmp_path):
+    found = []
+    for batch_size in (16, 32, 70):
+        out = tmp_path / str(batch_size)
+        settings = {"proj_dim": 1000, "device": "cuda", "batch_size": batch_size, "memory": "4GB"}
+        gs.featurize(small_project(), split="train", out=out, **settings)
+        found.append({path.name: path.read_bytes() for path in (*out.glob("*.h5"), out / "store.json")})
+    assert found[0] == found[1] == found[2]
