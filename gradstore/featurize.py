@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_finite_block, require_preserved
+from gradstore.background import Columns, in_background
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.examples import Inputs
@@ -32,6 +34,8 @@ from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
 
+Write = Callable[[Callable[[], Columns]], None]  # takes the next rows of a shard, once they are computed
+
 # Rows (example × class) from which generating P is cheap beside multiplying by it.
 _ENOUGH_ROWS = 640
 
@@ -47,7 +51,8 @@ class Progress:
         seconds: since this run's first gradient.
         written: bytes published so far, by this run and earlier ones.
         size: bytes of the finished store's rows.
-        busy: seconds of this run in each stage: "jacobians", "projection", "writing".
+        busy: seconds of this run in each stage: "jacobians", "projection", and "writing", which is what they waited
+            for rows to be written in the background.
     """
 
     rows: int
@@ -156,7 +161,7 @@ def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[dict[str, np.nd
     """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
     truth, watch = plan.project.poisoned_mask(plan.split), _Stopwatch()
     for rows in groups:
-        yield _columns_of(plan, rows, plan.manifest.group, truth, watch, None)
+        yield _columns_of(plan, rows, plan.manifest.group, truth, watch, None)()
 
 
 class _Stopwatch:
@@ -210,22 +215,26 @@ class _Run:
 
         report()
         if self.workers > 1:
-            write_shards(self.writer, self._fill, self.workers, lambda shard: self._count(shard.rows, report))
+            write_shards(self.writer, self._fill_here, self.workers, lambda shard: self._count(shard.rows, report))
         else:
-            for index in self.writer.missing:
-                with self.writer.shard(index) as shard:
-                    self._fill(shard, report)
-                self.watch.lap("writing")
+            with in_background(self.writer) as background:
+                for index in self.writer.missing:
+                    self._fill(index, background.write, report)
+            self.watch.lap("writing")
         report()
         busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
         seconds = round(time.perf_counter() - began, 3)
         self.writer.log(event="finish", at=now_utc(), rows=self.computed, seconds=seconds, busy=busy)
 
-    def _fill(self, shard: ShardWriter, report: Callable[[], None] = lambda: None) -> None:
-        """Write all rows of one shard."""
-        for batch in _batches(self.writer.manifest.rows_of(shard.index), self.group * self.groups):
-            self._write(shard, batch)
+    def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
+        """Compute all rows of shard `index`."""
+        for batch in _batches(self.writer.manifest.rows_of(index), self.group * self.groups):
+            self._compute(write, batch)
             report()
+
+    def _fill_here(self, shard: ShardWriter) -> None:
+        """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile."""
+        self._fill(shard.index, lambda make: shard.write(make()))
 
     def _count(self, rows: int, report: Callable[[], None]) -> None:
         """Count rows that a worker computed."""
@@ -241,42 +250,35 @@ class _Run:
         enough = max(1, _ENOUGH_ROWS // (self.group * schema.c))
         return max(1, min(enough, self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))))
 
-    def _write(self, shard: ShardWriter, rows: range) -> None:
-        """Write some groups of rows; out of memory, go on with half as many at a time."""
+    def _compute(self, write: Write, rows: range) -> None:
+        """Compute some groups of rows; out of memory, go on with half as many at a time."""
         try:
-            columns = self._columns(rows)
+            make = _columns_of(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
         except (torch.cuda.OutOfMemoryError, MemoryError):
             if len(rows) <= self.group:
                 raise
             self.groups = max(1, self.groups // 2)
             for half in _batches(rows, self.group * self.groups):
-                self._write(shard, half)
+                self._compute(write, half)
             return
-        shard.write(columns)
+        write(make)
         self.computed += len(rows)
         self.watch.lap("writing")
-
-    def _columns(self, rows: range) -> dict[str, np.ndarray]:
-        return _columns_of(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
 
 
 def _columns_of(
     plan: Plan, rows: range, group: int, truth: np.ndarray | None, watch: _Stopwatch, smaller: SmallerStore | None
-) -> dict[str, np.ndarray]:
-    """Every dataset but the digests, for some groups of rows."""
+) -> Callable[[], dict[str, np.ndarray]]:
+    """Compute some groups of rows; what is returned rounds them and gives every dataset but the digests."""
     inputs, labels = plan.examples.read(rows)
     spans = list(_batches(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     sums, sq_norm, logits = _grown(plan, parts, spans, watch, smaller)
-    encoded = encode(sums.cpu(), plan.settings.dtype, plan.projection.scale)
     columns = {
-        "features": encoded.features,
-        "scale": encoded.scale,
         "sq_norm": sq_norm.double().cpu().numpy(),
         "logits": logits.float().cpu().numpy(),
         "label": labels,
         "row": np.arange(rows.start, rows.stop, dtype=np.int64),
-        "norm": encoded.norm,
     }
     if truth is not None:
         columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
@@ -284,7 +286,12 @@ def _columns_of(
     if show is not None:
         shape = plan.manifest.schema.preview
         columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
-    return columns
+    return partial(_with_features, columns, sums.cpu(), plan.settings.dtype, plan.projection.scale)
+
+
+def _with_features(columns: dict[str, np.ndarray], sums: Tensor, dtype: str, scale: float) -> dict[str, np.ndarray]:
+    encoded = encode(sums, dtype, scale)
+    return {**columns, "features": encoded.features, "scale": encoded.scale, "norm": encoded.norm}
 
 
 def _grown(
