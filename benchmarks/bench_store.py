@@ -15,11 +15,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.setting import append_rows
+from gradstore.background import in_background
 from gradstore.fingerprint import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.manifest import Manifest
@@ -55,14 +57,16 @@ def columns(rows: range) -> dict[str, np.ndarray]:
 
 
 def write_store(path: Path, rows: int, block: dict[str, np.ndarray]) -> None:
-    with open_writer(path, manifest(rows)) as writer:
+    with open_writer(path, manifest(rows)) as writer, in_background(writer) as background:
         for index in writer.missing:
             span = writer.manifest.rows_of(index)
-            with writer.shard(index) as shard:
-                for start in range(span.start, span.stop, GROUP):
-                    part = range(start, min(start + GROUP, span.stop))
-                    cut = {name: array[: len(part)] for name, array in block.items()}
-                    shard.write({**cut, "row": np.arange(part.start, part.stop)})
+            for start in range(span.start, span.stop, GROUP):
+                background.write(partial(rows_from, block, range(start, min(start + GROUP, span.stop))))
+
+
+def rows_from(block: dict[str, np.ndarray], rows: range) -> dict[str, np.ndarray]:
+    cut = {name: array[: len(rows)] for name, array in block.items()}
+    return {**cut, "row": np.arange(rows.start, rows.stop)}
 
 
 def write_plain(path: Path, size: int, block: bytes) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore.batch import project_rows
 from gradstore.errors import GradstoreError, ProjectError
-from gradstore.featurize import project_rows
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.plan import Plan, Settings, to_device
 from gradstore.project import Project, call_model

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gradstore.audit import require_finite, require_preserved
+from gradstore.background import Columns, in_background
+from gradstore.batch import Stopwatch, batches, compute
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
-from gradstore.examples import Inputs
 from gradstore.grow import SmallerStore
-from gradstore.jacobians import DenseBlock, JacobianBlock, join_blocks
 from gradstore.memory import parse_bytes
-from gradstore.plan import Plan, Settings, one_row, slice_rows, to_device
-from gradstore.previews import preview_table
+from gradstore.plan import Plan, Settings, to_device
 from gradstore.project import Project
-from gradstore.projection import Projection
-from gradstore.projection.routes import accumulate_block, route
 from gradstore.storage.disk import Disk
-from gradstore.storage.encoding import encode
 from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
-from gradstore.streams import Beside, to_host
 from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
+
+Write = Callable[[Callable[[], Columns]], None]  # takes the next rows of a shard, once they are computed
 
 # Rows (example × class) from which generating P is cheap beside multiplying by it.
 _ENOUGH_ROWS = 640
@@ -49,7 +43,8 @@ class Progress:
         seconds: since this run's first gradient.
         written: bytes published so far, by this run and earlier ones.
         size: bytes of the finished store's rows.
-        busy: seconds of this run in each stage: "jacobians", "projection", "writing".
+        busy: seconds of this run in each stage: "jacobians", "projection", and "writing", which is what they waited
+            for rows to be written in the background.
     """
 
     rows: int
@@ -148,33 +143,6 @@ def featurize(
     return open_store(out)
 
 
-def project_rows(plan: Plan, rows: range) -> Tensor:
-    """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
-    inputs = to_device(plan.examples.read(rows)[0], plan.device)
-    return _project(plan, [inputs], [rows], _Stopwatch())[0].mul_(plan.projection.scale)
-
-
-def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
-    """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
-    truth, watch = plan.project.poisoned_mask(plan.split), _Stopwatch()
-    for rows in groups:
-        yield _columns_of(plan, rows, plan.manifest.group, truth, watch, None)
-
-
-class _Stopwatch:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.busy = {"jacobians": 0.0, "projection": 0.0, "writing": 0.0}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap as `stage`."""
-        now = time.perf_counter()
-        self.busy[stage] += now - self._last
-        self._last = now
-
-
 class _Run:
     """Computes the missing shards of one store."""
 
@@ -191,7 +159,7 @@ class _Run:
         self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
         self.group = writer.manifest.group
         self.groups = self._groups_per_batch(batch_size)
-        self.watch = _Stopwatch()
+        self.watch = Stopwatch()
         self.truth = plan.project.poisoned_mask(plan.split)
         self.computed = 0
 
@@ -212,22 +180,26 @@ class _Run:
 
         report()
         if self.workers > 1:
-            write_shards(self.writer, self._fill, self.workers, lambda shard: self._count(shard.rows, report))
+            write_shards(self.writer, self._fill_here, self.workers, lambda shard: self._count(shard.rows, report))
         else:
-            for index in self.writer.missing:
-                with self.writer.shard(index) as shard:
-                    self._fill(shard, report)
-                self.watch.lap("writing")
+            with in_background(self.writer) as background:
+                for index in self.writer.missing:
+                    self._fill(index, background.write, report)
+            self.watch.lap("writing")
         report()
         busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
         seconds = round(time.perf_counter() - began, 3)
         self.writer.log(event="finish", at=now_utc(), rows=self.computed, seconds=seconds, busy=busy)
 
-    def _fill(self, shard: ShardWriter, report: Callable[[], None] = lambda: None) -> None:
-        """Write all rows of one shard."""
-        for batch in _batches(self.writer.manifest.rows_of(shard.index), self.group * self.groups):
-            self._write(shard, batch)
+    def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
+        """Compute all rows of shard `index`."""
+        for batch in batches(self.writer.manifest.rows_of(index), self.group * self.groups):
+            self._compute(write, batch)
             report()
+
+    def _fill_here(self, shard: ShardWriter) -> None:
+        """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile."""
+        self._fill(shard.index, lambda make: shard.write(make()))
 
     def _count(self, rows: int, report: Callable[[], None]) -> None:
         """Count rows that a worker computed."""
@@ -243,130 +215,20 @@ class _Run:
         enough = max(1, _ENOUGH_ROWS // (self.group * schema.c))
         return max(1, min(enough, self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))))
 
-    def _write(self, shard: ShardWriter, rows: range) -> None:
-        """Write some groups of rows; out of memory, go on with half as many at a time."""
+    def _compute(self, write: Write, rows: range) -> None:
+        """Compute some groups of rows; out of memory, go on with half as many at a time."""
         try:
-            columns = self._columns(rows)
+            make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
         except (torch.cuda.OutOfMemoryError, MemoryError):
             if len(rows) <= self.group:
                 raise
             self.groups = max(1, self.groups // 2)
-            for half in _batches(rows, self.group * self.groups):
-                self._write(shard, half)
+            for half in batches(rows, self.group * self.groups):
+                self._compute(write, half)
             return
-        shard.write(columns)
+        write(make)
         self.computed += len(rows)
         self.watch.lap("writing")
-
-    def _columns(self, rows: range) -> dict[str, np.ndarray]:
-        return _columns_of(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
-
-
-def _columns_of(
-    plan: Plan, rows: range, group: int, truth: np.ndarray | None, watch: _Stopwatch, smaller: SmallerStore | None
-) -> dict[str, np.ndarray]:
-    """Every dataset but the digests, for some groups of rows."""
-    inputs, labels = plan.examples.read(rows)
-    spans = list(_batches(rows, group))
-    parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-    sums, sq_norm, logits = _grown(plan, parts, spans, watch, smaller)
-    encoded = encode(sums, plan.settings.dtype, plan.projection.scale)
-    sq_norm, logits = to_host(sq_norm.double(), logits.float())
-    columns = {
-        "features": encoded.features,
-        "scale": encoded.scale,
-        "sq_norm": sq_norm.numpy(),
-        "logits": logits.numpy(),
-        "label": labels,
-        "row": np.arange(rows.start, rows.stop, dtype=np.int64),
-        "norm": encoded.norm,
-    }
-    if truth is not None:
-        columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
-    show = plan.project.show
-    if show is not None:
-        shape = plan.manifest.schema.preview
-        columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
-    return columns
-
-
-def _grown(
-    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch, smaller: SmallerStore | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
-    if smaller is None:
-        return _project(plan, groups, spans, watch)
-    old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
-    sums, sq_norm, logits = _project(plan, groups, spans, watch, old)
-    return (
-        (sums, sq_norm, logits) if smaller.exact(sums.cpu(), exponent, small) else _project(plan, groups, spans, watch)
-    )
-
-
-def _project(
-    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: _Stopwatch, old: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(P g float32 [n, c, K], squared norms float64 [n, c], logits [n, classes]) of some groups of rows.
-
-    The groups' Jacobians are computed one group at a time and projected together, block by block. The first columns
-    are those of `old`, if given, and not computed.
-    """
-    first_k = 0 if old is None else old.shape[-1]
-    projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
-    mixed = plan.settings.layout == "mixed"
-    watch.lap("jacobians")
-    streams = [plan.engine(inputs) for inputs in groups]
-    logits = torch.cat([stream.logits for stream in streams])
-    features: Tensor | None = None
-    sq_norm: Tensor | None = None
-    parts: dict[str, Tensor] = {}
-    beside = Beside(logits.device)
-    for blocks in zip(*streams, strict=True):
-        name, part = blocks[0].name, torch.cat([block.sq_norm() for block in blocks])
-        parts[name] = parts[name] + part if name in parts else part
-        block = _joined(blocks, dense=mixed or route(projection, blocks[0], projection.dim) == "dense")
-        if mixed:
-            part = part.sum(dim=1, keepdim=True)  # E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²
-        if features is None or sq_norm is None:
-            features = torch.zeros(*part.shape, projection.dim - first_k, device=logits.device)
-            sq_norm = torch.zeros_like(part)
-        sq_norm += part
-        watch.lap("jacobians")
-        beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
-        watch.lap("projection")
-    beside.join()
-    assert features is not None  # parameter_blocks refuses an empty selection
-    assert sq_norm is not None
-    require_finite(sq_norm, parts, rows, plan.split)
-    if old is not None:
-        features = torch.cat([old.to(features.device), features], dim=-1)
-    require_preserved(features, sq_norm, rows, plan.split, projection.scale)
-    return features, sq_norm, logits
-
-
-def _joined(blocks: Sequence[JacobianBlock], dense: bool) -> JacobianBlock:
-    """The same columns of several groups; values are formed a group at a time, since their bits depend on it."""
-    if dense and len(blocks) > 1:
-        return join_blocks([DenseBlock(block.name, block.start, block.dense()) for block in blocks])
-    return join_blocks(blocks)
-
-
-def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
-    """Add a block's product with P, or in the layout "mixed" with each class's P, to out [n, c, K]."""
-    if mixed:
-        _accumulate_mixed(projection, out[:, 0], block.dense(), block.start, first_k)
-    else:
-        accumulate_block(projection, out, block, first_k=first_k)
-
-
-def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
-    """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
-
-    One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
-    T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
-    """
-    for c in range(block.shape[1]):
-        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start, first_k=first_k)
 
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
@@ -403,8 +265,3 @@ def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
             got=np.array2string(now[:4], precision=4),
             hint="The weights are the same, so the model's code has changed; choose another --out",
         )
-
-
-def _batches(rows: range, size: int) -> Iterator[range]:
-    for start in range(rows.start, rows.stop, size):
-        yield range(start, min(start + size, rows.stop))

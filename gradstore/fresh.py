@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gradstore.batch import row_columns
 from gradstore.errors import UsageError
-from gradstore.featurize import row_columns
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings
 from gradstore.project import Project

@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from gradstore.background import in_background
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.fingerprint import fingerprint_of
 from gradstore.schema import DTYPES, MEANING, Schema
@@ -75,7 +77,7 @@ def import_features(
         disk: where bytes go.
 
     Returns:
-        the finished store, opened. Holds one shard's share of rows at a time.
+        the finished store, opened. Holds some tens of rows at a time.
 
     Raises:
         UsageError: shapes do not fit, or the source is no array of floats.
@@ -95,12 +97,12 @@ def import_features(
     manifest = _manifest(schema, provenance, features, truth, split, classes)
     with open_writer(Path(out), manifest, disk) as writer:
         writer.require_space()
-        for index in writer.missing:
-            rows = manifest.rows_of(index)
-            with writer.shard(index) as shard:
+        with in_background(writer) as background:
+            for index in writer.missing:
+                rows = manifest.rows_of(index)
                 for start in range(rows.start, rows.stop, _GROUP):
                     span = slice(start, min(start + _GROUP, rows.stop))
-                    shard.write(_columns(features[span], span, truth, outputs, dtype, Path(source)))
+                    background.write(partial(_columns, features[span], span, truth, outputs, dtype, Path(source)))
     return open_store(out)
 
 

@@ -203,9 +203,10 @@ def _require_store_or_nothing(path: Path) -> None:
     try:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise UsageError("the output exists and is not a directory", where=path, hint="Choose another --out")
+        names = sorted(os.listdir(path))
+        # Asked after the listing: another writer's files come after its manifest, which may have come this moment.
         if os.path.lexists(path / MANIFEST):
             return
-        names = sorted(os.listdir(path))
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -11,7 +11,19 @@ from typing import Any
 
 from gradstore.storage.disk import Disk
 
-CALLS = ("_open", "_pwrite", "_preadv", "_allocate", "_truncate", "_fsync", "_flock", "_replace", "_unlink", "_mkdir")
+CALLS = (
+    "_open",
+    "_pwrite",
+    "_preadv",
+    "_allocate",
+    "_truncate",
+    "_fsync",
+    "_begin_sync",
+    "_flock",
+    "_replace",
+    "_unlink",
+    "_mkdir",
+)
 
 
 class KilledError(BaseException):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradstore.background import in_background
 from gradstore.fingerprint import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.disk import Disk
@@ -70,12 +72,11 @@ def columns(rows: range) -> dict[str, np.ndarray]:
 
 def fill(writer: StoreWriter, each: Callable[[int], None] = lambda index: None) -> None:
     """Write the missing shards, a group at a time; `each` is told when a shard is stored."""
-    for index in writer.missing:
-        rows = writer.manifest.rows_of(index)
-        with writer.shard(index) as shard:
+    with in_background(writer, lambda shard: each(shard.index)) as background:
+        for index in writer.missing:
+            rows = writer.manifest.rows_of(index)
             for start in range(rows.start, rows.stop, GROUP):
-                shard.write(columns(range(start, min(start + GROUP, rows.stop))))
-        each(index)
+                background.write(partial(columns, range(start, min(start + GROUP, rows.stop))))
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,20 @@ from faulty_disk import WatchedDisk, failing
 from small_store import files, write, wrong_rows
 
 from gradstore.errors import GradstoreError
+from gradstore.storage import shard_writer
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 
 pytestmark = pytest.mark.soak
 KINDS = [("EIO", False), ("EIO", True), ("ENOSPC", False), ("ENOSPC", True), ("EINTR", False), ("EINTR", True)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried() -> Iterator[None]:
+    """The system is asked after every group to begin moving it to the medium, so that this call fails too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "_UNHURRIED", 1)
+        yield
 
 
 def history(path: Path, disk: WatchedDisk) -> None:

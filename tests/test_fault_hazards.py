@@ -107,8 +107,8 @@ def test_hazards_of_models_are_handled(name: str, tmp_path: Path, record: Record
 def test_the_hazards_matter(record: Record) -> None:
     """The control: left in train mode, dropout gives other gradients each time."""
     model = HANDLED["dropout"]().train()
-    a, b = (torch.autograd.grad(model(X)[0, 0], model.first.weight)[0] for _ in range(2))
-    assert not torch.equal(a, b)
+    first, *others = (torch.autograd.grad(model(X)[0, 0], model.first.weight)[0] for _ in range(20))
+    assert not all(torch.equal(first, other) for other in others)  # two draws of a few units may well agree
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -138,6 +138,22 @@ def test_one_of_several_writers_proceeds(
     record("F7", what, injected=attempts, recovered=rounds, refused=refused, silent=0, control=why)
 
 
+def test_a_store_that_another_writer_begins_this_moment_is_not_foreign(
+    fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, listed = fast / "store", os.listdir
+    path.mkdir()
+
+    def begun_meanwhile(folder: Path) -> list[str]:
+        monkeypatch.undo()
+        write(path)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", begun_meanwhile)
+    write(path)
+    assert FeatureStore(path).complete
+
+
 PROJECT = """
 import torch
 import gradstore as gs

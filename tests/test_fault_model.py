@@ -100,7 +100,7 @@ def featurize_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureS
 def test_a_projector_that_is_wrong_stops_the_run(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
-    module = sys.modules["gradstore.featurize"]
+    module = sys.modules["gradstore.batch"]
     accumulate = module.accumulate_block
 
     def wrong(projection: Any, out: Tensor, block: Any, *, first_k: int = 0) -> str:

@@ -79,7 +79,7 @@ def test_growing_k_gives_the_store_made_at_once(dims: tuple[int, int], dtype: st
 
 
 def test_growing_k_multiplies_only_new_rows_of_p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["gradstore.featurize"]  # the attribute gradstore.featurize is the function
+    module = sys.modules["gradstore.batch"]
     featurize(tmp_path / "small")
     columns: set[tuple[int, int]] = set()
     accumulate = module.accumulate_block

@@ -14,6 +14,8 @@ from gradstore.storage.digests import row_digests
 from gradstore.storage.disk import Disk
 from gradstore.storage.manifest import Manifest, Shard
 
+_UNHURRIED = 8 << 20  # bytes written before the system is asked to begin moving them to the medium
+
 
 def temporary_of(path: Path) -> Path:
     """Where a shard is written before it has its name."""
@@ -46,13 +48,24 @@ class ShardWriter:
         self._schema, self._layout = manifest.schema, manifest.layout_of(index)
         self._rows = manifest.rows_of(index)
         self._next = self._rows.start
+        self._fresh = 0
         self._sums = {c.name: hash_of(self._schema.version)() for c in self._schema.columns if c.name not in BULK}
         for position, data in self._layout.header:
             disk.write(fd, data, position, self.temporary)
 
-    def write(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Write the next rows: every dataset but `digest`, each [rows, ...] in its stored shape and dtype."""
-        data = {**columns, "digest": row_digests(self._schema, columns)}
+    @property
+    def full(self) -> bool:
+        """Whether every row is written."""
+        return self._next == self._rows.stop
+
+    def write(self, columns: Mapping[str, np.ndarray], digests: np.ndarray | None = None) -> None:
+        """Write the next rows.
+
+        Args:
+            columns: every dataset but `digest`, each [rows, ...] in its stored shape and dtype.
+            digests: what `row_digests` gives for them, where it was called already.
+        """
+        data = {**columns, "digest": row_digests(self._schema, columns) if digests is None else digests}
         rows = len(data["row"])
         if (
             not np.array_equal(data["row"], np.arange(self._next, self._next + rows))
@@ -70,10 +83,14 @@ class ShardWriter:
             if column.name in self._sums:
                 self._sums[column.name].update(raw(array))
         self._next += rows
+        self._fresh += rows * self._schema.row_bytes
+        if self._fresh >= _UNHURRIED:
+            self._disk.begin_sync(self._fd)
+            self._fresh = 0
 
     def finish(self) -> None:
         """Put the shard on the medium and describe it."""
-        if self._next != self._rows.stop:
+        if not self.full:
             raise ValueError(f"shard {self.index} ends at row {self._next}, not {self._rows.stop}")
         self._disk.sync(self._fd, self.temporary)
         columns = {name: total.hexdigest() for name, total in self._sums.items()}
