@@ -30,6 +30,7 @@ class Attribution:
         intercept: b, float64 [classes].
         classes: names of the classes.
         row: the query's row.
+        labels: of the training examples, int64 [n]; None where the surrogate was not fitted on a store.
     """
 
     values: np.ndarray
@@ -38,6 +39,7 @@ class Attribution:
     intercept: np.ndarray
     classes: tuple[str, ...]
     row: int
+    labels: np.ndarray | None = None
 
     @property
     def predicted(self) -> int:
@@ -90,12 +92,19 @@ class Attribution:
             "rather_than": None if rather_than is None else self.classes[rather_than],
             "predicted": self.classes[self.predicted],
             "logits": dict(zip(self.classes, self.logits.tolist(), strict=True)),
+            "sum": float(found.values.sum()),
             "contributors": [self._record(i, found) for i in found.contributors],
             "opponents": [self._record(i, found) for i in found.opponents],
         }
 
     def _record(self, i: int, found: Contributions) -> dict[str, Any]:
-        return {"row": i, "attribution": float(found.values[i]), "similarity": float(self.similarity[i])}
+        label = -1 if self.labels is None else int(self.labels[i])
+        return {
+            "row": i,
+            "label": self.classes[label] if label >= 0 else None,
+            "attribution": float(found.values[i]),
+            "similarity": float(self.similarity[i]),
+        }
 
 
 @dataclass(frozen=True)
@@ -139,16 +148,18 @@ def attribute(
     m = queries.shape[0]
     if not 0 <= row < m:
         raise UsageError("no such query row", where="row", expected=f"0 to {m - 1}", got=row)
+    labels = None
     if isinstance(queries, FeatureStore):
         model.binding_.require_queries(queries)
-        similarity = _to_training_store(model, queries, row, train)
+        train = open_store(model.binding_.source) if train is None else train
+        similarity, labels = _to_training_store(model, queries, row, train), train.labels
     else:
         similarity = _given(model, queries, row)
     n = len(similarity)
     values = model.coef_ * similarity + model.intercept_[:, None] / n
     names = queries.classes if isinstance(queries, FeatureStore) and len(queries.classes) > 1 else model.classes_
     logits = model.coef_ @ similarity + model.intercept_
-    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row)
+    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels)
 
 
 def class_index(names: Sequence[str], wanted: str) -> int:
@@ -163,9 +174,8 @@ def class_index(names: Sequence[str], wanted: str) -> int:
     return list(names).index(wanted)
 
 
-def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, train: FeatureStore | None) -> np.ndarray:
+def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, store: FeatureStore) -> np.ndarray:
     """κ(x, x_i) in float64, so that the attributions sum to the logit."""
-    store = open_store(model.binding_.source) if train is None else train
     model.binding_.require_training_store(store)
     kernel = kernel_on(model.kernel)
     query = _unit(kernel, queries, row)
