@@ -19,7 +19,7 @@ import gradstore as gs
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.paper import generated, loaders, networks
 from benchmarks.paper.adversarial import ATTACKS, network_decision, pgd, sigmoid_mlp, tangent_svm
-from benchmarks.paper.experiment import KERNELS, dense, run, surrogate
+from benchmarks.paper.experiment import KERNELS, Experiment, Outputs, affordable, dense, run, surrogate
 from benchmarks.paper.forensic import nearest
 from benchmarks.paper.order import minimum_of_sgd
 from benchmarks.paper.recipes.badnet_cifar10 import stamped
@@ -200,6 +200,23 @@ def test_seeds_add_up_and_a_seed_counts_once(
     capsys.readouterr()
     _smoke("mlp_mnist2", None)
     assert "its numbers say nothing" in capsys.readouterr().out
+
+
+def test_the_poisoned_recipe_has_both_test_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = lambda folder, rng: generated.write_cifar10(folder, rng, n=4, m=10)  # noqa: E731
+    monkeypatch.setitem(RECIPES, "badnet_cifar10", (few, ("ck",)))  # type: ignore[arg-type]
+    for row in _smoke("badnet_cifar10", tmp_path):
+        assert row["tp"] + row["fn"] == 9  # type: ignore[operator]  # all of the ten but the target's
+        assert 0 <= row["fp"] <= 10  # type: ignore[operator]
+        assert {"tau clean", "tau poisoned", "r_miss clean", "tad poisoned"} <= set(row)
+
+
+def test_a_surrogate_that_needs_too_much_memory_has_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = Outputs(np.arange(9) % 2, np.zeros((9, 2)))
+    found = Experiment(None, {"train": outputs}, {"ck": {"train": np.eye(9)}})  # type: ignore[arg-type]
+    assert affordable(found, "ck", "multinomial", "1KB") is None
+    assert "no multinomial surrogate of ck: --memory: too little memory" in capsys.readouterr().err
+    assert affordable(found, "ck", "multinomial", "1MB") is not None
 
 
 def test_kernels_left_in_files_are_those_in_memory(tmp_path: Path) -> None:

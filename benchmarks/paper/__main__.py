@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="one of the recipes; with --smoke all of them by default")
     parser.add_argument("--digits", action="store_true", help="Tables 1-5 and the figures on scikit-learn's digits")
     parser.add_argument("--smoke", action="store_true", help="run recipes end to end on small generated files")
-    parser.add_argument("--data", type=Path, help="folder of the recipe's files; nothing is downloaded")
+    parser.add_argument("--data", type=Path, help="folder of the data set; weights, stores and kernels are kept there")
     parser.add_argument("--seeds", type=int, help="how many, from -o seed on (digits: 4, recipes: 1)")
     parser.add_argument("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="such as seed=3")
     parser.add_argument("--proj-dim", type=int, default=10240)

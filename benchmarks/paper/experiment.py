@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 import gradstore as gs
+from gradstore.errors import UsageError
 from gradstore.faithfulness import Faithfulness, faithfulness
 from gradstore.gram_file import Gram
 from gradstore.linearisation import MAPS, Linearisation, linearise
@@ -143,6 +145,17 @@ def surrogate(found: Experiment, kernel: str, backend: str, **changes: object) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(source, train.labels, outputs=train.logits)
+
+
+def affordable(found: Experiment, kernel: str, backend: str, memory: str) -> gs.KernelGLM | None:
+    """A surrogate, or None and a line on the terminal where it needs more memory than it may take."""
+    try:
+        return surrogate(found, kernel, backend, memory=memory)
+    except UsageError as error:
+        if not error.what.startswith("too little memory"):
+            raise
+        print(f"no {backend} surrogate of {kernel}: {error}", file=sys.stderr)
+        return None
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def _over_seeds(rows: Sequence[Mapping[str, object]]) -> tuple[list[float], np.n
 
 def by_seed(name: str, judged: Sequence[Judged], path: Path) -> None:
     """Figs 8-11: the realisation of one small network, a panel a seed."""
-    columns = min(4, len(judged))
+    columns = min(5, len(judged))
     rows = -(-len(judged) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 3.2 * rows + 0.3), squeeze=False, layout="constrained"
+        rows, columns, figsize=(2.9 * columns, 3 * rows + 0.3), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(judged) :]:
         axis.axis("off")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import gradstore as gs
-from benchmarks.paper.experiment import BACKENDS, Experiment, Similarities, judge, surrogate
+from benchmarks.paper.experiment import BACKENDS, Experiment, Similarities, affordable, judge
 from gradstore.demo.digits import TARGET
 from gradstore.forensics import wilson
 
@@ -17,7 +17,7 @@ def forensic_rows(
     threshold: int = 3,
     target: int = TARGET,
     experiment: str = "badnet-digits",
-    **settings: object,
+    memory: str = "2GB",
 ) -> list[dict[str, object]]:
     """One row for each kernel and backend; splits "clean" and "poisoned".
 
@@ -28,7 +28,7 @@ def forensic_rows(
         threshold: votes from which a query is flagged.
         target: the attacker's class, which counts as the correct one of a poisoned query.
         experiment: name for the rows.
-        settings: of the surrogates.
+        memory: of a surrogate; one that needs more has no row.
     """
     rows = []
     mask = found.project.poisoned_mask("train")
@@ -40,7 +40,9 @@ def forensic_rows(
         tp, fp, fn = (int(v.sum()) for v in (flagged["poisoned"], flagged["clean"], ~flagged["poisoned"]))
         precision, recall = wilson(tp, tp + fp), wilson(tp, tp + fn)
         for backend in BACKENDS:
-            model = surrogate(found, kernel, backend, **settings)
+            model = affordable(found, kernel, backend, memory)
+            if model is None:
+                continue
             row: dict[str, object] = {
                 "table": 3,
                 "experiment": experiment,

@@ -12,13 +12,12 @@ import numpy as np
 import gradstore as gs
 from benchmarks.paper import generated
 from benchmarks.paper.digits import MEASURES, PERCENT, values
-from benchmarks.paper.experiment import BACKENDS, Experiment, judge, run, surrogate
+from benchmarks.paper.experiment import BACKENDS, Experiment, affordable, judge, run
 from benchmarks.paper.forensic import forensic_rows
 from benchmarks.paper.published import BERT, SMALL
 from benchmarks.paper.recipes.badnet_cifar10 import TARGET
 from benchmarks.paper.tables import Row, markdown, read_csv, summary, write_csv
 from benchmarks.setting import setting
-from gradstore.errors import UsageError
 
 FOLDER = Path(__file__).parent
 SMALL_KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
@@ -123,11 +122,9 @@ def recipe_rows(
 
 
 def _row(found: Experiment, kernel: str, backend: str, memory: str) -> list[dict[str, object]]:
-    """How faithful one surrogate is; nothing but a line on the terminal where it needs more memory."""
-    try:
-        model = surrogate(found, kernel, backend, memory=memory)
-    except UsageError as error:
-        print(f"{kernel}, {backend}: {error}")
+    """How faithful one surrogate is; nothing where it needs more memory."""
+    model = affordable(found, kernel, backend, memory)
+    if model is None:
         return []
     return [{"kernel": kernel, "backend": backend, **values(judge(found, model, kernel).measures)}]
 
