@@ -59,6 +59,7 @@ def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
     axis.plot(x, np.searchsorted(np.sort(error), x) / len(error), label="measured")
     axis.plot(x, 1 - np.exp(-x / error.mean()), "--", label=f"1 − exp(−x / {error.mean():.4f})")
     axis.set(xlabel="|proj-trNTK − trNTK|", ylabel="share of pairs", ylim=(0, 1.02))
+    axis.locator_params(axis="x", nbins=5)
     axis.legend()
     _finish(figure, path, f"Residuals of the projected kernel at K = {proj_dim:,}")
     return {
@@ -92,6 +93,7 @@ def attacks(rows: Sequence[Mapping[str, object]], path: Path) -> None:
             radii, mean, spread = _over_seeds([row for row in rows if row["attack"] == attack])
             (line,) = axis.plot(radii, mean, style, ms=4, lw=width, label=label)
             axis.fill_between(radii, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
+        axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel="radius of the attack (ℓ∞, pixels from 0 to 1)", ylim=(0, 1.02))
         axis.set_title({"network": "the network", "SVM": "the SVM on its tangent kernel"}[victim], fontsize=9)
         axis.legend(fontsize=8, title="attack", title_fontsize=8)
