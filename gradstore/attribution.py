@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,13 @@ class Attribution:
             rather_than: compare with this class instead of with nothing.
 
         Raises:
-            UsageError: k is below 1.
+            UsageError: k is below 1, or a class is compared with itself.
         """
         if k < 1:
             raise UsageError("k is too small", where="-k", expected="at least 1", got=k)
         c = self.predicted if c is None else c
+        if c == rather_than:
+            raise UsageError("a class cannot be compared with itself", where="--rather-than", got=self.classes[c])
         values = self.values[c] if rather_than is None else self.contrast(c, rather_than)
         order = np.argsort(-values, kind="stable")
         best = [int(i) for i in order[:k] if values[i] > 0]
@@ -141,7 +144,8 @@ def attribute(
         float64 values [classes, n]. One pass over the training store, a block at a time.
 
     Raises:
-        UsageError: there is no such row, or the surrogate was fitted on features in an array, which it does not keep.
+        UsageError: there is no such row, the training store is gone from its path, or the surrogate was fitted on
+            features in an array, which it does not keep.
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
     """
@@ -151,7 +155,7 @@ def attribute(
     labels = None
     if isinstance(queries, FeatureStore):
         model.binding_.require_queries(queries)
-        train = open_store(model.binding_.source) if train is None else train
+        train = _remembered(model.binding_.source) if train is None else train
         similarity, labels = _to_training_store(model, queries, row, train), train.labels
     else:
         similarity = _given(model, queries, row)
@@ -183,6 +187,14 @@ def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, store:
     for span, phi in doubled(StoreRows(store, kernel, parse_bytes(model.memory))):
         out[span] = (phi @ query).numpy()
     return out
+
+
+def _remembered(source: str) -> FeatureStore:
+    if not Path(source).exists():
+        raise UsageError(
+            "the training store is no longer where the surrogate was fitted", where=source, hint="Name it with --train"
+        )
+    return open_store(source)
 
 
 def _unit(kernel: Kernel, store: FeatureStore, row: int) -> torch.Tensor:
