@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import as_json
-from .output import print_json, print_table
+from .output import print_json, print_table, printable, say
 
 
 @click.command(
@@ -54,11 +54,14 @@ def attribute(
 
 
 def _print(record: dict[str, Any]) -> None:
-    question = f"why {record['class']}" + (f" rather than {record['rather_than']}" if record["rather_than"] else "")
-    click.echo(f"query row {record['row']}, predicted {record['predicted']}: {question}\n")
+    other = record["rather_than"]
+    question = f"why {record['class']}" + (f" rather than {other}" if other else "")
+    click.echo(printable(f"query row {record['row']}, {record['predicted']} by the surrogate: {question}?\n"))
     rows = [
-        (sign, str(item["row"]), f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
+        (sign, str(item["row"]), item["label"] or "—", f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
         for sign, name in (("for", "contributors"), ("against", "opponents"))
         for item in record[name]
     ]
-    print_table(("speaks", "training row", "attribution", "similarity"), rows, right=(1, 2, 3))
+    print_table(("speaks", "training row", "label", "attribution", "similarity"), rows, right=(1, 3, 4))
+    what = "difference of the logits" if other else "logit"
+    say(f"all training examples together: {record['sum']:+.4f}, the {what}")

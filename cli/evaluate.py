@@ -36,5 +36,8 @@ def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json:
     rows = [(name, str(measure), str(measure.n)) for name, measure in found.measures().items()]
     rows += [(f"r2 of {curve.name}", str(curve.r2), str(curve.r2.n)) for curve in curves]
     print_table(("measure", "value", "queries"), rows, right=(2,))
-    say(f"saturated probabilities: network {found.saturated[0]}, surrogate {found.saturated[1]}")
+    say(
+        f"saturated probabilities: network {found.saturated[0]}, surrogate {found.saturated[1]}; "
+        f"left out of the linearisations {curves[0].masked}"
+    )
     say(f"tied pairs: network {found.ties[0]}, surrogate {found.ties[1]}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import as_json, kernel_help, memory_option
-from .output import print_json, print_pairs, say
+from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
     from gradstore.surrogate import KernelGLM
@@ -67,7 +67,7 @@ def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: in
     if as_json:
         print_json(report)
     else:
-        print_pairs({name: str(value) for name, value in report.items()})
+        _print(report, model.select)
 
 
 def _strength(text: str) -> float | str:
@@ -75,6 +75,20 @@ def _strength(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _print(report: dict[str, Any], select: str) -> None:
+    scores = report.pop("alpha_scores")
+    report["loss"] = f"{report['loss']:.6g}"
+    report["converged"] = "yes" if report["converged"] else "no"
+    print_pairs({name: str(value) for name, value in report.items()})
+    if scores:
+        held_out = {"tau": "τ", "likelihood": "mean log-likelihood"}[select]
+        rows = [
+            (alpha, f"{score:.4f}", "chosen" * (float(alpha) == report["alpha"])) for alpha, score in scores.items()
+        ]
+        click.echo()
+        print_table(("alpha", f"{held_out} on rows held out", ""), rows, right=(0, 1))
 
 
 def _report(model: KernelGLM) -> dict[str, Any]:

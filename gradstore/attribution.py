@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Attribution:
         intercept: b, float64 [classes].
         classes: names of the classes.
         row: the query's row.
+        labels: of the training examples, int64 [n]; None where the surrogate was not fitted on a store.
     """
 
     values: np.ndarray
@@ -38,6 +40,7 @@ class Attribution:
     intercept: np.ndarray
     classes: tuple[str, ...]
     row: int
+    labels: np.ndarray | None = None
 
     @property
     def predicted(self) -> int:
@@ -70,11 +73,13 @@ class Attribution:
             rather_than: compare with this class instead of with nothing.
 
         Raises:
-            UsageError: k is below 1.
+            UsageError: k is below 1, or a class is compared with itself.
         """
         if k < 1:
             raise UsageError("k is too small", where="-k", expected="at least 1", got=k)
         c = self.predicted if c is None else c
+        if c == rather_than:
+            raise UsageError("a class cannot be compared with itself", where="--rather-than", got=self.classes[c])
         values = self.values[c] if rather_than is None else self.contrast(c, rather_than)
         order = np.argsort(-values, kind="stable")
         best = [int(i) for i in order[:k] if values[i] > 0]
@@ -90,12 +95,19 @@ class Attribution:
             "rather_than": None if rather_than is None else self.classes[rather_than],
             "predicted": self.classes[self.predicted],
             "logits": dict(zip(self.classes, self.logits.tolist(), strict=True)),
+            "sum": float(found.values.sum()),
             "contributors": [self._record(i, found) for i in found.contributors],
             "opponents": [self._record(i, found) for i in found.opponents],
         }
 
     def _record(self, i: int, found: Contributions) -> dict[str, Any]:
-        return {"row": i, "attribution": float(found.values[i]), "similarity": float(self.similarity[i])}
+        label = -1 if self.labels is None else int(self.labels[i])
+        return {
+            "row": i,
+            "label": self.classes[label] if label >= 0 else None,
+            "attribution": float(found.values[i]),
+            "similarity": float(self.similarity[i]),
+        }
 
 
 @dataclass(frozen=True)
@@ -132,23 +144,26 @@ def attribute(
         float64 values [classes, n]. One pass over the training store, a block at a time.
 
     Raises:
-        UsageError: there is no such row, or the surrogate was fitted on features in an array, which it does not keep.
+        UsageError: there is no such row, the training store is gone from its path, or the surrogate was fitted on
+            features in an array, which it does not keep.
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
     """
     m = queries.shape[0]
     if not 0 <= row < m:
         raise UsageError("no such query row", where="row", expected=f"0 to {m - 1}", got=row)
+    labels = None
     if isinstance(queries, FeatureStore):
         model.binding_.require_queries(queries)
-        similarity = _to_training_store(model, queries, row, train)
+        train = _remembered(model.binding_.source) if train is None else train
+        similarity, labels = _to_training_store(model, queries, row, train), train.labels
     else:
         similarity = _given(model, queries, row)
     n = len(similarity)
     values = model.coef_ * similarity + model.intercept_[:, None] / n
     names = queries.classes if isinstance(queries, FeatureStore) and len(queries.classes) > 1 else model.classes_
     logits = model.coef_ @ similarity + model.intercept_
-    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row)
+    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels)
 
 
 def class_index(names: Sequence[str], wanted: str) -> int:
@@ -163,9 +178,8 @@ def class_index(names: Sequence[str], wanted: str) -> int:
     return list(names).index(wanted)
 
 
-def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, train: FeatureStore | None) -> np.ndarray:
+def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, store: FeatureStore) -> np.ndarray:
     """κ(x, x_i) in float64, so that the attributions sum to the logit."""
-    store = open_store(model.binding_.source) if train is None else train
     model.binding_.require_training_store(store)
     kernel = kernel_on(model.kernel)
     query = _unit(kernel, queries, row)
@@ -173,6 +187,14 @@ def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, train:
     for span, phi in doubled(StoreRows(store, kernel, parse_bytes(model.memory))):
         out[span] = (phi @ query).numpy()
     return out
+
+
+def _remembered(source: str) -> FeatureStore:
+    if not Path(source).exists():
+        raise UsageError(
+            "the training store is no longer where the surrogate was fitted", where=source, hint="Name it with --train"
+        )
+    return open_store(source)
 
 
 def _unit(kernel: Kernel, store: FeatureStore, row: int) -> torch.Tensor:

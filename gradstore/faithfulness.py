@@ -164,8 +164,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Measure:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> Measure:
-    """Pearson's correlation."""
-    return _correlation(a, b, lambda: pearsonr(a, b).statistic)
+    """Pearson's correlation; undefined too where one side varies by no more than rounding."""
+    return _correlation(a, b, lambda: pearsonr(a, b).statistic, rounding=1e-11)
 
 
 def r_miss(network_right: np.ndarray, surrogate_right: np.ndarray) -> Measure:
@@ -206,7 +206,7 @@ def _mean(values: np.ndarray) -> Measure:
     return Measure(float(values.mean()), None, len(values))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float]) -> Measure:
+def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], rounding: float = 0.0) -> Measure:
     if len(a) < 2:
         return Measure(None, None, len(a), "fewer than two queries are left")
     for name, values in (("network", a), ("surrogate", b)):
@@ -214,6 +214,8 @@ def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float]) -> 
             return Measure(None, None, len(a), f"a probability of the {name} is not finite")
         if (values == values[0]).all():
             return Measure(None, None, len(a), f"all probabilities of the {name} are equal")
+        if np.linalg.norm(values - values.mean()) < rounding * abs(values.mean()):
+            return Measure(None, None, len(a), f"all probabilities of the {name} are equal up to rounding")
     return Measure(float(compute()), None, len(a))
 
 

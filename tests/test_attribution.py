@@ -99,3 +99,16 @@ def test_bad_input_gets_one_line(fitted: tuple) -> None:
         class_index(("cat", "dog", "owl"), "fox")
     with pytest.raises(UsageError, match="k is too small"):
         gs.attribute(model, test, 0).top(0)
+    with pytest.raises(UsageError, match="compared with itself"):
+        gs.attribute(model, test, 0).top(1, c=1, rather_than=1)
+
+
+def test_a_training_store_that_was_moved_is_named(tmp_path: Path) -> None:
+    train = write_store(tmp_path / "train", clustered(N, C, K, seed=2))
+    model = gs.KernelGLM(alpha=1e-2).fit(train)
+    before = gs.attribute(model, train, 3)
+    (tmp_path / "train").rename(tmp_path / "moved")
+    moved = gs.open(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"no longer where the surrogate was fitted\. Name it with --train"):
+        gs.attribute(model, moved, 3)
+    assert (gs.attribute(model, moved, 3, train=moved).values == before.values).all()

@@ -81,6 +81,10 @@ def test_what_is_undefined_says_why() -> None:
     assert str(found.tau) == "n/a (all probabilities of the network are equal)"
     assert str(found.r_miss) == "n/a (neither makes a mistake)"
     assert r_miss(np.ones(3), np.array([1.0, 0, 1])).value == 0
+    certain = np.array([[35.0 + i, 0] for i in range(5)])
+    found = faithfulness(labels, certain, certain, bootstrap=0)
+    assert found.pearson.note == "all probabilities of the network are equal up to rounding"
+    assert found.tau.value == pytest.approx(1)
     sure = np.array([[90.0 + i, 0] for i in range(5)])
     assert faithfulness(labels, sure, sure, bootstrap=0).tau_unsaturated.note == "fewer than two queries are left"
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 from torch.func import functional_call, grad, vmap
+
+import gradstore as gs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.paper import generated, loaders, networks
 from benchmarks.paper.adversarial import ATTACKS, network_decision, pgd, sigmoid_mlp, tangent_svm
-from benchmarks.paper.forensic import votes
+from benchmarks.paper.experiment import KERNELS, Experiment, Outputs, affordable, dense, run, surrogate
+from benchmarks.paper.forensic import nearest
+from benchmarks.paper.order import minimum_of_sgd
 from benchmarks.paper.recipes.badnet_cifar10 import stamped
-from benchmarks.paper.tables import over_seeds
+from benchmarks.paper.recipes.runner import RECIPES, run_recipes
+from benchmarks.paper.tables import over_seeds, read_csv
 from benchmarks.paper.thought_experiment import thought_experiment
 from gradstore.errors import CorruptError, ProjectError, UnsafeError
 
@@ -127,13 +134,120 @@ def test_pearson_prefers_the_surrogate_that_knows_less() -> None:
     assert cluster.tau < 0.6
 
 
-def test_votes_count_poison_among_the_nearest() -> None:
-    gram = np.array([[0.9, 0.8, 0.1, 0.7], [0.1, 0.1, 0.1, 0.1]])
-    assert votes(gram, np.array([True, False, True, True]), 2).tolist() == [1, 1]
-    assert votes(gram, np.array([True, False, True, True]), 3).tolist() == [2, 2]
+def test_the_nearest_come_in_order_and_ties_by_row() -> None:
+    gram = np.array([[0.9, 0.8, 0.1, 0.85], [0.1, 0.1, 0.1, 0.1]])
+    assert nearest(gram, gram, 3, "trntk").tolist() == [[0, 3, 1], [0, 1, 2]]
 
 
 def test_means_over_seeds_carry_their_errors() -> None:
     assert over_seeds([1.0, 2.0, 3.0], 2) == "2.00 ± 0.58"
     assert over_seeds([0.01, None], 1, percent=True) == "1.0 (1 n/a)"
     assert over_seeds([None]) == "n/a"
+
+
+QUICK = ("mlp_mnist2", "cnn_fmnist2", "cnn_cifar2")
+
+
+def _smoke(name: str, out: Path | None, **changes: object) -> list[dict[str, object]]:
+    settings = {"options": {}, "smoke": True, "proj_dim": 64, "seeds": 1, "memory": "2GB", **changes}
+    run_recipes(name, None, out, lambda line: None, **settings)  # type: ignore[arg-type]
+    return [] if out is None else read_csv(out / f"{name}.csv")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_from_files_to_its_table(
+    name: str, amount: Callable[[int, int], int], tmp_path: Path
+) -> None:
+    if name not in QUICK and not amount(0, 1):
+        pytest.skip("half a minute and 3 GB; `make soak` runs it")
+    rows = _smoke(name, tmp_path)
+    kernels = RECIPES[name][1]
+    assert [(row["kernel"], row["backend"]) for row in rows] == [
+        (k, b) for k in kernels for b in ("sgd", "multinomial")
+    ]
+    measure = "tau clean" if name == "badnet_cifar10" else "tau"
+    assert all(-1 <= float(str(row[measure])) <= 1 for row in rows)
+    assert f"{rows[0]['parameters']:,} parameters" in (tmp_path / f"{name}.md").read_text()
+
+
+def test_bert_reads_sentences_and_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(folder: Path, rng: np.random.Generator) -> None:
+        generated.write_sentences(folder, rng, 12, 6)
+        generated.write_bert(
+            folder / "bert-base-uncased",
+            vocab_size=200,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+
+    monkeypatch.setitem(RECIPES, "bert_cola", (small, RECIPES["bert_cola"][1]))  # type: ignore[arg-type]
+    assert len(_smoke("bert_cola", tmp_path)) == 2 * len(RECIPES["bert_cola"][1])
+
+
+def test_seeds_add_up_and_a_seed_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "mlp_mnist2", (generated.write_mnist, ("ck",)))  # type: ignore[arg-type]
+    assert [row["seed"] for row in _smoke("mlp_mnist2", tmp_path, seeds=2)] == [0, 0, 1, 1]
+    rows = _smoke("mlp_mnist2", tmp_path, options={"seed": "1"}, seeds=2)
+    assert [row["seed"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert (tmp_path / "mlp_mnist2.md").read_text().count("| 3 |") == 2
+    other = _smoke("mlp_mnist2", tmp_path, options={"epochs": "2"})
+    assert [(row["seed"], row["options"]) for row in other] == [(0, "epochs=2")] * 2  # settings are not mixed
+    capsys.readouterr()
+    _smoke("mlp_mnist2", None)
+    assert "its numbers say nothing" in capsys.readouterr().out
+
+
+def test_the_poisoned_recipe_has_both_test_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = lambda folder, rng: generated.write_cifar10(folder, rng, n=4, m=10)  # noqa: E731
+    monkeypatch.setitem(RECIPES, "badnet_cifar10", (few, ("ck",)))  # type: ignore[arg-type]
+    for row in _smoke("badnet_cifar10", tmp_path):
+        assert row["tp"] + row["fn"] == 9  # type: ignore[operator]  # all of the ten but the target's
+        assert 0 <= row["fp"] <= 10  # type: ignore[operator]
+        assert {"tau clean", "tau poisoned", "r_miss clean", "tad poisoned"} <= set(row)
+
+
+def test_a_surrogate_that_needs_too_much_memory_has_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = Outputs(np.arange(9) % 2, np.zeros((9, 2)))
+    found = Experiment(None, {"train": outputs}, {"ck": {"train": np.eye(9)}})  # type: ignore[arg-type]
+    assert affordable(found, "ck", "multinomial", "1KB") is None
+    assert "no multinomial surrogate of ck: --memory: too little memory" in capsys.readouterr().err
+    assert affordable(found, "ck", "multinomial", "1MB") is not None
+
+
+def test_kernels_left_in_files_are_those_in_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = torch.from_numpy(rng.standard_normal((24, 1, 28, 28))).float(), torch.arange(24) % 2
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset
+    project = gs.Project(
+        networks.SmallMLP(width=10).eval(), {"train": data(x[:16], y[:16]), "test": data(x[16:], y[16:])}
+    )
+    there = run(project, tmp_path / "a", proj_dim=64, stored=True)
+    here = run(project, tmp_path / "b", proj_dim=64)
+    for kernel in KERNELS:
+        for split in ("train", "test"):
+            stored = there.grams[kernel][split]
+            if isinstance(stored, gs.FeatureStore):
+                stored = dense(stored, there.grams[kernel]["train"], kernel)  # type: ignore[arg-type]
+            np.testing.assert_allclose(stored[:], here.grams[kernel][split], atol=1e-6)
+        pair = (nearest(e.grams[kernel]["test"], e.grams[kernel]["train"], 3, kernel) for e in (there, here))
+        np.testing.assert_array_equal(*pair)
+        answers = (surrogate(e, kernel, "multinomial").predict_proba(e.grams[kernel]["test"]) for e in (there, here))
+        np.testing.assert_allclose(*answers, atol=2e-3)
+
+
+def test_the_minimum_of_sgds_objective_is_logistic_regressions() -> None:
+    rng = np.random.default_rng(0)
+    x, labels, alpha = rng.standard_normal((40, 40)), np.arange(40) % 3, 1e-2
+    weights, intercept = minimum_of_sgd(x, labels, alpha)
+    for c in range(3):
+        mine = labels == c
+        sample_weights = np.where(mine, 40 / (3 * mine.sum()), 1.0)
+        own = LogisticRegression(C=1 / (alpha * 40), tol=1e-8, max_iter=5000).fit(x, mine, sample_weights)
+        np.testing.assert_allclose(weights[c], own.coef_[0], atol=1e-4)
+        assert intercept[c] == pytest.approx(own.intercept_[0], abs=1e-4)

@@ -50,6 +50,10 @@ def test_fit_attribute_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "attribute", file, folder / "test", "--row", 2, *asked)
     assert code == 0
     assert "why owl rather than cat" in out
+    train = gs.open(folder / "train")
+    listed = [*record["contributors"], *record["opponents"]]
+    assert [item["label"] for item in listed] == [train.classes[train.labels[item["row"]]] for item in listed]
+    assert record["sum"] == pytest.approx(record["logits"][record["class"]], abs=1e-5)
 
     code, out, _ = run(capsys, "evaluate", file, folder / "test", "--bootstrap", 20, "--json")
     found = json.loads(out)
@@ -59,6 +63,10 @@ def test_fit_attribute_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "evaluate", file, folder / "test", "--bootstrap", 5)
     assert code == 0
     assert "r_miss" in out
+    code, out, _ = run(capsys, "fit", folder / "train", "--out", file, "--alpha", "auto")
+    assert code == 0
+    assert out.count("chosen") == 1
+    assert "τ on rows held out" in out
 
 
 def test_errors_have_their_exit_codes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 import gradstore as gs
+from gradstore.errors import UsageError
 from gradstore.faithfulness import Faithfulness, faithfulness
+from gradstore.gram_file import Gram
 from gradstore.linearisation import MAPS, Linearisation, linearise
 from gradstore.surrogate.alpha import log_odds
 from gradstore.surrogate.training_data import two_logits
@@ -23,6 +26,11 @@ BACKENDS: Mapping[str, Mapping[str, object]] = {
     "multinomial": {"backend": "multinomial", "alpha": 1e-4, "max_iter": 600},
 }
 """The paper's fit of its multi-class models, and the softmax of its equations."""
+SGD_ALPHA_OF_TWO = 1e-4
+"""The paper fits models of two classes with a weaker penalty."""
+
+Similarities = np.ndarray | Gram | gs.FeatureStore
+"""κ between a split's rows and the training rows: a matrix in memory, one in a file, or the store it follows from."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,16 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A project, its splits' outputs, and Gram matrices.
+    """A project, its splits' outputs, and kernels.
 
     Attributes:
         outputs: of each split.
-        grams: kernel -> split -> κ between the split's rows and the training rows, float64 [m, n].
+        grams: kernel -> split -> κ between the split's rows and the training rows, [m, n].
     """
 
     project: gs.Project
     outputs: Mapping[str, Outputs]
-    grams: Mapping[str, Mapping[str, np.ndarray]]
+    grams: Mapping[str, Mapping[str, Similarities]]
 
     @property
     def queries(self) -> list[str]:
@@ -60,22 +68,35 @@ def run(
     proj_dim: int = 10240,
     seed: int = 0,
     layers: str | None = None,
+    stored: bool = False,
+    memory: str = "2GB",
 ) -> Experiment:
     """Compute the kernels of a project whose first split is "train"; stores go to `folder`.
 
     Args:
+        project: model, weights and splits.
+        folder: of the stores; what is there already is continued.
+        kernels: names.
+        proj_dim: K.
+        seed: of the projection.
         layers: modules of the embedding kernel, a regular expression; default every module without submodules.
+        stored: leave projected kernels in their stores and exact ones in files in `folder`, so that no matrix need fit
+            the memory. Otherwise all matrices are float64 in memory.
+        memory: for exact kernels.
     """
     project.prepare()
+    folder.mkdir(parents=True, exist_ok=True)
     outputs = {split: split_outputs(project, split) for split in project.splits}
-    grams: dict[str, dict[str, np.ndarray]] = {}
+    grams: dict[str, dict[str, Similarities]] = {}
     if any(kernel in PROJECTED for kernel in kernels):
         stores = {
             split: gs.featurize(project, split=split, out=folder / split, proj_dim=proj_dim, seed=seed)
             for split in project.splits
         }
         for kernel in (k for k in kernels if k in PROJECTED):
-            grams[kernel] = {split: dense(store, stores["train"], kernel) for split, store in stores.items()}
+            grams[kernel] = {
+                split: store if stored else dense(store, stores["train"], kernel) for split, store in stores.items()
+            }
     for kernel in (k for k in kernels if k not in PROJECTED):
         grams[kernel] = {
             split: gs.exact_gram(
@@ -84,6 +105,8 @@ def run(
                 None if split == "train" else "train",
                 kernel,
                 layers=layers if kernel == "embedding" else None,
+                out=folder / f"{kernel}-{split}.h5" if stored else None,  # type: ignore[arg-type]
+                memory=memory,
             )
             for split in project.splits
         }
@@ -112,12 +135,27 @@ def dense(a: gs.FeatureStore, b: gs.FeatureStore, kernel: str) -> np.ndarray:
 
 
 def surrogate(found: Experiment, kernel: str, backend: str, **changes: object) -> gs.KernelGLM:
-    """Fit on the Gram matrix of the training split; how far it came is in its attributes."""
-    train = found.outputs["train"]
-    model = gs.KernelGLM("precomputed", **{**BACKENDS[backend], **changes})
+    """Fit on the training split; how far it came is in its attributes."""
+    train, source = found.outputs["train"], found.grams[kernel]["train"]
+    settings = dict(BACKENDS[backend])
+    if backend == "sgd" and train.logits.shape[1] == 2:
+        settings["alpha"] = SGD_ALPHA_OF_TWO
+    name = kernel if isinstance(source, gs.FeatureStore) else "precomputed"
+    model = gs.KernelGLM(name, **{**settings, **changes})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(found.grams[kernel]["train"], train.labels, outputs=train.logits)
+        return model.fit(source, train.labels, outputs=train.logits)
+
+
+def affordable(found: Experiment, kernel: str, backend: str, memory: str) -> gs.KernelGLM | None:
+    """A surrogate, or None and a line on the terminal where it needs more memory than it may take."""
+    try:
+        return surrogate(found, kernel, backend, memory=memory)
+    except UsageError as error:
+        if not error.what.startswith("too little memory"):
+            raise
+        print(f"no {backend} surrogate of {kernel}: {error}", file=sys.stderr)
+        return None
 
 
 @dataclass(frozen=True)

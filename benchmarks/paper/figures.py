@@ -15,26 +15,36 @@ import torch
 from benchmarks.paper.experiment import Experiment, Judged
 from benchmarks.paper.thought_experiment import MadeUp
 
+NAMES = {
+    "trntk": "trNTK",
+    "trntk0": "trNTK⁰",
+    "proj-trntk": "proj-trNTK",
+    "proj-pntk": "proj-pNTK",
+    "embedding": "embedding",
+    "ck": "CK",
+}
+"""Kernels as the paper writes them."""
+
 
 def most_similar(found: Experiment, path: Path, kernel: str = "proj-trntk", queries: int = 5, k: int = 5) -> None:
-    """Fig. 1: queries beside the training examples that a kernel finds most similar."""
-    splits, gram = found.project.splits, found.grams[kernel]["test"]
-    figure, axes = plt.subplots(queries, k + 1, figsize=(1.4 * (k + 1), 1.6 * queries))
-    for q in range(queries):
+    """Fig. 1: a query of each of the first classes beside the training examples that a kernel finds most similar."""
+    splits, gram, outputs = found.project.splits, found.grams[kernel]["test"], found.outputs["test"]
+    figure, axes = plt.subplots(queries, k + 1, figsize=(1.35 * (k + 1), 1.65 * queries), layout="constrained")
+    for c in range(queries):
+        q = int(np.flatnonzero(outputs.labels == c)[0])
         nearest = np.argsort(-gram[q], kind="stable")[:k]
-        logits = found.outputs["test"].logits[q]
-        _picture(axes[q, 0], splits["test"][q][0], f"query {q}\nsays {logits.argmax()}")
-        for axis, i in zip(axes[q, 1:], nearest, strict=True):
-            _picture(axis, splits["train"][int(i)][0], f"{found.outputs['train'].labels[i]}: {gram[q, i]:.3f}")
-    _finish(figure, path, f"Most similar training digits by {kernel}")
+        _picture(axes[c, 0], splits["test"][q][0], f"query {q}: a {c}, read as {outputs.logits[q].argmax()}")
+        for axis, i in zip(axes[c, 1:], nearest, strict=True):
+            _picture(axis, splits["train"][int(i)][0], f"a {found.outputs['train'].labels[i]}, κ = {gram[q, i]:.3f}")
+    _finish(figure, path, f"Test digits (left) and the training digits most similar to them by {NAMES[kernel]}")
 
 
 def realisation(judged: Mapping[str, Judged], path: Path) -> None:
     """Fig. 2: the network's log-odds against the surrogate's after Φ¹; the dashed line is equality."""
-    figure, axes = plt.subplots(1, len(judged), figsize=(3.4 * len(judged), 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(judged), figsize=(3.6 * len(judged), 3.7), squeeze=False, layout="constrained")
     for axis, (name, found) in zip(axes[0], judged.items(), strict=True):
         _against(axis, found, name)
-    _finish(figure, path, "Linear realisation of the network")
+    _finish(figure, path, "Log-odds of the correct class: network against surrogate")
 
 
 def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
@@ -45,12 +55,13 @@ def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
     """
     error = np.abs(found.grams["proj-trntk"]["test"] - found.grams["trntk"]["test"]).ravel()
     x = np.linspace(0, np.quantile(error, 0.999), 400)
-    figure, axis = plt.subplots(figsize=(4.6, 3.6))
+    figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
     axis.plot(x, np.searchsorted(np.sort(error), x) / len(error), label="measured")
-    axis.plot(x, 1 - np.exp(-x / error.mean()), "--", label=f"1 - exp(-x / {error.mean():.4f})")
-    axis.set(xlabel="|proj-trNTK - trNTK|", ylabel="share of pairs", ylim=(0, 1.02))
+    axis.plot(x, 1 - np.exp(-x / error.mean()), "--", label=f"1 − exp(−x / {error.mean():.4f})")
+    axis.set(xlabel="|proj-trNTK − trNTK|", ylabel="share of pairs", ylim=(0, 1.02))
+    axis.locator_params(axis="x", nbins=5)
     axis.legend()
-    _finish(figure, path, f"Residuals at K = {proj_dim:,}")
+    _finish(figure, path, f"Residuals of the projected kernel at K = {proj_dim:,}")
     return {
         "mean": float(error.mean()),
         "p50": float(np.median(error)),
@@ -61,35 +72,55 @@ def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
 
 def made_up(found: MadeUp, path: Path) -> None:
     """Figs 5 and 6: a made-up surrogate's probabilities, and what each correlation says of them."""
-    figure, axis = plt.subplots(figsize=(4, 3.8))
+    figure, axis = plt.subplots(figsize=(4.2, 3.8), layout="constrained")
     axis.scatter(found.surrogate, found.network, s=4, alpha=0.4)
     axis.set(xlabel="surrogate's probability", ylabel="network's probability")
     _finish(
-        figure, path, f"{found.name}: Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}, τ {found.tau:.3f}"
+        figure, path, f"“{found.name}”: Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}, τ {found.tau:.3f}"
     )
 
 
 def attacks(rows: Sequence[Mapping[str, object]], path: Path) -> None:
-    """Fig. 7: error against the radius of the attack; bands are standard errors over seeds."""
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    for attack in dict.fromkeys(row["attack"] for row in rows):
-        mine = [row for row in rows if row["attack"] == attack]
-        radii = sorted({float(row["radius"]) for row in mine})  # type: ignore[arg-type]
-        errors = [np.array([r["error"] for r in mine if r["radius"] == radius], float) for radius in radii]
-        mean, spread = np.array([e.mean() for e in errors]), np.array([e.std() / np.sqrt(len(e)) for e in errors])
-        (line,) = axis.plot(radii, mean, marker="o", ms=3, ls="-" if "white" in str(attack) else "--", label=attack)
-        axis.fill_between(radii, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
-    axis.set(xlabel="radius of the attack (ℓ∞, pixels from 0 to 1)", ylabel="error rate", ylim=(0, 1.02))
-    axis.legend(fontsize=8)
-    _finish(figure, path, "PGD-7 on networks and on support vector machines of their tangent kernels")
+    """Fig. 7: error against the radius of the attack, a panel a victim; bands are standard errors over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
+    for axis, victim, other in zip(axes, ("network", "SVM"), ("SVM", "network"), strict=True):
+        styles = {
+            f"white box: {victim}": ("made on itself (white box)", "o-", 3.5),
+            f"transfer: {other} to {victim}": (f"made on the {other} (transfer)", "s--", 1.5),
+            f"black box: {victim}": ("made on another network (black box)", "^:", 1.5),
+        }
+        for attack, (label, style, width) in styles.items():
+            radii, mean, spread = _over_seeds([row for row in rows if row["attack"] == attack])
+            (line,) = axis.plot(radii, mean, style, ms=4, lw=width, label=label)
+            axis.fill_between(radii, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set(xlabel="radius of the attack (ℓ∞, pixels from 0 to 1)", ylim=(0, 1.02))
+        axis.set_title({"network": "the network", "SVM": "the SVM on its tangent kernel"}[victim], fontsize=9)
+        axis.legend(fontsize=8, title="attack", title_fontsize=8)
+    axes[0].set_ylabel("error rate")
+    _finish(figure, path, "PGD-7: who is fooled by which attack")
+
+
+def _over_seeds(rows: Sequence[Mapping[str, object]]) -> tuple[list[float], np.ndarray, np.ndarray]:
+    """(radii, mean error, its standard error)."""
+    radii = sorted({float(str(row["radius"])) for row in rows})
+    errors = [np.array([r["error"] for r in rows if float(str(r["radius"])) == radius], float) for radius in radii]
+    spread = [e.std(ddof=1) / np.sqrt(len(e)) if len(e) > 1 else 0.0 for e in errors]
+    return radii, np.array([e.mean() for e in errors]), np.array(spread)
 
 
 def by_seed(name: str, judged: Sequence[Judged], path: Path) -> None:
     """Figs 8-11: the realisation of one small network, a panel a seed."""
-    figure, axes = plt.subplots(1, len(judged), figsize=(3.2 * len(judged), 3.2), squeeze=False)
-    for seed, (axis, found) in enumerate(zip(axes[0], judged, strict=True)):
-        _against(axis, found, f"seed {seed}")
-    _finish(figure, path, name)
+    columns = min(5, len(judged))
+    rows = -(-len(judged) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 3 * rows + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(judged) :]:
+        axis.axis("off")
+    for seed, found in enumerate(judged):
+        _against(axes.flat[seed], found, f"seed {seed}")
+    _finish(figure, path, f"{name}: log-odds of the correct class, network against trNTK surrogate")
 
 
 def _against(axis: plt.Axes, found: Judged, name: str) -> None:
@@ -101,7 +132,7 @@ def _against(axis: plt.Axes, found: Judged, name: str) -> None:
     ends = [min(x.min(), found.theirs.min()), max(x.max(), found.theirs.max())]
     axis.scatter(x, found.theirs, s=5, alpha=0.35)
     axis.plot(ends, ends, "k--", lw=0.8)
-    axis.set(xlabel="surrogate, after Φ¹ (log-odds)", ylabel="network (log-odds)")
+    axis.set(xlabel="surrogate, after Φ¹", ylabel="network")
     axis.set_title(f"{name}: R² {curve.r2.value:.2f}, τ {found.measures.tau.value or 0:.2f}", fontsize=9)
 
 
@@ -113,6 +144,5 @@ def _picture(axis: plt.Axes, image: torch.Tensor, title: str) -> None:
 
 def _finish(figure: plt.Figure, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

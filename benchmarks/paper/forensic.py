@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.paper.experiment import BACKENDS, Experiment, judge, surrogate
+import gradstore as gs
+from benchmarks.paper.experiment import BACKENDS, Experiment, Similarities, affordable, judge
 from gradstore.demo.digits import TARGET
 from gradstore.forensics import wilson
 
 
 def forensic_rows(
-    found: Experiment, seed: int, k: int = 5, threshold: int = 3, target: int = TARGET
+    found: Experiment,
+    seed: int,
+    k: int = 5,
+    threshold: int = 3,
+    target: int = TARGET,
+    experiment: str = "badnet-digits",
+    memory: str = "2GB",
 ) -> list[dict[str, object]]:
     """One row for each kernel and backend; splits "clean" and "poisoned".
 
     Args:
+        found: kernels of a poisoned project.
+        seed: of the rows.
+        k: neighbours that vote.
+        threshold: votes from which a query is flagged.
         target: the attacker's class, which counts as the correct one of a poisoned query.
+        experiment: name for the rows.
+        memory: of a surrogate; one that needs more has no row.
     """
     rows = []
     mask = found.project.poisoned_mask("train")
     for kernel, grams in found.grams.items():
-        flagged = {split: votes(grams[split], mask, k) >= threshold for split in ("clean", "poisoned")}
+        flagged = {
+            split: mask[nearest(grams[split], grams["train"], k, kernel)].sum(axis=1) >= threshold
+            for split in ("clean", "poisoned")
+        }
         tp, fp, fn = (int(v.sum()) for v in (flagged["poisoned"], flagged["clean"], ~flagged["poisoned"]))
         precision, recall = wilson(tp, tp + fp), wilson(tp, tp + fn)
         for backend in BACKENDS:
-            model = surrogate(found, kernel, backend)
+            model = affordable(found, kernel, backend, memory)
+            if model is None:
+                continue
             row: dict[str, object] = {
                 "table": 3,
-                "experiment": "badnet-digits",
+                "experiment": experiment,
                 "kernel": kernel,
                 "backend": backend,
                 "seed": seed,
@@ -46,7 +64,9 @@ def forensic_rows(
     return rows
 
 
-def votes(gram: np.ndarray, poisoned: np.ndarray, k: int) -> np.ndarray:
-    """Poisoned among the k most similar training rows of each query, int64 [m]; ties by row."""
-    nearest = np.argsort(-gram, axis=1, kind="stable")[:, :k]
-    return poisoned[nearest].sum(axis=1)
+def nearest(queries: Similarities, train: Similarities, k: int, kernel: str) -> np.ndarray:
+    """The k most similar training rows of each query, int64 [m, k]; ties by row."""
+    if isinstance(queries, gs.FeatureStore) and isinstance(train, gs.FeatureStore):
+        return gs.topk(train, queries, k, kernel).indices
+    blocks = (queries[at : at + 1000] for at in range(0, len(queries), 1000))
+    return np.concatenate([np.argsort(-block, axis=1, kind="stable")[:, :k] for block in blocks])

@@ -34,39 +34,42 @@ def write_cifar10(folder: Path, rng: np.random.Generator, n: int = 12, m: int = 
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
 
 
-def write_cola(folder: Path, rng: np.random.Generator, n: int = 60, m: int = 30) -> None:
-    """Tab-separated sentences, those of label 0 with their words in a wrong order; and a very small BERT."""
-    for name, count in (("in_domain_train.tsv", n), ("in_domain_dev.tsv", m)):
-        lines = []
-        for i in range(count):
-            words = [
-                _WORDS[0],
-                *rng.choice(_WORDS[2:5], 1),
-                *rng.choice(_WORDS[5:8], 1),
-                "a",
-                *rng.choice(_WORDS[2:5], 1),
-            ]
-            label = i % 2
-            lines.append(f"gen\t{label}\t{'' if label else '*'}\t{' '.join(words if label else words[::-1])} .")
-        (folder / name).write_text("\n".join(lines) + "\n")
+def write_cola(folder: Path, rng: np.random.Generator, n: int = 12, m: int = 6) -> None:
+    """Tab-separated sentences, those of label 0 with their words in a wrong order; and a BERT-base of random weights.
+
+    Writes 440 MB, as large as the real one.
+    """
+    write_sentences(folder, rng, n, m)
     write_bert(folder / "bert-base-uncased")
 
 
-def write_bert(folder: Path) -> None:
-    """A BERT of two layers and a vocabulary of a dozen words, as transformers saves them."""
+def write_sentences(folder: Path, rng: np.random.Generator, n: int, m: int) -> None:
+    """The two tables of CoLA."""
+    for name, count in (("in_domain_train.tsv", n), ("in_domain_dev.tsv", m)):
+        lines = []
+        for i in range(count):
+            chosen = [rng.choice(kind) for kind in (_WORDS[2:5], _WORDS[5:8], _WORDS[2:5])]
+            words = ["the", chosen[0], chosen[1], "a", chosen[2]]
+            label = i % 2
+            lines.append(f"gen\t{label}\t{'' if label else '*'}\t{' '.join(words if label else words[::-1])} .")
+        (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def write_bert(folder: Path, **sizes: int) -> None:
+    """A BERT as transformers saves it: the configuration and the vocabulary's length of bert-base-uncased.
+
+    Args:
+        folder: to make.
+        sizes: fields of `BertConfig` that differ from BERT-base.
+    """
     from transformers import BertConfig, BertModel
 
     folder.mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *_WORDS]
+    config = BertConfig(**sizes)
+    # As in the real file: padding first, unused places, the special tokens from place 100 on, then words.
+    vocabulary = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *_WORDS]
+    vocabulary += [f"[unused{i}]" for i in range(99, 99 + config.vocab_size - len(vocabulary))]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
     BertModel(config).save_pretrained(folder)
 
 

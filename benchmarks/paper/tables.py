@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,21 @@ def markdown(title: str, table: Sequence[Mapping[str, str]], notes: Sequence[str
     lines = [f"## {title}", "", "| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in table]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def read_csv(path: Path) -> list[dict[str, object]]:
+    """What `write_csv` wrote: numbers as numbers, nothing as None; no rows where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> object:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text or None
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -15,7 +15,8 @@ from gradstore.memory import format_bytes
 from gradstore.prefetch import prefetched
 from gradstore.store import FeatureStore
 
-_MOST_ROWS = 4096
+# Of a block in float32: memory that the allocator hands out again, where a larger block is fresh pages every time.
+_BLOCK_BYTES = 8 << 20
 _COPY_BYTES = 16 << 20
 
 
@@ -71,13 +72,14 @@ class StoreRows:
     Args:
         store: a complete store.
         kernel: which Φ.
-        memory: bytes for the blocks.
+        memory: bytes.
+        share: the blocks may take one part in `share` of them.
 
     Raises:
         UsageError: not even one row fits the memory.
     """
 
-    def __init__(self, store: FeatureStore, kernel: Kernel, memory: int) -> None:
+    def __init__(self, store: FeatureStore, kernel: Kernel, memory: int, share: int = 1) -> None:
         n, c, K = store.shape
         self.n, self.length = n, K if kernel.sums_classes else c * K
         self.bytes = 4 * n * self.length
@@ -86,16 +88,18 @@ class StoreRows:
         self._checked = not store.verify
         # As read, decoded and normalised, three times: one block in use, one ready, one being made.
         row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length)
-        if row > memory:
+        if share * row > memory:
             raise UsageError(
                 "too little memory",
                 where="--memory",
-                expected=f"at least {format_bytes(row)}",
+                expected=f"at least {format_bytes(share * row)}",
                 got=format_bytes(memory),
             )
+        memory //= share
         kept = 2 * self.bytes + row * 16 <= memory
         self._kept: list[tuple[slice, Tensor]] | None = [] if kept else None
-        self._rows = min(_MOST_ROWS, max(1, (memory - (self.bytes if kept else 0)) // row))
+        most = max(1, _BLOCK_BYTES // (4 * self.length))
+        self._rows = min(most, max(1, (memory - (self.bytes if kept else 0)) // row))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows; from memory where they are kept."""

@@ -119,7 +119,7 @@ def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, targe
     return TrainingData(
         source=store,
         kernel=kernel,
-        rows=StoreRows(store, kernel, memory // 2),
+        rows=StoreRows(store, kernel, memory, share=2),
         labels=labels,
         classes=np.arange(classes),
         outputs=logits,
@@ -193,7 +193,7 @@ def _stored_labels(store: FeatureStore, y: Any, classes: int) -> np.ndarray:
             where=store.path,
             expected=f"a class below {classes} for each of {len(store)} rows",
             got=f"{missing.size} without, the first in row {missing[0]}",
-            hint="Give labels, or learn the network's own outputs with target='probabilities'",
+            hint="Give labels, or learn the network's own outputs: --target predictions",
         )
     _require_two(labels, str(store.path))
     return labels.astype(np.int64)

@@ -12,9 +12,11 @@ import numpy as np
 import gradstore as gs
 from benchmarks.paper import generated
 from benchmarks.paper.digits import MEASURES, PERCENT, values
-from benchmarks.paper.experiment import BACKENDS, judge, run, surrogate
+from benchmarks.paper.experiment import BACKENDS, Experiment, affordable, judge, run
+from benchmarks.paper.forensic import forensic_rows
 from benchmarks.paper.published import BERT, SMALL
-from benchmarks.paper.tables import markdown, summary, write_csv
+from benchmarks.paper.recipes.badnet_cifar10 import TARGET
+from benchmarks.paper.tables import Row, markdown, read_csv, summary, write_csv
 from benchmarks.setting import setting
 
 FOLDER = Path(__file__).parent
@@ -43,18 +45,22 @@ RECIPES: Mapping[str, tuple[Callable[[Path, np.random.Generator], None], Sequenc
 LAYERS = {"bert_cola": r"bert\.encoder\.layer\.\d+\.output\.LayerNorm"}
 """Modules of the embedding kernel where not every module gives one row an example."""
 
+FORENSIC = {name: name for name in ("precision", "recall", "tau clean", "tau poisoned", "tad clean")}
+
 _SMOKE = {"epochs": "1"}
 
 
 def run_recipes(
     name: str | None,
     data: Path | None,
-    out: Path,
+    out: Path | None,
     say: Callable[[str], None],
     *,
     options: Mapping[str, str],
     smoke: bool,
     proj_dim: int,
+    seeds: int,
+    memory: str,
 ) -> None:
     """Run one recipe on the user's data, or one or all on generated files.
 
@@ -69,44 +75,87 @@ def run_recipes(
     for wanted in names:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made) if smoke else data
-            given = dict(options)
+            given = {"seed": "0", **(_SMOKE if smoke else {}), **options}
             if smoke:
                 RECIPES[wanted][0](Path(made), np.random.default_rng(0))
-                given = {**_SMOKE, **given}
             began = time.perf_counter()
-            run_recipe(wanted, Path(str(folder)), out, given, proj_dim=64 if smoke else proj_dim, say=say)
+            found: list[dict[str, object]] = []
+            for seed in range(int(given["seed"]), int(given["seed"]) + seeds):
+                given["seed"] = str(seed)
+                found += recipe_rows(
+                    wanted, Path(str(folder)), given, proj_dim=64 if smoke else proj_dim, memory=memory, say=say
+                )
+            print(report(wanted, found, out, generated=smoke))
             say(f"{wanted}: {time.perf_counter() - began:.0f} s")
 
 
-def run_recipe(
-    name: str, data: Path, out: Path, options: Mapping[str, str], *, proj_dim: int, say: Callable[[str], None]
-) -> None:
-    """One experiment; writes `<name>.md` and `<name>.csv` to `out` and prints the table."""
-    say(f"{name}: training")
+def recipe_rows(
+    name: str, data: Path, options: Mapping[str, str], *, proj_dim: int, memory: str, say: Callable[[str], None]
+) -> list[dict[str, object]]:
+    """One experiment with one seed: a row for each kernel and backend.
+
+    Weights, stores and Gram files stay in `data`, so that a run that was interrupted is continued.
+    """
+    say(f"{name}: training, {', '.join(f'{key} {value}' for key, value in options.items())}")
     project = gs.load_project(FOLDER / f"{name}.py", {"data": str(data), **options})
     parameters = sum(p.numel() for p in project.model.parameters())
     say(f"{name}: kernels of {parameters:,} parameters")
-    with tempfile.TemporaryDirectory() as folder:
-        found = run(project, Path(folder), kernels=RECIPES[name][1], proj_dim=proj_dim, layers=LAYERS.get(name))
-    rows: list[dict[str, object]] = []
-    if "poisoned" in found.queries:
-        from benchmarks.paper.forensic import forensic_rows
-
-        rows = forensic_rows(found, 0, target=4)
-        measures = {name: name for name in ("precision", "recall", "tau clean", "tau poisoned", "tad clean")}
-    else:
-        measures = dict(MEASURES)
-        for kernel in found.grams:
-            for backend in BACKENDS:
-                judged = judge(found, surrogate(found, kernel, backend), kernel).measures
-                rows.append({"kernel": kernel, "backend": backend, **values(judged)})
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(
-        out / f"{name}.csv", [{"experiment": name, "parameters": parameters, **row, **setting(0)} for row in rows]
+    given = ",".join(f"{key}={value}" for key, value in sorted(options.items()) if key != "seed")
+    seed = int(options["seed"])
+    folder = data / "-".join(filter(None, (name, f"seed{seed}", given, f"K{proj_dim}")))
+    found = run(
+        project,
+        folder,
+        kernels=RECIPES[name][1],
+        proj_dim=proj_dim,
+        seed=seed,
+        layers=LAYERS.get(name),
+        stored=True,
+        memory=memory,
     )
-    text = markdown(name, summary(rows, ("kernel", "backend"), measures, PERCENT), _published(name))
-    (out / f"{name}.md").write_text(text)
-    print(text)
+    what = {"experiment": name, "parameters": parameters, "K": proj_dim, "options": given}
+    if "poisoned" in found.queries:
+        rows = forensic_rows(found, seed, target=TARGET, experiment=name, memory=memory)
+    else:
+        rows = [row for kernel in found.grams for backend in BACKENDS for row in _row(found, kernel, backend, memory)]
+    return [{**what, **row, **setting(seed)} for row in rows]
+
+
+def _row(found: Experiment, kernel: str, backend: str, memory: str) -> list[dict[str, object]]:
+    """How faithful one surrogate is; nothing where it needs more memory."""
+    model = affordable(found, kernel, backend, memory)
+    if model is None:
+        return []
+    return [{"kernel": kernel, "backend": backend, **values(judge(found, model, kernel).measures)}]
+
+
+def report(name: str, rows: Sequence[Row], out: Path | None, *, generated: bool) -> str:
+    """The table in the paper's shape, means over seeds; with `out` it and `<name>.csv` are written there.
+
+    Rows of the file that are of the same settings and other seeds stay and count.
+    """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = [*_others(read_csv(out / f"{name}.csv"), rows), *rows]
+        write_csv(out / f"{name}.csv", rows)
+    measures = FORENSIC if "precision" in rows[0] else MEASURES
+    notes = _published(name)
+    if generated:
+        notes = [*notes, "Run on a few generated examples: it shows that the recipe runs, and its numbers say nothing."]
+    title = f"{name}, {rows[0]['parameters']:,} parameters"
+    text = markdown(title, summary(rows, ("kernel", "backend"), measures, PERCENT), notes)
+    if out is not None:
+        (out / f"{name}.md").write_text(text)
+    return text
+
+
+def _others(known: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    seeds = {row["seed"] for row in new}
+    return [
+        row
+        for row in known
+        if row["seed"] not in seeds and (row["K"], row["options"] or "") == (new[0]["K"], new[0]["options"])
+    ]
 
 
 def _published(name: str) -> list[str]:
