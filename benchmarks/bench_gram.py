@@ -5,7 +5,7 @@
 appends to results/gram.csv. Rivals are interleaved and each figure is a median. numpy multiplies a float32 array that
 is already in memory (`x @ x.T`, which calls BLAS's symmetric product); ours reads the float16 store from the page
 cache, checks every row's digest and writes the matrix to disk. "share of matmul" is our rate on the tiles that are
-computed over that of a plain torch product of operands in memory, of the same dtype and tile.
+computed over that of a plain torch product of operands in memory, of the same dtype and tile; for int14 three of int8.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from setting import append_rows
 
 import gradstore as gs
 from gradstore.fingerprint import fingerprint_of
+from gradstore.products import ARITHMETICS
 from gradstore.schema import Schema
 from gradstore.storage.encoding import encode
 from gradstore.storage.manifest import Manifest
@@ -53,22 +54,24 @@ def measure(n: int, repeats: int, folder: Path) -> list[dict[str, object]]:
     rivals: dict[str, Callable[[], object]] = {
         "numpy float32 in memory": lambda: x @ x.T,
         "store, float32": lambda: fresh(store, out, "float32"),
+        "store, int14": lambda: fresh(store, out, "int14"),
         "store, int8": lambda: fresh(store, out, "int8"),
         "torch tile float32": lambda: torch.mm(floats[0], floats[1].T),
         "torch tile int8": lambda: torch._int_mm(integers[0], integers[1].T),
+        "torch tile int14": lambda: [torch._int_mm(integers[0], integers[1].T) for _ in range(3)],
     }
     seconds = interleaved(rivals, repeats)
     blocks = -(-n // TILE)
     tiles = blocks * (blocks + 1) / 2 * (n / blocks / TILE) ** 2
     found = [row(name, value, "s") for name, value in seconds.items()]
-    for kind in ("float32", "int8"):
+    for kind in ARITHMETICS:
         ours = seconds[f"store, {kind}"]
         found.append(row(f"numpy / store, {kind}", seconds["numpy float32 in memory"] / ours, "x"))
         found.append(row(f"share of matmul, {kind}", tiles * seconds[f"torch tile {kind}"] / ours, "1"))
     exact = x @ x.T
     norms = np.sqrt(np.diag(exact))
     exact /= np.outer(norms, norms)
-    for kind in ("float32", "int8"):
+    for kind in ARITHMETICS:
         error = fresh(store, out, kind)[:] - exact
         found.append(row(f"rms error of a cosine, {kind}", float(np.sqrt(np.mean(error**2))), "1"))
         found.append(row(f"largest error of a cosine, {kind}", float(np.abs(error).max()), "1"))

@@ -14,12 +14,19 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.gram_file import Gram, Report, write_tiles
-from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
+from gradstore.kernels import Kernel, projected_kernel, require_comparable, require_served, scaled_feature_map
 from gradstore.memory import parse_bytes
-from gradstore.products import ARITHMETICS, Operand, multiply, operand
+from gradstore.products import ARITHMETICS, Operand, bytes_a_row, multiply
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
+from gradstore.threads import Workers, worker_count
 from gradstore.tiles import Grid, Skip, Tile, nothing, plan_grid
+
+# What a worker reads at a time, and what it converts at a time: little enough for the second-level cache of a core.
+_STRIP_BYTES = 4 << 20
+_CACHED_BYTES = 3 << 20
+# Bytes that converting one feature takes beside what is read: three float32 arrays.
+_VALUE_BYTES = 12
 
 
 @overload
@@ -104,6 +111,8 @@ class StoreTiles:
 
     Attributes:
         grid: how the matrix is cut.
+        strip: rows that a worker reads at a time.
+        together: rows that it converts at a time, so few that all passes over them stay in a core's cache.
     """
 
     def __init__(self, a: FeatureStore, b: FeatureStore | None, kernel: Kernel, memory: int, arithmetic: str) -> None:
@@ -121,18 +130,23 @@ class StoreTiles:
             require_served(kernel, store)
         require_comparable(self.a, self.b)
         n, c, K = self.a.shape
-        D = K if kernel.sums_classes else c * K
-        held = D * (4 if arithmetic == "float32" else 1)
-        loading = self.a.schema.row_bytes + 4 * c * K + (8 * K if arithmetic == "int8" else 0)
+        self.width = 1 if kernel.sums_classes else c
+        row = self.a.schema.row_bytes
+        share = memory // 16 // worker_count()
+        self.strip = max(1, min(_STRIP_BYTES, share) // row)
+        self.together = max(1, min(_CACHED_BYTES, share) // (_VALUE_BYTES * c * K))
+        fixed = worker_count() * (self.strip * row + self.together * _VALUE_BYTES * c * K)
+        held = bytes_a_row(self.width * K, arithmetic)
         self.grid: Grid = plan_grid(
-            n, len(self.b), symmetric=self.symmetric, held=held, loading=loading, value=12, memory=memory
+            n, len(self.b), symmetric=self.symmetric, held=held, loading=0, value=28, memory=memory, fixed=fixed
         )
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; each row's digest is checked when the row is first read."""
-        load_a = self._reader(self.a)
-        load_b = load_a if self.symmetric else self._reader(self.b)
-        return self.grid.tiles(load_a, load_b, multiply, skip)
+        with Workers() as workers:
+            load_a = self._reader(self.a, workers)
+            load_b = load_a if self.symmetric else self._reader(self.b, workers)
+            yield from self.grid.tiles(load_a, load_b, partial(multiply, workers=workers), skip)
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
@@ -148,20 +162,33 @@ class StoreTiles:
             "data_b": _data_digest(self.b),
         }
 
-    def _reader(self, store: FeatureStore) -> Callable[[range], Operand]:
+    def _reader(self, store: FeatureStore, workers: Workers) -> Callable[[range], Operand]:
         unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
         checked = np.zeros(len(store), bool)
-        return partial(self._load, store, unchecked, checked)
 
-    def _load(self, store: FeatureStore, unchecked: FeatureStore, checked: np.ndarray, rows: range) -> Operand:
-        known = bool(checked[rows.start : rows.stop].all())
-        columns = (unchecked if known else store).read(rows.start, rows.stop)
-        checked[rows.start : rows.stop] = True
-        phi, norms = feature_map(self.kernel, columns)
-        del columns
-        return operand(
-            phi, norms, rows, normalised=self.kernel.normalised, arithmetic=self.arithmetic, width=store.schema.K
-        )
+        def load(rows: range) -> Operand:
+            made = Operand.empty(
+                len(rows),
+                self.width,
+                store.schema.K,
+                normalised=self.kernel.normalised,
+                arithmetic=self.arithmetic,
+            )
+            source = unchecked if checked[rows.start : rows.stop].all() else store
+            strips = [range(at, min(at + self.strip, rows.stop)) for at in range(rows.start, rows.stop, self.strip)]
+            workers.map(lambda strip: self._fill(made, strip.start - rows.start, source, strip), strips)
+            checked[rows.start : rows.stop] = True
+            return made
+
+        return load
+
+    def _fill(self, made: Operand, place: int, store: FeatureStore, rows: range) -> None:
+        """Read some rows of a store and make them the operand's rows from `place` on."""
+        columns = store.read(rows.start, rows.stop)
+        for at in range(0, len(rows), self.together):
+            some = slice(at, at + self.together)
+            phi, factors = scaled_feature_map(self.kernel, {name: values[some] for name, values in columns.items()})
+            made.fill(place + at, phi, factors, rows[some])
 
 
 def _same(a: FeatureStore, b: FeatureStore) -> bool:

@@ -149,11 +149,32 @@ def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tens
         NonFiniteError: a row's Φ is zero or not finite, so that a cosine is undefined; names the row.
     """
     features = decode(columns["features"], columns["scale"])
+    phi = features.sum(dim=1) if kernel.sums_classes else features.flatten(1)
+    return phi, _norms(kernel, phi, columns)
+
+
+def scaled_feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Φ of some rows, divided by its norm where the kernel is normalised, as values and the factors that they lack.
+
+    Returns:
+        (float32 [n, c, K], factors float64 [n, c]): the stored digits and what one of them is worth; with the 1 in
+        place of c where classes are summed. Holds the values and, where classes are summed, the features beside them.
+
+    Raises:
+        NonFiniteError: as `feature_map`.
+    """
     if kernel.sums_classes:
-        phi = features.sum(dim=1)
+        phi, norms = feature_map(kernel, columns)
+        return phi[:, None], 1 / norms[:, None]
+    values = torch.from_numpy(columns["features"]).to(torch.float32, copy=True)
+    return values, torch.from_numpy(columns["scale"]).double() / _norms(kernel, values, columns)[:, None]
+
+
+def _norms(kernel: Kernel, phi: Tensor, columns: Mapping[str, np.ndarray]) -> Tensor:
+    """What rows are divided by, float64 [n]."""
+    if kernel.sums_classes:
         norms = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64)
     else:
-        phi = features.flatten(1)
         norms = torch.linalg.vector_norm(torch.from_numpy(columns["norm"]), dim=1)
     if not kernel.normalised:
         norms = torch.where(torch.isfinite(norms), torch.ones_like(norms), norms)
@@ -166,4 +187,4 @@ def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tens
             got=f"norm {norms[i].item()}",
             hint="Run `gradstore verify` on the store",
         )
-    return phi, norms
+    return norms

@@ -1,21 +1,24 @@
-"""Inner products of feature rows, in float32 or with rows rounded to int8."""
+"""Inner products of feature rows, in float32 or of rows rounded to integers, cut into jobs for worker threads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import UsageError
+from gradstore.rounding import MOST_COLUMNS, PLANES, exact_product, round_rows
+from gradstore.threads import Workers
 
-ARITHMETICS = ("float32", "int8")
+ARITHMETICS = ("float32", "int14", "int8")
 
-# Sums of this many products of int8 values stay within int32: 2^17 · 127² < 2^31.
-_INT8_COLUMNS = 1 << 17
-_LARGEST_ROUNDING = 0.03
+# Rows of one job: enough for a good product, few enough to share a tile out evenly.
+_JOB_ROWS = 256
+# Multiply-adds below which handing a job to another thread costs more than the job.
+_SMALL = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -23,93 +26,104 @@ class Operand:
     """Rows of a feature map Φ, ready to be multiplied.
 
     Attributes:
-        values: float32 [n, D], or int8 [n, D].
-        scale: float32 [n, pieces], what one unit of `values` is worth in each piece of columns; None for float32.
-        pieces: the columns that share a scale.
+        values: float32 [1, n, D], or int8 [planes, n, D].
+        units: float32 [n, pieces], what one unit of `values` is worth in each piece of columns; None for float32.
+        pieces: the columns that are multiplied together.
         normalised: the kernel is a cosine.
+        arithmetic: how they are multiplied, one of `ARITHMETICS`.
     """
 
     values: Tensor
-    scale: Tensor | None
+    units: Tensor | None
     pieces: tuple[slice, ...]
     normalised: bool
+    arithmetic: str
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.values.shape[1]
+
+    @classmethod
+    def empty(cls, n: int, c: int, K: int, *, normalised: bool, arithmetic: str) -> Operand:
+        """Room for n rows of D = c · K values, `bytes_a_row` each; K values in a row share a unit."""
+        dtype = np.float32 if arithmetic == "float32" else np.int8
+        shape = (PLANES.get(arithmetic, 1), n, c * K)
+        values = torch.from_numpy(np.empty(shape, dtype))  # by NumPy, which asks for huge pages; torch does not
+        if arithmetic == "float32":
+            return cls(values, None, (slice(0, c * K),), normalised, arithmetic)
+        starts = range(0, K, MOST_COLUMNS)
+        pieces = tuple(slice(j * K + at, j * K + min(at + MOST_COLUMNS, K)) for j in range(c) for at in starts)
+        return cls(values, torch.empty(n, len(pieces)), pieces, normalised, arithmetic)
+
+    def fill(self, start: int, phi: Tensor, factors: Tensor, rows: Sequence[int]) -> None:
+        """Put some rows in their place.
+
+        Args:
+            start: place of the first.
+            phi: float32 [r, c, K]; overwritten.
+            factors: float64 [r, c], by which rows are multiplied; one over a norm where products might overflow.
+            rows: their indices, for messages.
+
+        Raises:
+            UsageError: rounding would lose too much of a row.
+        """
+        r, c, K = phi.shape
+        values = self.values[:, start : start + r]
+        if self.units is None:
+            torch.mul(phi, factors.float()[..., None], out=values[0].unflatten(1, (c, K)))
+            return
+        places = values.unflatten(2, (c, K))
+        units = round_rows(phi, factors, self.arithmetic, places, rows, normalised=self.normalised)
+        self.units[start : start + r] = units.repeat_interleave(len(self.pieces) // c, dim=1)
 
 
-def operand(phi: Tensor, norms: Tensor, rows: range, *, normalised: bool, arithmetic: str, width: int) -> Operand:
-    """Prepare rows for multiplication.
+def bytes_a_row(D: int, arithmetic: str) -> int:
+    """What an operand holds of one row of D values, its units excepted."""
+    return 4 * D if arithmetic == "float32" else PLANES[arithmetic] * D
 
-    "int8" rounds each piece of a row to multiples of its largest value / 127, as do int8 stores, and sums products
-    exactly. With e = ‖rounding‖ / ‖row‖, at most 3 % in any row or the row is refused, a cosine moves by at most
-    2e + e² (Cauchy-Schwarz); rounding errors being independent of one another, what is seen is near e sqrt(2/D), some
-    1e-4 for D = 10240, hundred times less than the projection's own noise of 1/sqrt(D).
+
+def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -> np.ndarray:
+    """Inner products of prepared rows, float32 [Σ n_a, n_b].
 
     Args:
-        phi: float32 [n, D]; overwritten.
-        norms: float64 [n], by which rows are divided, so that products neither overflow nor underflow.
-        rows: their indices, for messages.
-        normalised: the kernel is a cosine.
-        arithmetic: "float32" or "int8".
-        width: columns of Φ that were scaled together, K.
+        a: operands of consecutive rows.
+        b: the columns' operand; it may be one of the rows', and then only one half of their square is computed.
+        workers: share the work; None computes in the calling thread.
 
-    Raises:
-        UsageError: int8 would lose more than 3 % of a row.
+    Holds the result, and where rows were rounded four values of 4 bytes for each value of the jobs at work.
     """
-    phi /= norms[:, None].float()
-    if arithmetic == "float32":
-        return Operand(phi, None, (slice(0, phi.shape[1]),), normalised)
-    step = min(width, _INT8_COLUMNS)
-    ends = range(width, phi.shape[1] + 1, width)
-    pieces = tuple(slice(at, min(at + step, end)) for end in ends for at in range(end - width, end, step))
-    values = torch.empty(phi.shape, dtype=torch.int8)
-    scale = torch.empty(len(phi), len(pieces))
-    lost, whole = torch.zeros(len(phi)), torch.linalg.vector_norm(phi, dim=1)
-    for i, piece in enumerate(pieces):
-        part = phi[:, piece]
-        unit = part.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-        part /= unit[:, None]
-        rounded = part.round()
-        values[:, piece] = rounded
-        lost += (torch.linalg.vector_norm(part.sub_(rounded), dim=1) * unit).square_()
-        scale[:, i] = unit
-    _require_small(lost.sqrt_() / whole, rows)
-    return Operand(values, scale, pieces, normalised)
-
-
-def multiply(a: Sequence[Operand], b: Operand) -> np.ndarray:
-    """Inner products of prepared rows, float32 [Σ n_a, n_b]; the columns' operand may be one of the rows'."""
-    out = torch.empty(sum(len(rows.values) for rows in a), len(b.values))
-    at = 0
+    out = torch.empty(sum(map(len, a)), len(b))
+    jobs: list[Callable[[], None]] = []
+    at, square = 0, None
     for rows in a:
-        tile = out[at : at + len(rows.values)]
-        if b.scale is None:
-            torch.mm(rows.values, b.values.T, out=tile)
-        else:
-            _multiply_int8(rows, b, tile)
-        if rows is b:
-            tile.copy_(tile.triu() + tile.triu(1).T)  # symmetric to the last bit
-            if b.normalised:
-                tile.fill_diagonal_(1.0)
-        at += len(rows.values)
+        tile = out[at : at + len(rows)]
+        for low in range(0, len(rows), _JOB_ROWS):
+            high = min(low + _JOB_ROWS, len(rows))
+            left = low if rows is b else 0
+            jobs.append(partial(_product, rows, slice(low, high), b, slice(left, None), tile[low:high, left:]))
+        square = tile if rows is b else square
+        at += len(rows)
+    if workers is None or out.numel() * b.values.shape[2] < _SMALL:
+        for job in jobs:
+            job()
+    else:
+        workers.map(lambda job: job(), jobs)
+    if square is not None:
+        square.copy_(square.triu() + square.triu(1).T)  # symmetric to the last bit
+        if b.normalised:
+            square.fill_diagonal_(1.0)
     return out.numpy()
 
 
-def _multiply_int8(a: Operand, b: Operand, out: Tensor) -> None:
-    assert a.scale is not None
-    assert b.scale is not None
+def _product(a: Operand, rows: slice, b: Operand, columns: slice, out: Tensor) -> None:
+    """Some rows of `a` times some of `b`, to float32 `out`."""
+    left, right = a.values[:, rows], b.values[:, columns]
+    if a.units is None or b.units is None:
+        torch.mm(left[0], right[0].T, out=out)
+        return
+    left_units, right_units = a.units[rows], b.units[columns]
+    part = torch.empty(out.shape)
     out.zero_()
     for i, piece in enumerate(b.pieces):
-        product = torch._int_mm(a.values[:, piece], b.values[:, piece].T)
-        out += product * a.scale[:, i : i + 1] * b.scale[:, i]
-
-
-def _require_small(rounding: Tensor, rows: range) -> None:
-    bad = torch.nonzero(~(rounding <= _LARGEST_ROUNDING))
-    if len(bad):
-        i = int(bad[0])
-        raise UsageError(
-            f"int8 loses too much of row {rows[i]}",
-            where="--arithmetic",
-            expected=f"at most {_LARGEST_ROUNDING:.0%} of its norm",
-            got=f"{rounding[i].item():.1%}",
-            hint="Its features hold a few very large values; use float32",
-        )
+        exact_product(left[:, :, piece], right[:, :, piece], part)
+        out.addcmul_(part.mul_(left_units[:, i : i + 1]), right_units[:, i])

@@ -158,6 +158,7 @@ def plan_grid(
     loading: int,
     value: int,
     memory: int,
+    fixed: int = 0,
     most: int = _MAX_BLOCK,
     ahead: bool = True,
 ) -> Grid:
@@ -170,20 +171,21 @@ def plan_grid(
         held: bytes of one row's operand.
         loading: bytes that making one row's operand takes beside the operand itself.
         value: bytes that one value of a tile takes while it is made.
-        memory: the budget. In it are: the group, the blocks that pass by, and a tile.
+        memory: the budget. In it are: the group, the blocks that pass by, a tile, and what is fixed.
+        fixed: bytes that are taken whatever the cut.
         most: the largest block.
         ahead: operands are loaded in a thread, so that one is ready and one being made while one is in use.
 
     Raises:
         UsageError: not even the smallest cut fits.
     """
-    passing = (3 if ahead else 1) * held + loading
+    passing, room = (3 if ahead else 1) * held + loading, memory - fixed
     block = max(CELL, min(most, -(-max(n, m) // CELL) * CELL))
-    while block > CELL and (passing * block > memory // 2 or block * (passing + held + value * block) > memory):
+    while block > CELL and (passing * block > room // 2 or block * (passing + held + value * block) > room):
         block = max(CELL, block // 2 // CELL * CELL)
-    rows = (memory - passing * block) // (held + value * block)
+    rows = (room - passing * block) // (held + value * block)
     if rows < block:
-        need = block * (passing + held + value * block)
+        need = fixed + block * (passing + held + value * block)
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )

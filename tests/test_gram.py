@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
+from gradstore.products import Operand, multiply
+from gradstore.rounding import STEPS
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.tiles import Grid, plan_grid
@@ -81,26 +86,72 @@ def test_a_store_given_twice_is_one_store(stores: tuple, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_int8_products_stay_within_their_bound(dtype: str, kernel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arithmetic", ["int8", "int14"])
+def test_products_of_rounded_rows_stay_within_their_bound(
+    arithmetic: str, dtype: str, kernel: str, tmp_path: Path
+) -> None:
     store = write_store(tmp_path / "store", np.random.default_rng(0).standard_normal((90, 3, 2000)), dtype=dtype)
     expected = dense_similarity(store, store, kernel)
-    found = gs.gram(store, kernel=kernel, out=tmp_path / "gram.h5", arithmetic="int8")[:]
+    found = gs.gram(store, kernel=kernel, out=tmp_path / "gram.h5", arithmetic=arithmetic)[:]
     norms = np.sqrt(np.diag(expected))
     error = (found - expected) / np.outer(norms, norms)
     np.fill_diagonal(error, 0)  # a square does not average its rounding out
-    e = 4.5 / (127 * np.sqrt(12))  # rounding of a row whose peak is 4.5 standard deviations
+    e = 4.5 / (STEPS[arithmetic] * np.sqrt(12))  # rounding of a row whose peak is 4.5 standard deviations
     assert np.abs(error).max() < 6 * e * np.sqrt(2 / (2000 * (1 if kernel == "proj-pntk" else 3)))
 
 
-def test_int8_refuses_a_row_that_is_mostly_one_value(tmp_path: Path) -> None:
+@given(
+    values=st.lists(st.integers(-8128, 8128), min_size=4, max_size=40),
+    pieces=st.integers(1, 3),
+    exponent=st.integers(-20, 20),
+)
+@settings(deadline=None, max_examples=60)
+def test_int14_products_of_14_bit_rows_are_exact(values: list[int], pieces: int, exponent: int) -> None:
+    rows = np.array([values, values[::-1]], np.int64)
+    rows[:, 0] = 8128  # the peak, so that a unit is one
+    rows = np.stack([np.roll(rows, i, 1) for i in range(pieces)], 1)
+    phi = torch.from_numpy(rows).float() * 2.0**exponent
+    operand = Operand.empty(2, pieces, phi.shape[2], normalised=False, arithmetic="int14")
+    operand.fill(0, phi, torch.ones(2, pieces, dtype=torch.float64), range(2))
+    limbs = operand.values.numpy().astype(np.int64)
+    np.testing.assert_array_equal(128 * limbs[0] + limbs[1], rows.reshape(2, -1))
+    np.testing.assert_array_equal(limbs[0] + limbs[1], limbs[2])
+    expected = rows.reshape(2, -1) @ rows.reshape(2, -1).T * 4.0**exponent
+    np.testing.assert_allclose(multiply([operand], operand), expected, rtol=5e-7)
+
+
+def test_rounded_rows_give_the_same_bits_however_the_work_is_cut(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", clustered(600, 3, 200))
+    threads = torch.get_num_threads()
+    whole = gs.gram(store, out=tmp_path / "whole.h5", arithmetic="int14")[:]
+    try:
+        torch.set_num_threads(1)
+        cut = gs.gram(store, out=tmp_path / "cut.h5", arithmetic="int14", memory="700KB")[:]
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(cut, whole)
+    twin = np.concatenate([clustered(20, 3, 200)] * 2)
+    twins = write_store(tmp_path / "twins", twin)
+    np.testing.assert_allclose(np.diag(gs.gram(twins, out=tmp_path / "t.h5", arithmetic="int14")[:], 20), 1, atol=2e-7)
+
+
+def test_leaving_the_tiles_early_restores_the_threads(stores: tuple) -> None:
+    before, threads = torch.get_num_threads(), threading.active_count()
+    for _ in gs.gram(stores[0], memory="400KB"):
+        break
+    gc.collect()
+    assert (torch.get_num_threads(), threading.active_count()) == (before, threads)
+
+
+@pytest.mark.parametrize(("arithmetic", "limit"), [("int8", r"3\.00%"), ("int14", r"0\.05%")])
+def test_rounding_refuses_a_row_that_is_mostly_one_value(arithmetic: str, limit: str, tmp_path: Path) -> None:
     features = np.random.default_rng(0).standard_normal((40, 1, 4000)).astype(np.float32)
-    features[7, 0, 0] = 2000
+    features[7, 0, 0] = 300
     store = write_store(tmp_path / "store", features)
     gs.gram(store, out=tmp_path / "float.h5")
-    features[7, 0, 0] = 300
-    store = write_store(tmp_path / "other", features)
-    with pytest.raises(UsageError, match=r"int8 loses too much of row 7 .*use float32"):
-        gs.gram(store, out=tmp_path / "int8.h5", arithmetic="int8")
+    message = rf"{arithmetic} loses too much of row 7 \(expected at most {limit} of its norm.*use float32"
+    with pytest.raises(UsageError, match=message):
+        gs.gram(store, out=tmp_path / "rounded.h5", arithmetic=arithmetic)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -304,7 +355,7 @@ def test_unusable_arguments_are_named(stores: tuple) -> None:
     with pytest.raises(UsageError, match=r"--kernel: unknown kernel \(expected one of proj-trntk"):
         gs.gram(train, kernel="rbf")
     with pytest.raises(
-        UsageError, match=r"--arithmetic: unknown arithmetic \(expected one of float32, int8, got 'bf4'\)"
+        UsageError, match=r"--arithmetic: unknown arithmetic \(expected one of float32, int14, int8, got 'bf4'\)"
     ):
         gs.gram(train, arithmetic="bf4")
     with pytest.raises(UsageError, match=r"--memory: too little memory \(expected at least .* kB, got 1.0 kB\)"):

@@ -17,134 +17,123 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.exact.factors import Factors, Held, column_slices, count, dense_columns, rows_and_classes
+from gradstore.jacobians import DenseBlock, EmbeddingBlock
 
 # An elementwise pass over products costs about as much as this many multiply-adds of a matrix product.
 _PASS = 30
+# Rows of a symmetric product that are computed together; of their square both halves are.
+_SQUARE = 128
 
 
-def contract(a: Sequence[JacobianBlock], b: Sequence[JacobianBlock], out: Tensor, *, pairs: bool, scratch: int) -> None:
+def contract(a: Sequence[Held], b: Sequence[Held], out: Tensor, *, pairs: bool, scratch: int) -> Tensor:
     """Add the inner products over one block of parameters.
 
     Products are float32, their sums over blocks float64.
 
     Args:
-        a: the block for consecutive groups of examples, n in all; c rows an example.
-        b: the same for m others.
+        a: the block for consecutive batches of examples, n in all; c rows an example.
+        b: the same for m others; `a` itself computes values on and above the diagonal, and some below it.
         out: float64 [n, m], to which Σ_c ⟨g_i^c, g_j^c⟩ is added; or, where `pairs`, [n c, m c] for ⟨g_i^c, g_j^d⟩.
         pairs: one value for each pair of classes.
         scratch: bytes that intermediate values may take, roughly.
+
+    Returns:
+        The squared norms of b's rows over this block, float64 [m, c].
     """
-    if _factored_is_cheaper(a, b, pairs):
+    if factored_is_cheaper(a, b, pairs):
         _contract_factors(a, b, out, pairs, scratch)
-    else:
-        _contract_dense(a, b, out, pairs, scratch)
+        return squared_norms(b, scratch)
+    return _contract_dense(a, b, out, pairs, scratch)
 
 
-def held(block: JacobianBlock) -> JacobianBlock:
-    """The block in a form that keeps nothing else alive: its factors, or its values."""
-    return (
-        block
-        if isinstance(block, (LinearBlock, EmbeddingBlock))
-        else DenseBlock(block.name, block.start, block.dense())
-    )
+def squared_norms(blocks: Sequence[Held], scratch: int) -> Tensor:
+    """Σ of the squared values of each row over one block of parameters, float64 [n, c]."""
+    first = blocks[0]
+    if isinstance(first, EmbeddingBlock):
+        return torch.cat([block.sq_norm() for block in blocks])  # type: ignore[union-attr]
+    if isinstance(first, Factors) and first.deltas.shape[2] == 1:
+        return torch.cat([_rank_one_norms(block) for block in blocks])  # type: ignore[arg-type]
+    total = torch.zeros(())
+    for part in column_slices(blocks, scratch // 8):
+        total = total + _squares(dense_columns(blocks, part))
+    return total
 
 
-def tensors_of(block: JacobianBlock) -> list[Tensor]:
-    """What a held block keeps in memory."""
-    if isinstance(block, LinearBlock):
-        return [block.activations, block.deltas]
-    if isinstance(block, EmbeddingBlock):
-        return [block.indices, block.deltas]
-    return [block.dense()]
+def factored_is_cheaper(a: Sequence[Held], b: Sequence[Held], pairs: bool) -> bool:
+    """Whether the factored form takes fewer operations than the dense one."""
+    return operations(a, b, pairs, factored=True) < operations(a, b, pairs, factored=False)
 
 
-def _shape(block: JacobianBlock) -> tuple[int, int]:
-    """(n, c)."""
-    values = block.deltas if isinstance(block, (LinearBlock, EmbeddingBlock)) else block.dense()
-    return values.shape[0], values.shape[1]
-
-
-def _factored_is_cheaper(a: Sequence[JacobianBlock], b: Sequence[JacobianBlock], pairs: bool) -> bool:
+def operations(a: Sequence[Held], b: Sequence[Held], pairs: bool, *, factored: bool) -> float:
+    """Multiply-adds a pair of examples, what forming dense rows takes included; infinite where there are no factors."""
     left, right = a[0], b[0]
-    if not isinstance(left, (LinearBlock, EmbeddingBlock)) or not isinstance(right, (LinearBlock, EmbeddingBlock)):
-        return False
-    c, o = left.deltas.shape[1], left.deltas.shape[3]
-    i = left.activations.shape[2] if isinstance(left, LinearBlock) else 1
-    values = c * c if pairs else 1
+    c = rows_and_classes(left)[1]
     rows = c * c if pairs else c
+    if isinstance(left, DenseBlock) or isinstance(right, DenseBlock):
+        return float("inf") if factored else float(rows * left.size)
+    o = left.deltas.shape[3]
     positions = left.deltas.shape[2] * right.deltas.shape[2]
-    n, m = (sum(_shape(block)[0] for block in side) for side in (a, b))
-    forming = c * left.size * (left.deltas.shape[2] if isinstance(left, LinearBlock) else 1) * (1 / n + 1 / m)
-    elementwise = _PASS * values if positions > 1 else values
-    return positions * (rows * o + i + elementwise) < rows * left.size + forming
+    if factored:
+        values = c * c if pairs else 1
+        return positions * (rows * o + _inputs(left) + (_PASS * values if positions > 1 else values))
+    forming = c * left.size * (left.deltas.shape[2] if isinstance(left, Factors) else 1)
+    return rows * left.size + forming * (1 / count(a) + 1 / count(b))
 
 
-def _contract_dense(
-    a: Sequence[JacobianBlock], b: Sequence[JacobianBlock], out: Tensor, pairs: bool, scratch: int
-) -> None:
-    c = _shape(a[0])[1]
-    for low, high in _slices(b, scratch // (8 * c)):
-        right = _rows(b, low, high, pairs)
+def _inputs(block: Held) -> int:
+    return block.width if isinstance(block, Factors) else 1
+
+
+def _rank_one_norms(block: Factors) -> Tensor:
+    return block.deltas.double().square().sum((2, 3)) * block.activations().double().square().sum((1, 2))[:, None]
+
+
+def _squares(columns: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(columns, dim=2).double().square()
+
+
+def _contract_dense(a: Sequence[Held], b: Sequence[Held], out: Tensor, pairs: bool, scratch: int) -> Tensor:
+    squares = torch.zeros(())
+    rows = max(_SQUARE, scratch // (8 * out.shape[1]))  # of a product
+    for part in column_slices(b, scratch // (8 if a is b else 16)):
+        columns = dense_columns(b, part)
+        squares = squares + _squares(columns)
+        right = columns.flatten(0, 1) if pairs else columns.flatten(1)
+        if a is b:
+            for low in range(0, len(right), _SQUARE):
+                out[low : low + _SQUARE, low:] += right[low : low + _SQUARE] @ right[low:].T
+            continue
         at = 0
-        for part in _parts(a, scratch // (8 * c * (high - low))):
-            left = _rows(part, low, high, pairs)
-            out[at : at + len(left)] += left @ right.T
+        for some in _parts(a, max(1, scratch // (16 * columns[0].numel()))):
+            left = dense_columns(some, part)
+            left = left.flatten(0, 1) if pairs else left.flatten(1)
+            for low in range(0, len(left), rows):
+                piece = left[low : low + rows] @ right.T
+                out[at + low : at + low + len(piece)] += piece
             at += len(left)
+    return squares
 
 
-def _slices(blocks: Sequence[JacobianBlock], room: int) -> Iterator[tuple[int, int]]:
-    """Columns to take at a time, whole rows of a weight, so that all examples' values number at most `room`."""
-    block, n = blocks[0], sum(_shape(block)[0] for block in blocks)
-    width = 1
-    if isinstance(block, LinearBlock):
-        width = block.activations.shape[2]
-    elif isinstance(block, EmbeddingBlock):
-        width = block.deltas.shape[3]
-    step = max(1, room // (n * width)) * width
-    for low in range(0, block.size, step):
-        yield low, min(low + step, block.size)
-
-
-def _parts(blocks: Sequence[JacobianBlock], rows: int) -> Iterator[list[JacobianBlock]]:
+def _parts(blocks: Sequence[Held], rows: int) -> Iterator[list[Held]]:
     """Consecutive blocks with at most `rows` examples together, at least one block at a time."""
-    part: list[JacobianBlock] = []
+    part: list[Held] = []
     for block in blocks:
-        if part and sum(_shape(other)[0] for other in [*part, block]) > rows:
+        if part and count([*part, block]) > rows:
             yield part
             part = []
         part.append(block)
     yield part
 
 
-def _rows(blocks: Sequence[JacobianBlock], low: int, high: int, pairs: bool) -> Tensor:
-    """Dense columns of all examples: [n c, w] for pairs of classes, or [n, c w], whose product sums over classes."""
-    values = torch.cat([_columns(block, low, high) for block in blocks])
-    return values.flatten(0, 1) if pairs else values.flatten(1)
-
-
-def _columns(block: JacobianBlock, low: int, high: int) -> Tensor:
-    """Columns of a block, [n, c, high - low] float32; a weight's are made from its factors and not kept."""
-    if isinstance(block, LinearBlock):
-        width = block.activations.shape[2]
-        return LinearBlock(block.name, 0, block.activations, block.deltas[..., low // width : high // width]).dense()
-    if isinstance(block, EmbeddingBlock):
-        width = block.deltas.shape[3]
-        return block.rows(low // width, high // width).dense()
-    return block.dense()[..., low:high]
-
-
-def _contract_factors(
-    a: Sequence[JacobianBlock], b: Sequence[JacobianBlock], out: Tensor, pairs: bool, scratch: int
-) -> None:
+def _contract_factors(a: Sequence[Held], b: Sequence[Held], out: Tensor, pairs: bool, scratch: int) -> None:
     """Products of deltas times products of activations, summed over both positions."""
-    n, m = (sum(_shape(block)[0] for block in side) for side in (a, b))
+    n, m = count(a), count(b)
     each = out.shape[0] // n  # rows an example
     room = scratch // (8 * each**2 * _positions(a[0]) * _positions(b[0]))
     at = 0
     for left in _parts(a, room // m):
-        rows = sum(_shape(block)[0] for block in left)
-        start = 0
+        rows, start = count(left), 0
         for right in _parts(b, room // rows):
             part = _factored(left, right, pairs)
             out[at : at + part.shape[0], start : start + part.shape[1]] += part
@@ -152,27 +141,27 @@ def _contract_factors(
         at += rows * each
 
 
-def _positions(block: JacobianBlock) -> int:
-    return block.deltas.shape[2]  # type: ignore[attr-defined]
+def _positions(block: Held) -> int:
+    return block.deltas.shape[2]  # type: ignore[union-attr]
 
 
-def _factored(left: Sequence[JacobianBlock], right: Sequence[JacobianBlock], pairs: bool) -> Tensor:
+def _factored(left: Sequence[Held], right: Sequence[Held], pairs: bool) -> Tensor:
     a, b = _deltas(left, pairs), _deltas(right, pairs)
     products = (a.flatten(0, 2) @ b.flatten(0, 2).T).view(*a.shape[:3], *b.shape[:3])
     products *= _matches(left, right)[:, None, :, :, None, :]
     return products.sum((2, 5)).flatten(2).flatten(0, 1)
 
 
-def _deltas(blocks: Sequence[JacobianBlock], pairs: bool) -> Tensor:
+def _deltas(blocks: Sequence[Held], pairs: bool) -> Tensor:
     """[n, c, T, o] for pairs of classes; else [n, 1, T, c·o], whose product sums over classes."""
-    deltas = torch.cat([block.deltas for block in blocks]).float()  # type: ignore[attr-defined]
+    deltas = torch.cat([block.deltas for block in blocks]).float()  # type: ignore[union-attr]
     return deltas if pairs else deltas.transpose(1, 2).flatten(2)[:, None]
 
 
-def _matches(a: Sequence[JacobianBlock], b: Sequence[JacobianBlock]) -> Tensor:
+def _matches(a: Sequence[Held], b: Sequence[Held]) -> Tensor:
     """⟨a_it, a_js⟩, [n, T, m, S]."""
     if isinstance(a[0], EmbeddingBlock):
-        left, right = (torch.cat([block.indices for block in side]) for side in (a, b))  # type: ignore[attr-defined]
+        left, right = (torch.cat([block.indices for block in side]) for side in (a, b))  # type: ignore[union-attr]
         return (left[:, :, None, None] == right[None, None]).float()
-    left, right = (torch.cat([block.activations for block in side]).float() for side in (a, b))  # type: ignore[attr-defined]
+    left, right = (torch.cat([block.activations().float() for block in side]) for side in (a, b))  # type: ignore[union-attr]
     return (left.flatten(0, 1) @ right.flatten(0, 1).T).view(*left.shape[:2], *right.shape[:2])

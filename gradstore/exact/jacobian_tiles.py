@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,37 +11,35 @@ from torch import Tensor
 
 from gradstore.audit import require_finite_block
 from gradstore.environment import choose_device
-from gradstore.errors import NonFiniteError, UsageError
-from gradstore.exact.contraction import contract, held, tensors_of
+from gradstore.errors import NonFiniteError
+from gradstore.exact.contraction import contract, squared_norms
+from gradstore.exact.factors import Held, held, tensors_of
+from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
-from gradstore.jacobians import JacobianBlock, JacobianEngine
+from gradstore.jacobians import JacobianEngine
 from gradstore.kernels import Kernel
-from gradstore.memory import format_bytes
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project
-from gradstore.tiles import Skip, Tile, nothing, plan_grid
+from gradstore.tiles import Skip, Tile, nothing
 from gradstore.weights import weights_digest
 
-# Examples whose Jacobians are computed in one pass.
-_BATCH = 128
 _PROBE = 4
-# Columns that pass by together. Few, where not all rows can stay, since what passes by is computed again for each
-# group; many, where they can, since the dense rows formed for a product are shared by them all.
-_FEW, _MANY = 64, 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class Jacobians:
-    """Jacobians of some examples.
+    """Jacobians of some examples, for some classes.
 
     Attributes:
-        columns: for every block of parameters, the block of each batch.
-        norms: float64 [n], by which a row of the kernel is divided.
+        columns: for every block of parameters, its name and the block of each batch.
+        rows: the examples' indices in their split.
+        squares: their squared norms, float64 [n], once they are known.
     """
 
-    columns: tuple[tuple[JacobianBlock, ...], ...]
-    norms: Tensor
+    columns: tuple[tuple[str, list[Held]], ...]
+    rows: np.ndarray
+    squares: Tensor | None = None
 
 
 class JacobianTiles:
@@ -51,7 +47,7 @@ class JacobianTiles:
 
     Attributes:
         shape: of the matrix.
-        grid: how it is cut, in examples.
+        plan: how it is cut, in examples.
     """
 
     def __init__(self, project: Project, a: Selection, b: Selection, kernel: Kernel, memory: int, device: str) -> None:
@@ -64,33 +60,31 @@ class JacobianTiles:
         layout = "sum" if kernel.sums_classes else "per-class"
         self.engine = JacobianEngine(project.model, blocks, forward=project.forward, layout=layout, example=probe)
         self.factor = self.classes if kernel.pairs_classes else 1
-        self.scratch = memory // 6
-        self.batch = self._choose_batch(memory)
-        held = self._bytes_held(probe)
-        room = memory - self.scratch - int(self.engine.bytes_needed(self.batch))
-        self.grid = plan_grid(
+        rows = 1 if kernel.sums_classes else self.classes
+        one, several = self._bytes_held(probe, 1), self._bytes_held(probe, min(2, rows))
+        self.plan = plan_jacobians(
             len(a),
             len(b),
             symmetric=a is b,
-            held=held,
-            loading=0,
-            value=24 * self.factor**2,
-            memory=room,
-            most=_MANY if (len(a) + _MANY) * held < room else _FEW,
-            ahead=False,
+            classes=rows,
+            divisible=not kernel.pairs_classes,
+            value=16 * self.factor**2,
+            held=lambda classes: one + (classes - 1) * (several - one),
+            computing=lambda n, classes: int(self.engine.bytes_needed(n, classes)),
+            memory=memory,
         )
         self.shape = (len(a) * self.factor, len(b) * self.factor)
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; of a matrix with pairs of classes, in its own indices."""
-        f = self.factor
-
-        def known(rows: range, columns: range) -> bool:
-            return skip(range(rows.start * f, rows.stop * f), range(columns.start * f, columns.stop * f))
-
-        load_a, load_b = partial(self._load, self.a), partial(self._load, self.b)
-        for tile in self.grid.tiles(load_a, load_b, self._multiply, known):
-            yield Tile(tile.start_a * f, tile.start_b * f, tile.values)
+        for start in range(0, len(self.a), self.plan.group):
+            group = range(start, min(start + self.plan.group, len(self.a)))
+            wanted = [span for span in self._spans(group) if not skip(self._places(group), self._places(span))]
+            whole = len(self._parts()) == 1 and bool(wanted)
+            resident = self._load(self.a, group, self._parts()[0]) if whole else None
+            for span in wanted:
+                values = self._tile(group, span, resident)
+                yield Tile(group.start * self.factor, span.start * self.factor, values)
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
@@ -106,52 +100,99 @@ class JacobianTiles:
             "data_b": self.b.digest,
         }
 
-    def _choose_batch(self, memory: int) -> int:
-        batch = _BATCH
-        while batch > 1 and self.engine.bytes_needed(batch) > memory // 4:
-            batch //= 2
-        need = 4 * int(self.engine.bytes_needed(batch))
-        if need > memory:
-            expected = f"at least {format_bytes(need)}"
-            raise UsageError("too little memory", where="--memory", expected=expected, got=format_bytes(memory))
-        return batch
+    def _places(self, rows: range) -> range:
+        return range(rows.start * self.factor, rows.stop * self.factor)
 
-    def _bytes_held(self, probe: Tensor | dict[str, Tensor]) -> int:
+    def _spans(self, group: range) -> list[range]:
+        """The columns of the group's tiles; of a symmetric matrix its own first, then all later ones."""
+        symmetric, m = self.a is self.b, len(self.b)
+        starts = range(group.stop if symmetric else 0, m, self.plan.span)
+        own = [group] if symmetric else []
+        return own + [range(start, min(start + self.plan.span, m)) for start in starts]
+
+    def _parts(self) -> list[slice]:
+        """The classes that are differentiated together."""
+        rows = 1 if self.kernel.sums_classes else self.classes
+        return [slice(start, start + self.plan.classes) for start in range(0, rows, self.plan.classes)]
+
+    def _bytes_held(self, probe: Tensor | dict[str, Tensor], classes: int) -> int:
         """Bytes of one example's operand: every storage that its blocks keep, counted once."""
         storages: dict[int, int] = {}
-        kept = [held(block) for block in self.engine(probe)]
+        kept = [held(block) for block in self.engine(probe, slice(0, classes))]
         for tensor in (tensor for block in kept for tensor in tensors_of(block)):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         n = len(next(iter(probe.values()))) if isinstance(probe, dict) else len(probe)
         return -(-sum(storages.values()) // n)
 
-    def _load(self, selection: Selection, rows: range) -> Jacobians:
-        batches, squares = [], []
-        for start in range(rows.start, rows.stop, self.batch):
-            span = range(start, min(start + self.batch, rows.stop))
-            blocks, square = self._blocks(selection, span)
-            batches.append(blocks)
-            squares.append(square)
-        norms = self._norms(torch.cat(squares), selection.rows[rows.start : rows.stop], selection.split)
-        return Jacobians(tuple(zip(*batches, strict=True)), norms)
+    def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
+        batches: list[list[tuple[str, Held]]] = []
+        for start in range(rows.start, rows.stop, self.plan.batch):
+            span = range(start, min(start + self.plan.batch, rows.stop))
+            stream = self.engine(to_device(selection.read(span), self.device), classes)
+            batches.append([(block.name, held(block)) for block in stream])
+        columns = tuple((same[0][0], [block for _, block in same]) for same in zip(*batches, strict=True))
+        return Jacobians(columns, selection.rows[rows.start : rows.stop])
 
-    def _blocks(self, selection: Selection, span: range) -> tuple[list[JacobianBlock], Tensor]:
-        """The blocks of one batch, and the squared norms float64 [n, c]."""
-        rows = selection.rows[span.start : span.stop].tolist()
-        blocks = []
-        total: Tensor | None = None
-        for block in self.engine(to_device(selection.read(span), self.device)):
-            square = copy(block).sq_norm()  # a block keeps the values it has made; a copy keeps them for itself
-            require_finite_block(square, rows, block.name, selection.split)
-            total = square if total is None else total + square
-            blocks.append(held(block))
-        assert total is not None  # parameter_blocks refuses an empty selection
-        return blocks, total
+    def _tile(self, group: range, span: range, resident: Jacobians | None) -> np.ndarray:
+        """The kernel between the group and some columns; `resident` is the group with all of its classes."""
+        own = self.a is self.b and group == span
+        shape = (len(group) * self.factor, len(span) * self.factor)
+        out = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        squares = [torch.zeros(len(rows), dtype=torch.float64, device=self.device) for rows in (group, span)]
+        for classes in self._parts():
+            rows = resident or self._load(self.a, group, classes)
+            if own:
+                squares[1] += self._add(rows, rows, out)
+                continue
+            squares[0] += self._squares(rows)
+            for start in range(span.start, span.stop, self.plan.block):
+                block = range(start, min(start + self.plan.block, span.stop))
+                at = slice(start - span.start, block.stop - span.start)
+                places = slice(at.start * self.factor, at.stop * self.factor)
+                squares[1][at] += self._add(rows, self._load(self.b, block, classes), out[:, places])
+        return self._finished(out, (squares[1] if own else squares[0], squares[1]), (group, span), own)
+
+    def _add(self, a: Jacobians, b: Jacobians, out: Tensor) -> Tensor:
+        """Add the products over all blocks of parameters; the squared norms of b's rows, float64 [m]."""
+        total = torch.zeros(len(b.rows), dtype=torch.float64, device=self.device)
+        for (_, left), (name, right) in zip(a.columns, b.columns, strict=True):
+            both = (left, left) if a is b else (left, right)
+            square = contract(*both, out, pairs=self.kernel.pairs_classes, scratch=self.plan.scratch)
+            require_finite_block(square, b.rows.tolist(), name, self.b.split)
+            total += square.sum(dim=1)
+        b.squares = total
+        return total
+
+    def _squares(self, a: Jacobians) -> Tensor:
+        """The squared norms of rows, float64 [n]; computed once."""
+        if a.squares is None:
+            a.squares = torch.zeros(len(a.rows), dtype=torch.float64, device=self.device)
+            for name, blocks in a.columns:
+                square = squared_norms(blocks, self.plan.scratch)
+                require_finite_block(square, a.rows.tolist(), name, self.a.split)
+                a.squares += square.sum(dim=1)
+        return a.squares
+
+    def _finished(
+        self, out: Tensor, squares: tuple[Tensor, Tensor], sides: tuple[range, range], own: bool
+    ) -> np.ndarray:
+        if self.kernel.normalised:
+            norms = [
+                self._norms(square, selection.rows[rows.start : rows.stop], selection.split)
+                for square, selection, rows in zip(squares, (self.a, self.b), sides, strict=True)
+            ]
+            out /= norms[0][:, None]
+            out /= norms[1]
+        if self.kernel.averages:
+            out /= self.classes
+        if own:
+            out.copy_(out.triu() + out.triu(1).T)  # symmetric to the last bit
+            if self.kernel.normalised:
+                out.fill_diagonal_(1.0)
+        return out.cpu().numpy()
 
     def _norms(self, squares: Tensor, rows: np.ndarray, split: str) -> Tensor:
-        if not self.kernel.normalised:
-            return torch.ones(len(squares), dtype=torch.float64, device=self.device)
-        norms = squares.sum(dim=1).sqrt()
+        norms = squares.sqrt()
         zero = torch.nonzero(norms == 0)
         if len(zero):
             raise NonFiniteError(
@@ -161,22 +202,3 @@ class JacobianTiles:
                 hint="Widen `parameters=`, or use the kernel that is not normalised",
             )
         return norms
-
-    def _multiply(self, a: Sequence[Jacobians], b: Jacobians) -> np.ndarray:
-        n = sum(len(rows.norms) for rows in a)
-        shape = (n * self.factor, len(b.norms) * self.factor)
-        out = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for j, right in enumerate(b.columns):
-            left = [block for rows in a for block in rows.columns[j]]
-            contract(left, right, out, pairs=self.kernel.pairs_classes, scratch=self.scratch)
-        if self.kernel.normalised:
-            out /= torch.cat([rows.norms for rows in a])[:, None]
-            out /= b.norms
-        if self.kernel.averages:
-            out /= self.classes
-        if b is a[-1]:
-            own = out[-len(b.norms) * self.factor :]
-            own.copy_(own.triu() + own.triu(1).T)  # symmetric to the last bit
-            if self.kernel.normalised:
-                own.fill_diagonal_(1.0)
-        return out.cpu().numpy()

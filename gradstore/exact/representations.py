@@ -25,7 +25,7 @@ from gradstore.exact.selection import Selection
 from gradstore.examples import Inputs
 from gradstore.kernels import Kernel
 from gradstore.plan import to_device
-from gradstore.products import Operand, multiply, operand
+from gradstore.products import Operand, multiply
 from gradstore.project import Project
 from gradstore.tiles import Skip, Tile, nothing, plan_grid
 from gradstore.weights import weights_digest
@@ -85,7 +85,9 @@ class RepresentationTiles:
         norms = torch.ones(len(phi), dtype=torch.float64)
         if self.kernel.normalised:
             norms = _norms(phi, own, selection.split, "all chosen layers")
-        return operand(phi, norms, rows, normalised=self.kernel.normalised, arithmetic="float32", width=phi.shape[1])
+        made = Operand.empty(len(phi), 1, phi.shape[1], normalised=self.kernel.normalised, arithmetic="float32")
+        made.fill(0, phi[:, None], 1 / norms[:, None], rows)
+        return made
 
     def _representations(self, inputs: Inputs) -> list[Tensor]:
         """[n, width] float32 on the CPU for each layer."""

@@ -9,6 +9,7 @@ an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,6 +69,24 @@ class LazyBlock(JacobianBlock):
         self._values = make  # type: ignore[method-assign]
 
 
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A layer's input, and how it is read as activations; patches of a convolution take many times its memory.
+
+    Attributes:
+        inputs: as the layer took them; the channels are their last axis (linear) or their second (convolution).
+        reach: activations that one input channel makes at one position: 1, or the points of a kernel.
+        read: gives the activations of some input channels, [n, g, T, i]; of all without an argument.
+    """
+
+    inputs: Tensor
+    reach: int
+    read: Callable[..., Tensor]
+
+
 class LinearBlock(JacobianBlock):
     """Whole rows of a weight `[o, i]`: the Jacobian of example i and class c is `Σ_t deltas[c, t] ⊗ activations[t]`.
 
@@ -76,11 +95,14 @@ class LinearBlock(JacobianBlock):
     Attributes:
         activations: [n, T, i], shared by all classes and all blocks of the weight; the model's dtype.
         deltas: [n, c, T, o], gradients of the logits with respect to the layer's output; the model's dtype.
+        unread: the layer's input, from which the activations can be made again; None where that is not known.
     """
 
-    def __init__(self, name: str, start: int, activations: Tensor, deltas: Tensor) -> None:
+    def __init__(
+        self, name: str, start: int, activations: Tensor, deltas: Tensor, unread: Unread | None = None
+    ) -> None:
         super().__init__(name, start, deltas.shape[-1] * activations.shape[-1])
-        self.activations, self.deltas = activations, deltas
+        self.activations, self.deltas, self.unread = activations, deltas, unread
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row, [n, c] float64; ‖δ‖² ‖a‖² where the weight is used at one position."""

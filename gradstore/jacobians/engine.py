@@ -84,20 +84,26 @@ class JacobianEngine:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
         return [(block.name, self._plan.routes[block.name]) for block in self._blocks]
 
-    def bytes_needed(self, n: int) -> int:
-        """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included."""
-        seen, classes = self._plan.footprint, self._classes
+    def bytes_needed(self, n: int, classes: int | None = None) -> int:
+        """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included.
+
+        Args:
+            n: examples.
+            classes: how many are differentiated at a time; default all.
+        """
+        seen, classes = self._plan.footprint, classes or self._classes
         backward = seen.graph + classes * seen.kept + 3 * seen.deltas
         widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
         largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
         return n * max(backward, streaming)
 
-    def __call__(self, inputs: Any) -> JacobianStream:
+    def __call__(self, inputs: Any, classes: slice = slice(None)) -> JacobianStream:
         """Run the model on a batch.
 
         Args:
             inputs: Tensor [n, …] or dict of Tensors with first axis n, on the model's device.
+            classes: those to differentiate, of the c that the layout has.
 
         Returns:
             A stream of blocks [n, c, size] in parameter order; only generic routes run the model again as it is read.
@@ -106,7 +112,7 @@ class JacobianEngine:
         with self._subject.ready():
             recording = record(self._subject, plan.structured, inputs, plan.spread)
             logits = recording.logits.detach()
-            cotangents = self._cotangents(logits)
+            cotangents = self._cotangents(logits)[classes]
             if plan.matches(recording):
                 parameters = {name: self._subject.parameters[name] for name in plan.structured}
                 pulled = pull_back(recording, plan.arrangements, parameters, cotangents)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstore.jacobians.blocks import outer_sum
+from gradstore.jacobians.blocks import ALL, Unread, outer_sum
 from gradstore.jacobians.patches import Padding, patches
 from gradstore.jacobians.rows import ANY, FIRST, FOLDED, FOLDED_LAST, by_example
 from gradstore.jacobians.terms import SHRINKS, IndexTerm, OuterTerm, ReducedTerm, Term
@@ -79,10 +79,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | N
         return None
     x = input.detach()
 
-    def activations(batch: Batch) -> Tensor:
-        return channels_last(x, batch.n, batch.arrangement).transpose(1, 2)[:, None]
+    def activations(batch: Batch, channels: slice = ALL) -> Tensor:
+        return channels_last(x[..., channels], batch.n, batch.arrangement).transpose(1, 2)[:, None]
 
-    terms = {"weight": _outer(weight, activations), "bias": _positions_summed(weight.shape[0])}
+    terms = {"weight": _outer(weight, activations, x), "bias": _positions_summed(weight.shape[0])}
     return Use("linear", channels_last, ANY, terms, (x,))
 
 
@@ -98,14 +98,16 @@ def convolution(
     """A convolution is a linear layer used at every position, on the patch that the kernel covers there."""
     if input.ndim != weight.ndim:
         return None
-    x, width = input.detach(), math.prod(weight.shape[1:])
+    x = input.detach()
 
-    def activations(batch: Batch) -> Tensor:
-        found = by_example(patches(x, weight.shape[2:], stride, padding, dilation), batch.n, batch.arrangement)
-        split = found.unflatten(2, (groups, width))  # [n, t, g, width, positions]
+    def activations(batch: Batch, channels: slice = ALL) -> Tensor:
+        read = by_example(
+            patches(x[:, channels], weight.shape[2:], stride, padding, dilation), batch.n, batch.arrangement
+        )
+        split = read.unflatten(2, (groups, -1))  # [n, t, g, width, positions]
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    terms = {"weight": _outer(weight, activations), "bias": _positions_summed(weight.shape[0])}
+    terms = {"weight": _outer(weight, activations, x), "bias": _positions_summed(weight.shape[0])}
     return Use("convolution", channels_second, CHANNELS_SECOND, terms, (x,))
 
 
@@ -271,14 +273,15 @@ def _last_axes(count: int, tensor: Tensor, n: int, arrangement: str) -> Tensor:
     return channels_last(tensor.flatten(-count), n, arrangement)
 
 
-def _outer(weight: Tensor, activations: Callable[[Batch], Tensor]) -> Callable[[Batch], Term]:
+def _outer(weight: Tensor, activations: Callable[..., Tensor], x: Tensor) -> Callable[[Batch], Term]:
     shape = tuple(weight.shape)
     width = math.prod(shape[1:])
 
     def term(batch: Batch) -> Term:
         positions = batch.outputs // (batch.n * shape[0])
         if positions < SHRINKS * width:
-            return OuterTerm(batch.classes, shape[0], width, lambda: activations(batch))
+            unread = Unread(x, math.prod(shape[2:]), functools.partial(activations, batch))
+            return OuterTerm(batch.classes, shape[0], width, unread)
         made = activations(batch)
         return ReducedTerm(batch.n, batch.classes, shape, lambda delta: outer_sum(delta[:, None], made))
 

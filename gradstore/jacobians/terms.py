@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, fresh, outer_sum
+from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, fresh, outer_sum
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4
@@ -77,12 +77,12 @@ class OuterTerm(Term):
         c: number of classes.
         outputs: o.
         width: i.
-        activations: makes [n, g, T, i]; called when the first block is asked for.
+        unread: makes the activations, [n, g, T, i]; called when the first block is asked for.
     """
 
-    def __init__(self, c: int, outputs: int, width: int, activations: Callable[[], Tensor]) -> None:
+    def __init__(self, c: int, outputs: int, width: int, unread: Unread) -> None:
         self.rows, self.width, self._classes = outputs, width, c
-        self._make = activations
+        self._unread = unread
         self._made: Tensor | None = None
 
     def absorb(self, c: int, delta: Tensor) -> None:
@@ -95,7 +95,7 @@ class OuterTerm(Term):
     def activations(self) -> Tensor:
         """[n, g, T, i], made once."""
         if self._made is None:
-            self._made = self._make()
+            self._made = self._unread.read()
         return self._made
 
     @property
@@ -117,7 +117,8 @@ class OuterTerm(Term):
         """A LinearBlock, or without structure for a grouped convolution."""
         if self.activations.shape[1] > 1:
             return super().block(name, start, first, last)
-        return LinearBlock(name, start, self.activations[:, 0], self.deltas[:, :, first:last].transpose(2, 3))
+        deltas = self.deltas[:, :, first:last].transpose(2, 3)
+        return LinearBlock(name, start, self.activations[:, 0], deltas, self._unread)
 
 
 class IndexTerm(Term):

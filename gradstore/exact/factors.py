@@ -1,0 +1,129 @@
+"""Jacobian blocks as they are held for a contraction: factors where there are any, and dense columns made from them.
+
+A convolution is held by its input, not by the patches that it reads, which take a kernel's points times as much; dense
+columns are made some input channels at a time, so that every patch is read once. Their order is not that of the
+parameters, and the same on both sides of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians.blocks import Unread
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A `LinearBlock` without its activations: Σ_t deltas[c, t] ⊗ activations[t].
+
+    Attributes:
+        name: the parameter's name.
+        unread: makes the activations [n, 1, T, i] from the layer's input.
+        width: i.
+        deltas: [n, c, T, o].
+    """
+
+    name: str
+    unread: Unread
+    width: int
+    deltas: Tensor
+
+    @property
+    def size(self) -> int:
+        """Columns."""
+        return self.width * self.deltas.shape[3]
+
+    def activations(self, channels: slice = slice(None)) -> Tensor:
+        """Of some input channels, [n, T, i] float32 or wider."""
+        made = self.unread.read(channels)[:, 0]
+        return made.to(torch.promote_types(made.dtype, torch.float32))
+
+
+Held = Factors | EmbeddingBlock | DenseBlock
+
+
+def held(block: JacobianBlock) -> Held:
+    """The block in a form that keeps nothing else alive."""
+    if isinstance(block, LinearBlock):
+        unread = block.unread
+        if unread is None:
+            activations = block.activations
+            unread = Unread(activations, 1, lambda channels=slice(None): activations[..., channels][:, None])
+        return Factors(block.name, unread, block.activations.shape[2], block.deltas)
+    if isinstance(block, EmbeddingBlock):
+        return block
+    return DenseBlock(block.name, block.start, block.dense())
+
+
+def tensors_of(block: Held) -> list[Tensor]:
+    """What a held block keeps in memory."""
+    if isinstance(block, Factors):
+        return [block.unread.inputs, block.deltas]
+    if isinstance(block, EmbeddingBlock):
+        return [block.indices, block.deltas]
+    return [block.dense()]
+
+
+def rows_and_classes(block: Held) -> tuple[int, int]:
+    """(n, c)."""
+    values = block.dense() if isinstance(block, DenseBlock) else block.deltas
+    return values.shape[0], values.shape[1]
+
+
+def count(blocks: Sequence[Held]) -> int:
+    """Examples of consecutive batches."""
+    return sum(rows_and_classes(block)[0] for block in blocks)
+
+
+def column_slices(blocks: Sequence[Held], room: int) -> Iterator[slice]:
+    """Parts of a block's columns, so that all examples' values in one number at most `room`, or the least there can be.
+
+    The slices number input channels of a weight, rows of an embedding, and columns of anything else.
+    """
+    block = blocks[0]
+    each, units = _unit(block)
+    step = max(1, room // (count(blocks) * rows_and_classes(block)[1] * each))
+    for start in range(0, units, step):
+        yield slice(start, min(start + step, units))
+
+
+def _unit(block: Held) -> tuple[int, int]:
+    """(columns of the smallest slice, number of such slices)."""
+    if isinstance(block, Factors):
+        each = block.unread.reach * block.deltas.shape[3]
+        return each, block.size // each
+    if isinstance(block, EmbeddingBlock):
+        return block.deltas.shape[3], block.num_embeddings
+    return 1, block.size
+
+
+def dense_columns(blocks: Sequence[Held], part: slice) -> Tensor:
+    """The columns of a slice for all examples, [n, c, w] float32."""
+    n, c = count(blocks), rows_and_classes(blocks[0])[1]
+    out = torch.empty(n, c, (part.stop - part.start) * _unit(blocks[0])[0], device=tensors_of(blocks[0])[0].device)
+    at = 0
+    for block in blocks:
+        rows = rows_and_classes(block)[0]
+        _write_columns(block, part, out[at : at + rows])
+        at += rows
+    return out
+
+
+def _write_columns(block: Held, part: slice, out: Tensor) -> None:
+    if isinstance(block, Factors):
+        n, c, positions, outputs = block.deltas.shape
+        activations = block.activations(part)
+        deltas = block.deltas.to(activations.dtype).transpose(2, 3).reshape(n, c * outputs, positions)
+        if activations.dtype == torch.float32:
+            torch.bmm(deltas, activations, out=out.view(n, c * outputs, -1))
+        else:
+            out.copy_(torch.bmm(deltas, activations).view(out.shape))
+    elif isinstance(block, EmbeddingBlock):
+        out.copy_(block.rows(part.start, part.stop).dense())
+    else:
+        out.copy_(block.dense()[..., part])
