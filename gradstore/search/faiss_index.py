@@ -227,7 +227,7 @@ def _covered(path: Path, sketch: SketchIndex, factory: str) -> int:
 
 def _binding(sketch: SketchIndex, factory: str) -> list[str]:
     """What besides the rows decides what the vectors are: the factory, the projection and model, and the basis."""
-    return [factory, sketch.store.fingerprint, hashlib.sha256(sketch.basis.columns.tobytes()).hexdigest()]
+    return [factory, sketch.store.fingerprint, hashlib.sha256(sketch.basis.directions.tobytes()).hexdigest()]
 
 
 def _save(faiss: ModuleType, index: Any, path: Path, sketch: SketchIndex, factory: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
+from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded, add_integer_product, round_rows
 from gradstore.store import FeatureStore
 
@@ -81,8 +82,6 @@ class IntegerBlock:
         self._columns = train.schema.empty(self._span)
         maps = {part.group.phi for part in queries}
         self._digits = {phi: torch.empty(2 * phi.segments * block * phi.K, dtype=torch.int8) for phi in maps}
-        summed = any(phi.weights is not None for phi in maps)
-        self._vectors = torch.empty(self._span, train.schema.K if summed else 0)
 
     def bounds(self, start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
         """(queries, similarities float64 [g, B], their largest errors float64 [g, B]) of rows start:stop.
@@ -95,7 +94,7 @@ class IntegerBlock:
         """
         count = stop - start
         views = {
-            phi: room[: 2 * phi.segments * count * phi.K].view(phi.segments, 2, count, phi.K)
+            phi: room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
             for phi, room in self._digits.items()
         }
         found: dict[Phi, list[_Rows]] = {phi: [] for phi in views}
@@ -104,25 +103,13 @@ class IntegerBlock:
             columns = self.train.read(low, high, out=self._columns)
             for phi, view in views.items():
                 scaled = Scaled.of(phi, columns, self.train.path)
-                rows = self._round(phi, columns, scaled, view[:, :, low - start : high - start])
-                phi.require_direction(rows.norms, columns["row"], self.train.path)
-                found[phi].append(rows)
+                here = view[:, :, low - start : high - start]
+                features = torch.from_numpy(columns["features"])
+                parts, norms = round_phi(phi, features, scaled, here[0], here[1])
+                phi.require_direction(norms, columns["row"], self.train.path)
+                found[phi].append(_Rows.of(parts, norms, scaled.exponent))
         joined = {phi: _Rows.joined(parts) for phi, parts in found.items()}
         return [(part.group, *_bounds(part, views[part.group.phi], joined[part.group.phi])) for part in self.queries]
-
-    def _round(self, phi: Phi, columns: dict[str, np.ndarray], scaled: Scaled, out: Tensor) -> _Rows:
-        features = torch.from_numpy(columns["features"])
-        if phi.weights is None:
-            if features.dtype == torch.int8:
-                features = features.float()
-            parts = [round_rows(features[:, c], scaled.factors[:, c], *out[c]) for c in range(phi.c)]
-            assert scaled.norms is not None, "known where classes stand side by side"
-            return _Rows.of(parts, scaled.norms, scaled.exponent)
-        vectors = self._vectors[: len(features)]
-        for i in range(len(features)):
-            phi.write_row(features[i], scaled.factors[i], vectors[i : i + 1])
-        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).numpy()
-        return _Rows.of([round_rows(vectors, torch.ones(len(vectors)), *out[0])], norms, scaled.exponent)
 
 
 def span_rows(train: FeatureStore, block: int) -> int:
@@ -159,7 +146,7 @@ def _bounds(queries: RoundedQueries, digits: Tensor, rows: _Rows) -> tuple[Tenso
     total = torch.zeros(len(group.members), digits.shape[2])
     for s in range(phi.segments):
         add_integer_product(
-            queries.digits[s], queries.steps[s], digits[s, 0], digits[s, 1], rows.steps[s].contiguous(), total
+            queries.digits[s], queries.steps[s], digits[0, s], digits[1, s], rows.steps[s].contiguous(), total
         )
     row_scale = 1 / rows.norms if phi.kernel.normalised else np.ldexp(1.0, rows.exponent)
     query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)

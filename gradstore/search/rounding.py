@@ -21,8 +21,8 @@ from gradstore.search import native
 
 # Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
 _FINER = 254
-# Sums of squares are added up in float32 in a few lanes: at most width / 8 additions, each off by 2^-24 of the sum.
-_SUMS = 2e-3
+# Sums of squares are added up in float32, in eight lanes or more; what is added is rounded a few times.
+_LANES, _UNIT, _EXTRA = 8, 2.0**-24, 64
 # A rest is off by a few float32 roundings of its row's largest entry, 127 steps.
 _ENTRY = 2.0**-22 * 127
 # Squares of entries smaller than this may underflow; rows of interest have norms around 1.
@@ -65,9 +65,10 @@ def round_rows(
         found = native.round_rows(values, factors.contiguous(), high, low, simd)
     else:
         found = _by_torch(values.float() * factors[:, None], high, low)
+    sums = (values.shape[1] / _LANES + _EXTRA) * _UNIT
     with np.errstate(invalid="ignore"):
         step = found[:, 0]
-        first, second, missed = np.sqrt(found[:, 1:].T) * (1 + _SUMS)
+        first, second, missed = np.sqrt(found[:, 1:].T) * (1 + sums)
         slack = np.sqrt(values.shape[1]) * (step * _ENTRY + _UNDERFLOW)
         second_digit = second + missed + slack if low is not None else np.zeros(len(step))
         norm = np.where(np.isfinite(step), first * step + second_digit, np.inf)
@@ -80,7 +81,7 @@ def _by_torch(x: Tensor, high: Tensor, low: Tensor | None) -> np.ndarray:
     step = torch.where((peak >= 2.0**-100) & torch.isfinite(peak), peak / 127, torch.ones_like(peak))
     found = [step, *_take_digit(x, step, high)]
     found.append(found[-1] if low is None else _take_digit(x, step / _FINER, low)[1])
-    out = torch.stack(found, dim=1).double()
+    out = torch.stack([part.double() for part in found], dim=1)
     out[~torch.isfinite(peak)] = torch.tensor([torch.inf, 0, torch.inf, torch.inf], dtype=torch.float64)
     return out.numpy()
 
@@ -90,7 +91,7 @@ def _take_digit(x: Tensor, step: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     nearest = (x / step[:, None]).round_().nan_to_num_(0, 0, 0).clamp_(-127, 127)
     out.copy_(nearest)
     x.sub_(nearest * step[:, None])
-    return nearest.square().sum(dim=1), x.square().sum(dim=1)
+    return nearest.square().sum(dim=1, dtype=torch.float64), x.square().sum(dim=1, dtype=torch.float64)
 
 
 def add_integer_product(
@@ -119,9 +120,18 @@ def add_integer_product(
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """Exact int32 product of int8 a [m, w] and b [w, n], where `integer_products_are_exact`."""
-    # torch 2.13 gives wrong numbers for w = 1.
-    return a.int() * b.int() if a.shape[1] == 1 else torch._int_mm(a, b)
+    """Exact product of int8 a [m, w] and b [w, n], both within ±127, in int32; w ≤ 2^17."""
+    if a.shape[1] == 1:  # for which torch 2.13 gives wrong numbers
+        return a.int() * b.int()
+    return torch._int_mm(a, b) if integer_products_are_exact() else _product_in_float32(a, b)
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """1024 products of at most 127² add up to less than 2^24, so exactly."""
+    out = torch.zeros(len(a), b.shape[1], dtype=torch.int32)
+    for i in range(0, a.shape[1], 1024):
+        out += (a[:, i : i + 1024].float() @ b[i : i + 1024].float()).int()
+    return out
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +139,7 @@ def integer_products_are_exact() -> bool:
     """Whether this torch multiplies int8 matrices, and rightly on this processor: some saturate."""
     rng = torch.Generator().manual_seed(0)
     try:
-        return all(_is_exact(m, w, n, rng) for m, w, n in ((1, 1, 5), (3, 2, 17), (33, 515, 65), (16, 64, 1)))
+        return all(_is_exact(m, w, n, rng) for m, w, n in ((3, 2, 17), (33, 515, 65), (16, 64, 1)))
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 
@@ -138,4 +148,4 @@ def _is_exact(m: int, w: int, n: int, rng: torch.Generator) -> bool:
     a, b = (torch.randint(-127, 128, (size, w), generator=rng, dtype=torch.int8) for size in (m, n))
     a[0], b[0], b[-1] = 127, 127, -127
     expected = a.long() @ b.T.long()
-    return all(torch.equal(integer_product(a, c).long(), expected) for c in (b.T, b.T.contiguous()))
+    return all(torch.equal(torch._int_mm(a, c).long(), expected) for c in (b.T, b.T.contiguous()))
