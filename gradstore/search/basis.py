@@ -118,19 +118,18 @@ class _Sample:
     @classmethod
     def of(cls, store: FeatureStore, phi: Phi, rows: np.ndarray) -> _Sample:
         digits = torch.empty(phi.segments, len(rows), phi.K, dtype=torch.int8)
-        steps = np.empty((phi.segments, len(rows)))
+        found = np.empty((phi.segments, len(rows), 4))
         places = {int(row): i for i, row in enumerate(rows)}
 
         def read(span: tuple[int, int]) -> None:
             columns, at = store.read(*span), places[span[0]]
             here = slice(at, at + span[1] - span[0])
             scaled = Scaled.of(phi, columns, store.path)
-            parts, _ = round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, here])
-            steps[:, here] = [part.step for part in parts]
+            round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, here], None, found[:, here])
 
         with ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:
             list(pool.map(read, runs(rows)))
-        return cls(digits, steps)
+        return cls(digits, Rounded.of(found, phi.K, two=False).step)
 
     def gram(self) -> np.ndarray:
         """Inner products float64 [s, s] of the rounded rows."""

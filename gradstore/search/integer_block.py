@@ -21,12 +21,12 @@ from torch import Tensor
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
-from gradstore.search.rounding import Rounded, add_integer_product, round_rows
+from gradstore.search.rounding import Rounded, add_integer_product, round_stretches
 from gradstore.store import FeatureStore
 
 _UNIT = 2.0**-24
 # Rows read and rounded at a time: they should stay in the cache between reading, checking and rounding.
-_SPAN_BYTES = 2 << 20
+_SPAN_BYTES = 4 << 20
 # Covers float64 roundings of bounds, and of norms that were summed in float64.
 _ROUNDED = 1e-9
 
@@ -49,20 +49,18 @@ class RoundedQueries:
 
     @classmethod
     def of(cls, group: QueryGroup) -> RoundedQueries:
-        """Holds 2·D bytes a query, and 4·K more while rounding."""
+        """Holds 2·D bytes a query, and 8·K more while rounding."""
         phi, count = group.phi, len(group.members)
         digits = torch.empty(phi.segments, 2, count, phi.K, dtype=torch.int8)
-        parts = [round_rows(group.segment(s), torch.ones(count), *digits[s]) for s in range(phi.segments)]
-        norm, low, missed = (_stacked(parts, name).T for name in ("norm", "low", "missed"))
+        found = np.empty((phi.segments, count, 4))
+        for s in range(phi.segments):
+            values, ones = group.segment(s)[:, None], torch.ones(count, 1)
+            round_stretches(values, ones, digits[s, :1], digits[s, 1:], found[s : s + 1])
+        rounded = Rounded.of(found, phi.K, two=True)
+        norm, low, missed = (torch.from_numpy(part).T for part in (rounded.norm, rounded.low, rounded.missed))
         sums = (phi.segments + 16) * _UNIT  # float32 sums of scaled products
-        return cls(
-            group, digits, _stacked(parts, "step").float(), torch.cat([norm + missed, missed + sums * norm, low], 1)
-        )
-
-
-def _stacked(parts: Sequence[Rounded], name: str) -> Tensor:
-    """float64 [segments, n]."""
-    return torch.from_numpy(np.stack([getattr(part, name) for part in parts]))
+        sides = torch.cat([norm + missed, missed + sums * norm, low], dim=1)
+        return cls(group, digits, torch.from_numpy(rounded.step).float(), sides)
 
 
 class IntegerBlock:
@@ -92,24 +90,15 @@ class IntegerBlock:
             NonFiniteError: a row's norm is not finite, or zero under a cosine.
             CorruptError: a row does not match its digest.
         """
-        count = stop - start
-        views = {
-            phi: room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
-            for phi, room in self._digits.items()
-        }
-        found: dict[Phi, list[_Rows]] = {phi: [] for phi in views}
+        rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
         for low in range(start, stop, self._span):
             high = min(low + self._span, stop)
             columns = self.train.read(low, high, out=self._columns)
-            for phi, view in views.items():
+            for phi, block in rows.items():
                 scaled = Scaled.of(phi, columns, self.train.path)
-                here = view[:, :, low - start : high - start]
-                features = torch.from_numpy(columns["features"])
-                parts, norms = round_phi(phi, features, scaled, here[0], here[1])
-                phi.require_direction(norms, columns["row"], self.train.path)
-                found[phi].append(_Rows.of(parts, norms, scaled.exponent))
-        joined = {phi: _Rows.joined(parts) for phi, parts in found.items()}
-        return [(part.group, *_bounds(part, views[part.group.phi], joined[part.group.phi])) for part in self.queries]
+                block.write(slice(low - start, high - start), phi, columns, scaled)
+                phi.require_direction(block.norms[low - start : high - start], columns["row"], self.train.path)
+        return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self.queries]
 
 
 def span_rows(train: FeatureStore, block: int) -> int:
@@ -119,37 +108,43 @@ def span_rows(train: FeatureStore, block: int) -> int:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is known of B rounded rows: steps float32 [segments, B], sides float64 [B, 3 · segments], and scales."""
+    """B rounded rows.
 
-    steps: Tensor
-    sides: Tensor
+    Attributes:
+        digits: int8 [2, segments, B, K].
+        found: float64 [segments, B, 4], what `Rounded.of` takes.
+        norms: float64 [B], ‖Φ‖ / 2^exponent.
+        exponent: int64 [B].
+    """
+
+    digits: Tensor
+    found: np.ndarray
     norms: np.ndarray
     exponent: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[Rounded], norms: np.ndarray, exponent: np.ndarray) -> _Rows:
-        sides = torch.cat([_stacked(parts, name) for name in ("missed", "norm", "low")]).T
-        return cls(_stacked(parts, "step").float(), sides, norms, exponent)
+    def empty(cls, phi: Phi, room: Tensor, count: int) -> _Rows:
+        digits = room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
+        return cls(digits, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
 
-    @classmethod
-    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
-        return cls(
-            torch.cat([part.steps for part in parts], dim=1),
-            torch.cat([part.sides for part in parts]),
-            np.concatenate([part.norms for part in parts]),
-            np.concatenate([part.exponent for part in parts]),
-        )
+    def write(self, at: slice, phi: Phi, columns: dict[str, np.ndarray], scaled: Scaled) -> None:
+        high, low = self.digits[:, :, at]
+        features = torch.from_numpy(columns["features"])
+        self.norms[at] = round_phi(phi, features, scaled, high, low, self.found[:, at])
+        self.exponent[at] = scaled.exponent
 
 
-def _bounds(queries: RoundedQueries, digits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
     group, phi = queries.group, queries.group.phi
-    total = torch.zeros(len(group.members), digits.shape[2])
+    rounded = Rounded.of(rows.found, phi.K, two=True)
+    steps = torch.from_numpy(rounded.step).float()
+    total = torch.zeros(len(group.members), len(rows.norms))
     for s in range(phi.segments):
-        add_integer_product(
-            queries.digits[s], queries.steps[s], digits[0, s], digits[1, s], rows.steps[s].contiguous(), total
-        )
+        high, low = rows.digits[:, s]
+        add_integer_product(queries.digits[s], queries.steps[s], high, low, steps[s], total)
+    sides = torch.from_numpy(np.concatenate([rounded.missed, rounded.norm, rounded.low]))
     row_scale = 1 / rows.norms if phi.kernel.normalised else np.ldexp(1.0, rows.exponent)
     query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)
-    spread = (queries.sides @ rows.sides.T).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
+    spread = (queries.sides @ sides).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
     center = total.double().mul_(query_side).mul_(row_side)
     return center, spread.add_(center.abs(), alpha=_ROUNDED)

@@ -24,7 +24,7 @@ class _RoundJob(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "factors", "high", "low", "found")),
-        *((name, ctypes.c_int64) for name in ("rows", "width", "stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "classes", "width", "stride", "plane")),
         ("half", ctypes.c_int32),
     )
 
@@ -59,21 +59,19 @@ def level() -> str:
     return wanted if wanted in levels() else next(iter(levels()), "")
 
 
-def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, simd: str) -> np.ndarray:
-    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.search.rounding.round_rows`."""
-    found = np.empty((len(values), 4))
+def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
+    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.search.rounding.round_stretches`."""
+    n, classes, width = values.shape
     job = _RoundJob(
         values.data_ptr(),
         factors.data_ptr(),
         high.data_ptr(),
         None if low is None else low.data_ptr(),
         found.ctypes.data,
-        *values.shape,
-        values.stride(0),
+        *(n, classes, width, values.stride(0), high.stride(0) // width),
         values.dtype == torch.float16,
     )
     _call("gradstore_round", job, simd)
-    return found
 
 
 def dot(row: Tensor, pieces: Tensor, places: np.ndarray, simd: str) -> np.ndarray:

@@ -104,13 +104,13 @@ class Phi:
             total.add_(features[c].to(torch.float32, copy=True).mul_(factors[c]))
         out[0] = total
 
-    def padded(self, *count: int) -> tuple[Tensor, Tensor]:
-        """Room for `count` vectors cut into pieces: zeros float32 [*count, pieces, width], and its view by class.
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Room for a vector cut into pieces: float32 [pieces, width], and its view by class [segments, K].
 
-        The view [*count, segments, K] leaves out the padding of each class's last piece.
+        The view leaves out the padding of each class's last piece, which is zero.
         """
-        room = torch.zeros(*count, self.pieces, self.width)
-        return room, room.view(*count, self.segments, -1)[..., : self.K]
+        room = torch.zeros(self.pieces, self.width)
+        return room, room.view(self.segments, -1)[:, : self.K]
 
     def require_direction(self, norms: np.ndarray, rows: np.ndarray, where: object) -> None:
         """Refuse rows whose norm is not finite, or zero under a cosine.

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from gradstore.search.phi import Phi, Scaled
-from gradstore.search.rounding import Rounded, round_rows
+from gradstore.search.rounding import round_stretches
 
 
 def round_phi(
-    phi: Phi, features: Tensor, scaled: Scaled, high: Tensor, low: Tensor | None = None
-) -> tuple[list[Rounded], np.ndarray]:
+    phi: Phi, features: Tensor, scaled: Scaled, high: Tensor, low: Tensor | None, found: np.ndarray
+) -> np.ndarray:
     """Round Φ · 2^-e of some rows.
 
     Args:
@@ -21,21 +21,18 @@ def round_phi(
         scaled: of the same rows.
         high: int8 [segments, n, K]; overwritten.
         low: the same, for a second digit; None for one digit.
+        found: float64 [segments, n, 4]; overwritten with what `Rounded.of` takes.
 
     Returns:
-        What is known of each segment, and ‖Φ‖ / 2^e, float64 [n]. Holds 4·K bytes a row, unless features are float16 or
-        float32 and classes stand side by side.
+        ‖Φ‖ / 2^e, float64 [n]. Holds 4·K bytes a row where classes are summed, 4·D where features are int8.
     """
     if phi.weights is None:
         values = features.float() if features.dtype == torch.int8 else features
-        parts = [
-            round_rows(values[:, c], scaled.factors[:, c], high[c], None if low is None else low[c])
-            for c in range(phi.c)
-        ]
+        round_stretches(values, scaled.factors, high, low, found)
         assert scaled.norms is not None, "known where classes stand side by side"
-        return parts, scaled.norms
-    vectors = torch.empty(len(features), phi.K)
+        return scaled.norms
+    vectors = torch.empty(len(features), 1, phi.K)
     for i in range(len(features)):
-        phi.write_row(features[i], scaled.factors[i], vectors[i : i + 1])
-    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).numpy()
-    return [round_rows(vectors, torch.ones(len(vectors)), high[0], None if low is None else low[0])], norms
+        phi.write_row(features[i], scaled.factors[i], vectors[i])
+    round_stretches(vectors, torch.ones(len(vectors), 1), high, low, found)
+    return torch.linalg.vector_norm(vectors[:, 0], dim=1, dtype=torch.float64).numpy()

@@ -33,13 +33,13 @@ MAX_WIDTH = 1 << 16
 
 @dataclass(frozen=True)
 class Rounded:
-    """What is known of n rows of some width, rounded.
+    """What is known of rows of some width, rounded; every array of the same shape.
 
     Attributes:
-        step: float64 [n]; infinite where a row is not finite.
-        norm: float64 [n], at least the norm of the digits' part.
-        low: float64 [n], at least the norm of the lower digit's part; 0 where there is none.
-        missed: float64 [n], at least ‖rest‖.
+        step: float64; infinite where a row is not finite.
+        norm: float64, at least the norm of the digits' part.
+        low: float64, at least the norm of the lower digit's part; 0 where there is none.
+        missed: float64, at least ‖rest‖.
     """
 
     step: np.ndarray
@@ -47,32 +47,49 @@ class Rounded:
     low: np.ndarray
     missed: np.ndarray
 
+    @classmethod
+    def of(cls, found: np.ndarray, width: int, *, two: bool) -> Rounded:
+        """From what `round_stretches` found, float64 [..., 4], about one digit or two."""
+        sums = (width / _LANES + _EXTRA) * _UNIT
+        with np.errstate(invalid="ignore"):
+            step = found[..., 0]
+            first, second, missed = np.moveaxis(np.sqrt(found[..., 1:]), -1, 0) * (1 + sums)
+            slack = np.sqrt(width) * (step * _ENTRY + _UNDERFLOW)
+            low = second + missed + slack if two else np.zeros(step.shape)
+            norm = np.where(np.isfinite(step), first * step + low, np.inf)
+        return cls(step, norm, low, missed + slack)
 
-def round_rows(
-    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None = None, simd: str | None = None
-) -> Rounded:
-    """Round rows to integers within ±127, each row by a step of its own.
+
+def round_stretches(
+    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str | None = None
+) -> None:
+    """Round every stretch of some rows to integers within ±127, by a step of its own.
 
     Args:
-        values: float16 or float32 [n, w], adjacent within a row, on the CPU, w ≤ 2^16.
-        factors: float32 [n]; what is rounded is each value times its row's factor, a float32.
-        high: int8 [n, w], contiguous; overwritten.
-        low: the same, for a second digit; None for one digit.
+        values: float16 or float32 [n, segments, w], adjacent within a row, on the CPU, w ≤ 2^16.
+        factors: float32 [n, segments]; what is rounded is each value times its stretch's factor, a float32.
+        high: int8 [segments, n, w], adjacent within a segment; overwritten.
+        low: the same, `high.stride()` apart, for a second digit; None for one digit.
+        found: float64 [segments, n, 4], spaced as `high`: overwritten with what `Rounded.of` takes.
         simd: a level of the compiled loops, or "" for torch, which holds 12 bytes a value; default the fastest.
     """
     simd = native.level() if simd is None else simd
     if simd:
-        found = native.round_rows(values, factors.contiguous(), high, low, simd)
-    else:
-        found = _by_torch(values.float() * factors[:, None], high, low)
-    sums = (values.shape[1] / _LANES + _EXTRA) * _UNIT
-    with np.errstate(invalid="ignore"):
-        step = found[:, 0]
-        first, second, missed = np.sqrt(found[:, 1:].T) * (1 + sums)
-        slack = np.sqrt(values.shape[1]) * (step * _ENTRY + _UNDERFLOW)
-        second_digit = second + missed + slack if low is not None else np.zeros(len(step))
-        norm = np.where(np.isfinite(step), first * step + second_digit, np.inf)
-    return Rounded(step, norm, second_digit, missed + slack)
+        native.round_rows(values, factors.contiguous(), high, low, found, simd)
+        return
+    for s in range(values.shape[1]):
+        x = values[:, s].float() * factors[:, s, None]
+        found[s] = _by_torch(x, high[s], None if low is None else low[s])
+
+
+def round_rows(
+    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None = None, simd: str | None = None
+) -> Rounded:
+    """The same for rows of one stretch: values [n, w], factors [n], high and low [n, w]; arrays [n]."""
+    found = np.empty((1, len(values), 4))
+    digits = (high[None], None if low is None else low[None])
+    round_stretches(values[:, None], factors[:, None], *digits, found, simd)
+    return Rounded.of(found[0], values.shape[1], two=low is not None)
 
 
 def _by_torch(x: Tensor, high: Tensor, low: Tensor | None) -> np.ndarray:

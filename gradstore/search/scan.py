@@ -30,7 +30,7 @@ from gradstore.search.topk_result import Search
 from gradstore.store import FeatureStore
 
 # A block is large enough for a good matrix product and no larger.
-_BLOCK_BYTES = 48 << 20
+_BLOCK_BYTES = 24 << 20
 _BLOCK_ROWS = 4096
 _BATCH = 512
 _MAX_WORKERS = 16

@@ -21,6 +21,7 @@ from gradstore.search.basis import Basis
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
+from gradstore.search.rounding import Rounded
 
 # Covers float64 roundings of squares.
 _ROUNDED = 1e-9
@@ -86,9 +87,11 @@ def sketch_rows(basis: Basis, phi: Phi, columns: Mapping[str, np.ndarray], where
     scaled = Scaled.of(phi, columns, where)
     features = torch.from_numpy(columns["features"])
     digits = torch.empty(phi.segments, len(features), phi.K, dtype=torch.int8)
-    parts, norms = round_phi(phi, features, scaled, digits)
+    found = np.empty((phi.segments, len(features), 4))
+    norms = round_phi(phi, features, scaled, digits, None, found)
     phi.require_direction(norms, columns["row"], where)
-    steps, kept, missed = (np.stack([getattr(part, name) for part in parts]) for name in ("step", "norm", "missed"))
+    rounded = Rounded.of(found, phi.K, two=False)
+    steps, kept, missed = rounded.step, rounded.norm, rounded.missed
     phi.require_direction(np.where(np.isfinite(steps).all(axis=0), norms, np.nan), columns["row"], where)
     coordinates = basis.coordinates(basis.products(digits, steps)) / norms[:, None]
     return _pack(coordinates, np.square(kept / norms).sum(axis=0), np.square(missed / norms).sum(axis=0))

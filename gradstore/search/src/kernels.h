@@ -130,10 +130,13 @@ static void round_row(const Value* row, float factor, int64_t width, int8_t* hig
 
 template <bool TWO, class Value>
 static void round_all(const RoundJob& job) {
-    const Value* row = static_cast<const Value*>(job.values);
-    for (int64_t i = 0; i < job.rows; ++i, row += job.stride) {
-        const int64_t at = i * job.width;
-        round_row<TWO>(row, job.factors[i], job.width, job.high + at, TWO ? job.low + at : nullptr, job.found[i]);
+    for (int64_t i = 0; i < job.rows; ++i) {
+        const Value* row = static_cast<const Value*>(job.values) + i * job.stride;
+        for (int64_t c = 0; c < job.classes; ++c) {
+            const int64_t to = c * job.plane + i, at = to * job.width;
+            round_row<TWO>(row + c * job.width, job.factors[i * job.classes + c], job.width, job.high + at,
+                           TWO ? job.low + at : nullptr, job.found[to]);
+        }
     }
 }
 

@@ -24,11 +24,11 @@ struct Rounded {
 constexpr float FINER = 254;  // half a step is 127 of the finer ones
 
 struct RoundJob {
-    const void* values;    // [rows, width] of float16 or float32, rows `stride` values apart
-    const float* factors;  // [rows]; every value is multiplied by its row's, in float32
-    int8_t *high, *low;    // [rows, width]; no `low`, no second digit
-    Rounded* found;        // [rows]
-    int64_t rows, width, stride;
+    const void* values;    // [rows, classes, width] of float16 or float32, rows `stride` values apart
+    const float* factors;  // [rows, classes]; values are multiplied by them, in float32
+    int8_t *high, *low;    // [classes, rows, width], classes `plane` rows apart; no `low`, no second digit
+    Rounded* found;        // [classes, rows], classes `plane` apart
+    int64_t rows, classes, width, stride, plane;
     int32_t half;          // whether the values are float16
 };
 
