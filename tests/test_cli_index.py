@@ -54,7 +54,11 @@ def test_classes(folder: Path) -> None:
             2,
             "--mode: unknown mode (expected one of exact, certified, approx, got 'fast')",
         ),
-        ("topk train test --engine gpu", 2, "--engine: unknown engine (expected auto, numpy, torch, cuda, got 'gpu')"),
+        (
+            "topk train test --engine gpu",
+            2,
+            "--engine: unknown engine (expected auto, numpy, torch, int8, cuda, got 'gpu')",
+        ),
         ("topk train test --classes lynx", 2, "--classes: no such class (expected one of cat, dog, bird, got 'lynx')"),
         ("topk train project.py --rows 8:12", 2, "--rows: no such query row (expected 0 to 9, got 10)"),
         ("topk train nowhere.py", 3, "nowhere.py"),

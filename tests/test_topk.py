@@ -69,7 +69,7 @@ def test_bits_depend_on_nothing_but_the_stores(stores: tuple, kernel: str) -> No
     least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
     assert plan_scan(train, phi, 30, 7, least) != plan_scan(train, phi, 30, 7, 10**9)
     some = [11, 0, 29]
-    for memory, engine in [(least, "torch"), (3 * least, "numpy"), (10**9, "torch"), (10**9, "numpy")]:
+    for memory, engine in [(least, "torch"), (3 * least, "numpy"), (10**9, "torch"), (10**9, "int8"), (least, "int8")]:
         other = gs.topk(train, queries, 7, kernel, rows=some, memory=memory, engine=engine)
         np.testing.assert_array_equal(other.indices, first.indices[some])
         np.testing.assert_array_equal(other.similarity, first.similarity[some])
@@ -183,7 +183,7 @@ def test_combinations_as_text() -> None:
         ),
         ({"classes": "cat - fish"}, "--classes: no such class (expected one of cat, dog, bird, got 'fish')."),
         ({"classes": "cat - cat"}, "--classes: the weights of the classes are unusable"),
-        ({"engine": "abacus"}, "--engine: unknown engine (expected auto, numpy, torch, cuda, got 'abacus')."),
+        ({"engine": "abacus"}, "--engine: unknown engine (expected auto, numpy, torch, int8, cuda, got 'abacus')."),
         ({"memory": 5000}, "--memory: too little memory (expected at least "),
     ],
 )

@@ -41,19 +41,22 @@ class Best:
         """float64 [m]: k rows are known to be at least this similar; -inf before that."""
         return self._lower[:, -1]
 
-    def offer(self, members: np.ndarray, rows: np.ndarray, lower: Tensor, upper: Tensor) -> None:
+    def offer(self, members: np.ndarray, rows: np.ndarray, center: Tensor, spread: Tensor) -> None:
         """Take in some rows for some queries.
 
         Args:
             members: int64 [g], places of the queries.
             rows: int64 [B], distinct, and offered to each query only once.
-            lower: float64 [g, B], at most the exact similarity.
-            upper: float64 [g, B], at least the exact similarity.
+            center: float64 [g, B], similarities.
+            spread: float64 [g, B], how wrong each can be at most.
         """
         places = torch.from_numpy(members)
-        top = torch.topk(lower, min(self.k, lower.shape[1])).values
-        merged = torch.cat([self._lower[places], top], dim=1)
-        self._lower[places] = torch.topk(merged, self.k).values
+        upper, lower = center + spread, center - spread
+        raised = torch.nonzero((lower > self._lower[places, -1:]).any(dim=1))[:, 0]
+        if len(raised):
+            top = torch.topk(lower[raised], min(self.k, lower.shape[1])).values
+            merged = torch.cat([self._lower[places[raised]], top], dim=1)
+            self._lower[places[raised]] = torch.topk(merged, self.k).values
         keep = torch.nonzero(upper >= self._lower[places, -1:])
         q, r = keep[:, 0], keep[:, 1]
         self._pending.append((members[q.numpy()], rows[r.numpy()], upper[q, r].numpy()))
@@ -64,12 +67,20 @@ class Best:
                 self.settle()
 
     def settle(self) -> None:
-        """Score every pending candidate exactly, and keep the k best of each query."""
+        """Score pending candidates exactly until the k best of each query are known.
+
+        The k with the highest bounds come first: often they beat most of the others.
+        """
         self._drop_beaten()
         if not self._count:
             return
-        queries, rows, _ = self._pending[0]
-        self.take(queries, rows, self._score(queries, rows))
+        queries, rows, upper = self._pending[0]
+        order = np.lexsort((-upper, queries))
+        rank = np.arange(len(order)) - np.searchsorted(queries[order], queries[order])
+        for some in (order[rank < self.k], order[rank >= self.k]):
+            some = some[upper[some] >= self.thresholds.numpy()[queries[some]]]
+            if len(some):
+                self.take(queries[some], rows[some], self._score(queries[some], rows[some]))
         self._pending, self._count = [], 0
 
     def take(self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
@@ -98,4 +109,4 @@ class Best:
 
 def pending_limit(m: int, k: int) -> int:
     """Candidates that may await their exact score."""
-    return max(4 * m * k, 1 << 14)
+    return max(4 * m * k, 1 << 15)

@@ -1,8 +1,6 @@
-"""Matrix products for a search: several ways to compute them, how wrong each can be, and which is fastest here.
+"""Ways to multiply queries and rows, and which is the fastest here.
 
-An engine's error bound holds for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2nd
-ed., §3.1): products are added up within a piece of columns, and the pieces one after another, so each passes through at
-most N = width + pieces roundings, and |computed − ⟨q, t⟩| ≤ γ Σ|q_i t_i| ≤ γ ‖q‖ ‖t‖, γ = N u / (1 − N u), u = 2^-24.
+"numpy", "torch" and "cuda" multiply pieces in float32, "int8" two digits of 8 bits.
 """
 
 from __future__ import annotations
@@ -19,71 +17,89 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gradstore.errors import UsageError
-
-_UNIT = 2.0**-24
-# Roundings beside those of the sum: scaling, normalising, and underflow of entries below 2^-100 of the norm.
-_EXTRA = 16
+from gradstore.search.rounding import add_integer_product, integer_products_are_exact, round_rows
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to multiply pieces of queries and rows.
+    """One way to multiply queries and rows.
 
     Attributes:
-        name: "numpy", "torch" or "cuda".
-        device: where the pieces must be.
+        name: "numpy", "torch", "cuda" or "int8".
+        device: where the rows must be.
     """
 
     name: str
     device: torch.device
 
-    def bound(self, width: int, pieces: int) -> float:
-        """γ: the error of an inner product, in units of ‖q‖ ‖t‖."""
-        roundings = (width + pieces + _EXTRA) * _UNIT
-        return roundings / (1 - roundings)
-
     def add_product(self, queries: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add queries [m, w] times rows [B, w] transposed to float32 `out` [m, B]."""
+        """Add queries [m, w] times rows [B, w] transposed to float32 `out` [m, B]; not of "int8"."""
         if self.name == "numpy":
             out.add_(torch.from_numpy(np.matmul(queries.numpy(), rows.numpy().T)))
         else:
             out.addmm_(queries, rows.T)
 
 
-ENGINES = ("numpy", "torch", "cuda")
+ENGINES = ("numpy", "torch", "int8", "cuda")
+_CPU = torch.device("cpu")
 
 
-def choose_engine(name: str, queries: int, rows: int, width: int) -> Engine:
-    """The engine of a name, or for "auto" the one that a measurement of some milliseconds finds fastest.
+def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.dtype = torch.float16) -> Engine:
+    """The engine of a name, or the one that a measurement of some milliseconds finds fastest.
 
     Args:
-        name: "auto", "numpy", "torch" or "cuda".
+        name: "numpy", "torch", "int8" or "cuda"; "auto" for the fastest; "float32" for the faster of numpy and torch.
         queries: of the products to come.
         rows: a block.
         width: columns of a piece.
+        dtype: of the rows as stored.
 
     Raises:
         UsageError: an unknown engine, or one that this machine does not have.
     """
-    if name not in ("auto", *ENGINES):
+    if name not in ("auto", "float32", *ENGINES):
         raise UsageError("unknown engine", where="--engine", expected=f"auto, {', '.join(ENGINES)}", got=repr(name))
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "this machine has no usable CUDA device", where="--engine", got="'cuda'", hint="Use --engine auto"
         )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else _fastest(_round_up(queries), _round_up(rows), width)
-    return Engine(name, torch.device("cuda" if name == "cuda" else "cpu"))
+    if name == "int8" and not integer_products_are_exact():
+        raise UsageError(
+            "torch multiplies no 8-bit integers on this machine",
+            where="--engine",
+            got="'int8'",
+            hint="Use --engine auto",
+        )
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    if name in ("auto", "float32"):
+        name = _fastest(name == "auto", _round_up(queries), _round_up(rows), width, dtype)
+    return Engine(name, torch.device("cuda") if name == "cuda" else _CPU)
 
 
 @lru_cache(maxsize=32)
-def _fastest(queries: int, rows: int, width: int) -> str:
-    """Measured on one thread, as the workers of a search run it, at the sizes of its products."""
-    q, t = torch.ones(queries, width), torch.ones(rows, width)
-    out = torch.zeros(queries, rows)
-    engines = [Engine(name, torch.device("cpu")) for name in ("torch", "numpy")]
+def _fastest(integers_too: bool, queries: int, rows: int, width: int, dtype: torch.dtype) -> str:
+    """Measured on one thread, as the workers of a search run it, from rows as stored at the sizes of its products."""
+    q, stored = torch.ones(queries, width), torch.ones(rows, width).to(dtype)
+    factors, out, piece = torch.ones(rows), torch.zeros(queries, rows), torch.empty(rows, width)
+
+    def in_float32(engine: Engine) -> None:
+        engine.add_product(q, piece.copy_(stored).mul_(factors[:, None]), out)
+
+    def in_int8() -> None:
+        values = stored.float() if dtype == torch.int8 else stored
+        round_rows(values, factors, *digits)
+        add_integer_product(rounded, steps, digits[0], digits[1], factors, out)
+
+    digits, rounded = (torch.empty(2, size, width, dtype=torch.int8) for size in (rows, queries))
+    steps = torch.from_numpy(round_rows(q, torch.ones(queries), *rounded).step).float()
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(in_float32, Engine(name, _CPU)) for name in ("torch", "numpy")
+    }
+    if integers_too and integer_products_are_exact():
+        calls["int8"] = in_int8
     with single_threaded():
-        return fastest_call({engine.name: partial(engine.add_product, q, t, out) for engine in engines})
+        return fastest_call(calls)
 
 
 def fastest_call(calls: Mapping[str, Callable[[], object]]) -> str:

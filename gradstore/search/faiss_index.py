@@ -180,21 +180,17 @@ def _unit_rows(store: FeatureStore, phi: Phi, start: int, stop: int) -> np.ndarr
     """Φ/‖Φ‖ of some rows, float32 [rows, D]."""
     columns = store.read(start, stop)
     scaled = Scaled.of(phi, columns, store.path)
-    out, vector = np.empty((stop - start, phi.length), np.float32), np.empty(phi.length)
+    out, vector = np.empty((stop - start, phi.length), np.float32), torch.empty(phi.segments, phi.K)
     for i in range(stop - start):
         phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
-        out[i] = vector / np.linalg.norm(vector)
+        out[i] = vector.flatten() / torch.linalg.vector_norm(vector)
     return out
 
 
 def _query_vectors(basis: Basis, group: QueryGroup, space: str) -> np.ndarray:
     if space == "sketch":
         return np.ascontiguousarray(basis.query_coordinates(group)[0], np.float32)
-    out, vector = np.empty((len(group.members), group.phi.length), np.float32), np.empty(group.phi.length)
-    for i in range(len(out)):
-        group.write_vector(i, vector)
-        out[i] = vector / group.norms[i]
-    return out
+    return (group.vectors() / torch.from_numpy(group.norms)[:, None]).float().numpy()
 
 
 def _placed(faiss: ModuleType, index: Any, factory: str, space: str, sketch: SketchIndex, event: str) -> FaissIndex:
@@ -231,7 +227,7 @@ def _covered(path: Path, sketch: SketchIndex, factory: str) -> int:
 
 def _binding(sketch: SketchIndex, factory: str) -> list[str]:
     """What besides the rows decides what the vectors are: the factory, the projection and model, and the basis."""
-    return [factory, sketch.store.fingerprint, hashlib.sha256(sketch.basis.columns.tobytes()).hexdigest()]
+    return [factory, sketch.store.fingerprint, hashlib.sha256(sketch.basis.directions.tobytes()).hexdigest()]
 
 
 def _save(faiss: ModuleType, index: Any, path: Path, sketch: SketchIndex, factory: str) -> None:

@@ -24,6 +24,8 @@ from gradstore.store import FeatureStore
 MAX_SIZE = 512
 _MIN_SIZE = 64
 _SAMPLE = 1024
+# Of rows that are sketched at a time: few enough to stay in the cache, many enough for a good matrix product.
+_BLOCK_BYTES = 16 << 20
 # Part of the store's bytes that an index may take, where that leaves at least _MIN_SIZE directions.
 _SHARE = 0.01
 # Growth after which directions found in fewer rows are looked for again.
@@ -62,8 +64,7 @@ class SketchIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        parts = (self.basis.columns, self.basis.factor, self.sketch.coordinates, self.sketch.rest, self.sketch.error)
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in self._arrays().values())
 
     def fitted_rows(self) -> np.ndarray:
         """The rows that the basis was fitted to, int64, ascending."""
@@ -71,16 +72,18 @@ class SketchIndex:
 
     def save(self) -> None:
         """Write it beside the shards."""
-        arrays = {
-            "basis": self.basis.columns,
+        facts = {"fitted": self.fitted, "sampled": self.sampled, "recall": self.recall}
+        save_index(self.path, self.store, self._arrays(), facts)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "directions": self.basis.directions,
+            "scales": self.basis.scales,
             "factor": self.basis.factor,
             "coordinates": self.sketch.coordinates,
             "rest": self.sketch.rest,
             "error": self.sketch.error,
         }
-        save_index(
-            self.path, self.store, arrays, {"fitted": self.fitted, "sampled": self.sampled, "recall": self.recall}
-        )
 
     def with_recall(self, recall: dict[str, float]) -> SketchIndex:
         """The same index, saved with what approximate search was measured to find."""
@@ -142,8 +145,10 @@ def _reuse(
 ) -> SketchIndex | str:
     """The saved index brought up to date, or why it is of no use."""
     arrays, covered = saved.arrays, saved.covered(store)
-    basis = Basis(arrays["basis"], arrays["factor"])
-    if basis.columns.shape[0] != phi.length or (size is not None and basis.size != min(size, len(store))):
+    basis = Basis(arrays["directions"], arrays["scales"], arrays["factor"])
+    if basis.directions.shape[::2] != (phi.segments, phi.K) or (
+        size is not None and basis.size != min(size, len(store))
+    ):
         return "another size was asked for"
     if covered == 0:
         return "the store has changed"
@@ -162,10 +167,11 @@ def _reuse(
 
 def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: str, progress: Progress) -> SketchIndex:
     n, D = len(store), phi.length
-    fits = memory // (8 * D)
-    sample = int(min(_SAMPLE, n, memory // 3 // store.schema.row_bytes))
-    if fits < 1 or sample < 1:
-        need = max(8 * D, 3 * store.schema.row_bytes)
+    row = D + 8 * phi.K + 3 * store.schema.row_bytes
+    sample = int(min(_SAMPLE, n, memory // 2 // (D + 20 * _SAMPLE)))
+    fits = (memory - sample * (D + 20 * sample)) // (2 * D + 8 * phi.K * min(torch.get_num_threads(), 16))
+    if fits < 1 or sample < 1 or memory < 4 * row:
+        need = max(4 * row, 4 * (D + 20 * _SAMPLE))
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )
@@ -180,8 +186,8 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
     """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
     workers = min(torch.get_num_threads(), 16)
-    per_row = store.schema.row_bytes + 24 * phi.width + 48 * r
-    block = int(np.clip(memory // (2 * workers) // per_row, 1, 256))
+    per_row = store.schema.row_bytes + phi.length + 8 * phi.K * (phi.weights is not None) + 48 * r
+    block = int(np.clip(min(memory // (2 * workers), _BLOCK_BYTES) // per_row, 1, 4096))
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
     )

@@ -47,6 +47,11 @@ class Phi:
         return self.K if self.weights is not None else self.c * self.K
 
     @property
+    def segments(self) -> int:
+        """Stretches of K that make up Φ: one a class, or one in all where classes are summed."""
+        return 1 if self.weights is not None else self.c
+
+    @property
     def pieces(self) -> int:
         """Pieces that make up Φ."""
         return self._per_class if self.weights is not None else self.c * self._per_class
@@ -88,17 +93,24 @@ class Phi:
             view.add_(_decode(term, features, factors, c, span))
         return view
 
-    def write_row(self, features: Tensor, factors: Tensor, out: np.ndarray) -> None:
-        """Φ · 2^-e of one row, features [c, K] and factors [c], into float64 [D]; the same values as the pieces."""
-        values = features.to(torch.float32, copy=True).mul_(factors[:, None])
+    def write_row(self, features: Tensor, factors: Tensor, out: Tensor) -> None:
+        """Φ · 2^-e of one row, features [c, K] and factors [c], into float32 [segments, K]; equal to the pieces."""
         if self.weights is None:
-            np.copyto(out, values.flatten().numpy())
+            out.copy_(features).mul_(factors[:, None])
             return
         classes = [c for c, weight in enumerate(self.weights) if weight != 0]
-        total = values[classes[0]]
+        total = features[classes[0]].to(torch.float32, copy=True).mul_(factors[classes[0]])
         for c in classes[1:]:
-            total.add_(values[c])
-        np.copyto(out, total.numpy())
+            total.add_(features[c].to(torch.float32, copy=True).mul_(factors[c]))
+        out[0] = total
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Room for a vector cut into pieces: float32 [pieces, width], and its view by class [segments, K].
+
+        The view leaves out the padding of each class's last piece, which is zero.
+        """
+        room = torch.zeros(self.pieces, self.width)
+        return room, room.view(self.segments, -1)[:, : self.K]
 
     def require_direction(self, norms: np.ndarray, rows: np.ndarray, where: object) -> None:
         """Refuse rows whose norm is not finite, or zero under a cosine.

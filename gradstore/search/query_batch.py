@@ -35,11 +35,16 @@ class QueryGroup:
     norms: np.ndarray
     exponent: np.ndarray
 
-    def write_vector(self, place: int, out: np.ndarray) -> None:
-        """Φ · 2^-exponent of the query at `place` in this group into float64 [D]."""
-        phi = self.phi
-        padded = self.pieces[:, place].numpy().reshape(phi.length // phi.K, -1)
-        np.copyto(out.reshape(-1, phi.K), padded[:, : phi.K])
+    def vectors(self) -> Tensor:
+        """Φ · 2^-exponent float32 [g, D], a copy."""
+        phi, count = self.phi, len(self.members)
+        return self.pieces.transpose(0, 1).reshape(count, phi.segments, -1)[..., : phi.K].reshape(count, phi.length)
+
+    def segment(self, index: int) -> Tensor:
+        """Stretch `index` of K of every query, float32 [g, K], a copy."""
+        each = len(self.pieces) // self.phi.segments
+        part = self.pieces[index * each : (index + 1) * each]
+        return part.transpose(0, 1).reshape(len(self.members), -1)[:, : self.phi.K].contiguous()
 
     @property
     def scale(self) -> np.ndarray:
@@ -71,23 +76,21 @@ def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi]) -> 
 def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi: Phi) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
-    vector = np.empty(phi.length)
-    padded = torch.zeros(phi.length // phi.K, phi.pieces * phi.width // (phi.length // phi.K))
+    padded, vector = phi.padded()
     for row, columns in read_rows(store, rows):
         scaled = Scaled.of(phi, columns, store.path)
         phi.write_row(torch.from_numpy(columns["features"][0]), scaled.factors[0], vector)
         norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[0])
         _require_finite(norm, vector, row, store, phi)
-        padded[:, : phi.K] = torch.from_numpy(vector).view(-1, phi.K)
         for place in np.flatnonzero(rows == row):
-            pieces[:, place] = padded.view(phi.pieces, phi.width)
+            pieces[:, place] = padded
             norms[place], exponents[place] = norm, scaled.exponent[0]
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 
-def _require_finite(norm: float, vector: np.ndarray, row: int, store: FeatureStore, phi: Phi) -> None:
+def _require_finite(norm: float, vector: Tensor, row: int, store: FeatureStore, phi: Phi) -> None:
     phi.require_direction(np.array([norm]), np.array([row]), store.path)
-    if not np.isfinite(np.add.reduce(vector)):
+    if not torch.isfinite(vector.sum(dtype=torch.float64)):
         raise NonFiniteError(
             f"the features of row {row} are not finite",
             where=store.path,
@@ -113,6 +116,7 @@ def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:
             yield int(chunk[0]), int(chunk[-1]) + 1
 
 
-def vector_norm(vector: np.ndarray) -> float:
+def vector_norm(vector: Tensor) -> float:
     """‖·‖ in float64, summed pairwise, so that its bits depend on nothing but the vector."""
-    return float(np.sqrt(np.add.reduce(vector * vector)))
+    values = vector.reshape(-1).double().numpy()
+    return float(np.sqrt(np.add.reduce(values * values)))

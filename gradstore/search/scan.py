@@ -21,18 +21,23 @@ from gradstore.memory import format_bytes
 from gradstore.search.best import Best, pending_limit
 from gradstore.search.engines import Engine, choose_engine, full_float32, single_threaded
 from gradstore.search.exact_score import ExactScore
-from gradstore.search.phi import Phi, Scaled
+from gradstore.search.float_block import FloatBlock
+from gradstore.search.integer_block import IntegerBlock, RoundedQueries
+from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
+from gradstore.search.rounding import MAX_WIDTH
 from gradstore.search.topk_result import Search
 from gradstore.store import FeatureStore
 
 # A block is large enough for a good matrix product and no larger.
-_BLOCK_BYTES = 48 << 20
+_BLOCK_BYTES = 24 << 20
 _BLOCK_ROWS = 4096
 _BATCH = 512
 _MAX_WORKERS = 16
 # Floating-point operations below which choosing an engine by measurement takes longer than it can save.
 _WORTH_MEASURING = 2e10
+# What converting a number costs, in such operations.
+_READING = 20
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,17 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> Sca
         UsageError: the budget does not hold one query, one row and what their product takes.
     """
     row = train.schema.row_bytes
-    vectors = 28 * phi.length + 2 * row  # of one worker as it scores exactly
-    per_query = 4 * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
+    vectors = 4 * phi.length + 3 * row  # of one worker as it scores exactly
+    per_query = 6 * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
     cap = int(np.clip(_BLOCK_BYTES // row, 1, _BLOCK_ROWS))
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
         left = memory - workers * vectors
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
-        per_row = workers * (row + 8 * phi.width + 40 * max(batch, 1))
+        per_row = workers * (row + 8 * phi.width + 48 * max(batch, 1))
         block = int(min(cap, len(train), (left - batch * per_query) // per_row))
         if batch >= 1 and block >= (1 if workers == 1 else min(8, cap, len(train))):
             return ScanPlan(batch, block, workers)
-    need = vectors + 2 * max(per_query, row + 8 * phi.width + 40)
+    need = vectors + 2 * max(per_query, row + 8 * phi.width + 48)
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )
@@ -104,9 +109,12 @@ def scan_all(
         return np.empty((0, k), np.int64), np.empty((0, k)), Search("exact", 0)
     longest = max(phis, key=lambda phi: phi.length)
     plan = plan_scan(train, longest, len(rows), k, memory)
-    if engine == "auto" and 2.0 * len(rows) * len(train) * longest.length < _WORTH_MEASURING:
+    if engine == "auto" and (2.0 * len(rows) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
         engine = "cuda" if torch.cuda.is_available() else "torch"
-    means = choose_engine(engine, plan.batch, plan.block, longest.width)
+    if engine == "auto" and longest.K > MAX_WIDTH:
+        engine = "float32"
+    dtype = getattr(torch, train.schema.dtype)
+    means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
     found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
     search = Search("exact", len(train) * len(parts), means.name)
@@ -142,7 +150,7 @@ class _Scan:
         self, train: FeatureStore, groups: Sequence[QueryGroup], best: Best, engine: Engine, plan: ScanPlan
     ) -> None:
         self.train, self.groups, self.best, self.engine, self.plan = train, groups, best, engine, plan
-        self._on_device = [group.pieces.to(engine.device) for group in groups]
+        self._rounded = [RoundedQueries.of(group) for group in groups] if engine.name == "int8" else []
         self._starts = count(0, plan.block)
         self._lock = Lock()
         self._errors: list[tuple[int, Exception]] = []
@@ -161,57 +169,31 @@ class _Scan:
 
     def _work(self) -> None:
         torch.set_num_threads(1)  # counts for this thread only
-        buffers = _Buffers.of(self.train, self.groups, self.engine.device, self.plan.block)
+        block = self._block()
         while not self._errors and not self._stopped:
             start = next(self._starts)
             if start >= len(self.train):
                 return
             try:
-                self._do(start, min(start + self.plan.block, len(self.train)), buffers)
+                self._do(block, start, min(start + self.plan.block, len(self.train)))
             except Exception as error:
                 self._errors.append((start, error))
 
-    def _do(self, start: int, stop: int, buffers: _Buffers) -> None:
-        columns = self.train.read(start, stop, out=buffers.columns)
+    def _block(self) -> IntegerBlock | FloatBlock:
+        if self.engine.name == "int8":
+            return IntegerBlock(self.train, self._rounded, self.plan.block)
+        return FloatBlock(self.train, self.groups, self.engine, self.plan.block)
+
+    def _do(self, block: IntegerBlock | FloatBlock, start: int, stop: int) -> None:
         rows = np.arange(start, stop)
-        features = torch.from_numpy(columns["features"]).to(self.engine.device)
-        for group, pieces in zip(self.groups, self._on_device, strict=True):
-            scaled = Scaled.of(group.phi, columns, self.train.path)
-            center, norms = self._product(group, pieces, features, scaled, buffers)
-            group.phi.require_direction(norms, rows, self.train.path)
-            lower, upper = self._bounds(group, center, norms, scaled.exponent)
-            self._require_finite(lower, rows)
+        for group, center, spread in block.bounds(start, stop):
+            self._require_finite(center, rows)
             with self._lock:
-                self.best.offer(group.members, rows, lower, upper)
-
-    def _product(
-        self, group: QueryGroup, pieces: Tensor, features: Tensor, scaled: Scaled, buffers: _Buffers
-    ) -> tuple[Tensor, np.ndarray]:
-        """Inner products float64 [g, B] of scaled vectors, and the norms of the rows' float64 [B]."""
-        phi, factors = group.phi, scaled.factors.to(features.device)
-        out = buffers.products[: pieces.shape[1] * len(features)].view(pieces.shape[1], len(features)).zero_()
-        squares = torch.zeros(len(features), dtype=torch.float64, device=features.device)
-        for j in range(phi.pieces):
-            piece = phi.write_piece(j, features, factors, buffers.piece, buffers.spare)
-            self.engine.add_product(pieces[j, :, : piece.shape[1]], piece, out)
-            if scaled.norms is None:
-                squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square_()
-        norms = squares.sqrt_().cpu().numpy() if scaled.norms is None else scaled.norms
-        return out.double().cpu(), norms
-
-    def _bounds(
-        self, group: QueryGroup, center: Tensor, norms: np.ndarray, exponent: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds float64 [g, B] on the similarities; `center` becomes the lower one."""
-        phi = group.phi
-        row_scale = 1 / norms if phi.kernel.normalised else np.ldexp(1.0, exponent)
-        query_side, row_side = torch.from_numpy(group.scale), torch.from_numpy(row_scale)
-        center.mul_(query_side[:, None]).mul_(row_side)
-        error = self.engine.bound(phi.width, phi.pieces)
-        spread = torch.outer(query_side * torch.from_numpy(group.norms) * error, row_side * torch.from_numpy(norms))
-        return center - spread, center.add_(spread)
+                self.best.offer(group.members, rows, center, spread)
 
     def _require_finite(self, values: Tensor, rows: np.ndarray) -> None:
+        if torch.isfinite(values.sum()):
+            return
         bad = torch.nonzero(~torch.isfinite(values).all(dim=0))
         if len(bad):
             raise NonFiniteError(
@@ -220,25 +202,3 @@ class _Scan:
                 expected="finite values",
                 hint="Run `gradstore verify` on the store",
             )
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """What one worker reuses for every block."""
-
-    columns: dict[str, np.ndarray]
-    piece: Tensor
-    spare: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, train: FeatureStore, groups: Sequence[QueryGroup], device: torch.device, block: int) -> _Buffers:
-        columns = train.schema.empty(block)
-        width = max(group.phi.width for group in groups)
-        summed = any(group.phi.weights is not None for group in groups)
-        return cls(
-            columns,
-            torch.empty(block * width, device=device),
-            torch.empty(block * width if summed else 0, device=device),
-            torch.empty(block * max(len(group.members) for group in groups), device=device),
-        )

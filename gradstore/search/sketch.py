@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.search.basis import Basis, integer_product, piece_rows
+from gradstore.search.basis import Basis
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
+from gradstore.search.rounded_phi import round_phi
+from gradstore.search.rounding import Rounded
 
-# Covers float32 sums of squares within a piece and every float64 rounding: 2 · (2048 + 16) · 2^-24 and some.
-_SLACK = 3e-4
+# Covers float64 roundings of squares.
 _ROUNDED = 1e-9
 
 
@@ -78,49 +79,29 @@ def sketch_queries(basis: Basis, group: QueryGroup) -> QuerySketch:
 
 
 def sketch_rows(basis: Basis, phi: Phi, columns: Mapping[str, np.ndarray], where: object) -> RowSketch:
-    """Sketch a block of rows; holds a piece of them in float32 at a time.
+    """Sketch a block of rows; holds D bytes and 40·r a row.
 
     Raises:
         NonFiniteError: a row has no direction; names it.
     """
     scaled = Scaled.of(phi, columns, where)
     features = torch.from_numpy(columns["features"])
-    n = len(features)
-    products = torch.zeros(n, basis.size, dtype=torch.float64)
-    squares, rounded, missed = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-    out, spare = torch.empty(n * phi.width), torch.empty(n * phi.width if phi.weights is not None else 0)
-    for j in range(phi.pieces):
-        piece = phi.write_piece(j, features, scaled.factors, out, spare)
-        if scaled.norms is None:
-            squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square()
-        integers, step = _to_8_bits(piece)
-        rounded += (torch.linalg.vector_norm(integers.float(), dim=1).double() * step).square()
-        missed += (torch.linalg.vector_norm(piece, dim=1).double() * step).square()
-        columns_of_piece = torch.from_numpy(basis.columns[piece_rows(phi, j)])
-        products += integer_product(integers, columns_of_piece).double() * step[:, None]
-    norms = squares.sqrt().numpy() if scaled.norms is None else scaled.norms
+    digits = torch.empty(phi.segments, len(features), phi.K, dtype=torch.int8)
+    found = np.empty((phi.segments, len(features), 4))
+    norms = round_phi(phi, features, scaled, digits, None, found)
     phi.require_direction(norms, columns["row"], where)
-    coordinates = basis.coordinates(products.numpy()) / norms[:, None]
-    return _pack(coordinates, rounded.numpy() / norms**2, missed.numpy() / norms**2)
+    rounded = Rounded.of(found, phi.K, two=False)
+    steps, kept, missed = rounded.step, rounded.norm, rounded.missed
+    phi.require_direction(np.where(np.isfinite(steps).all(axis=0), norms, np.nan), columns["row"], where)
+    coordinates = basis.coordinates(basis.products(digits, steps)) / norms[:, None]
+    return _pack(coordinates, np.square(kept / norms).sum(axis=0), np.square(missed / norms).sum(axis=0))
 
 
-def _to_8_bits(piece: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers int8 [n, w] and steps float64 [n], the row being step · integers; `piece` becomes (rest) / step."""
-    peak = torch.maximum(piece.amax(dim=1), piece.amin(dim=1).neg_())
-    step = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    piece.div_(step[:, None])
-    nearest = piece.round()
-    piece.sub_(nearest)
-    return nearest.to(torch.int8), step.double()
-
-
-def _pack(coordinates: np.ndarray, rounded: np.ndarray, missed: np.ndarray) -> RowSketch:
-    """From coordinates, ‖t'‖² and ‖δ‖², all of unit features; the squares may be 1e-4 of themselves too small."""
+def _pack(coordinates: np.ndarray, kept: np.ndarray, missed: np.ndarray) -> RowSketch:
+    """From coordinates, and bounds on ‖t'‖² and ‖δ‖², all of unit features."""
     stored = coordinates.astype(np.float16)
-    kept = np.square(coordinates).sum(axis=1)
-    rest = np.sqrt(np.maximum(rounded * (1 + _SLACK) - kept, 0) + _ROUNDED)
-    # 1e-6 covers the float32 division by the step.
-    error = np.sqrt(missed * (1 + _SLACK)) * 1.001 + np.linalg.norm(coordinates - stored, axis=1) + 1e-6
+    rest = np.sqrt(np.maximum(kept - np.square(coordinates).sum(axis=1), 0) + _ROUNDED)
+    error = np.sqrt(missed) + np.linalg.norm(coordinates - stored, axis=1) + _ROUNDED
     return RowSketch(stored, _up(rest), _up(error))
 
 

@@ -1,0 +1,150 @@
+"""Bounds on similarities from products of 8-bit integers: as tight as those of float32, and several times faster.
+
+Rows and queries are rounded to two digits of 8 bits, with a step for each row and stretch of K (a class). Three integer
+products, high · high, low · high and high · low, are exact; what they leave out is bounded one stretch s at a time,
+by the norms of what rounding really took away:
+
+    |error| ≤ Σ_s ‖q_s‖ ‖δ_t,s‖ + ‖δ_q,s‖ ‖t'_s‖ + ‖q_low,s‖ ‖t_low,s‖,
+
+some 0.00015 of the norms for normal entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup
+from gradstore.search.rounded_phi import round_phi
+from gradstore.search.rounding import Rounded, add_integer_product, round_stretches
+from gradstore.store import FeatureStore
+
+_UNIT = 2.0**-24
+# Rows read and rounded at a time: they should stay in the cache between reading, checking and rounding.
+_SPAN_BYTES = 4 << 20
+# Covers float64 roundings of bounds, and of norms that were summed in float64.
+_ROUNDED = 1e-9
+
+
+@dataclass(frozen=True)
+class RoundedQueries:
+    """A group of queries, rounded.
+
+    Attributes:
+        group: the queries.
+        digits: int8 [segments, 2, g, K].
+        steps: float32 [segments, g].
+        sides: float64 [g, 3 · segments]; times the rows' sides, a bound on the error of an inner product.
+    """
+
+    group: QueryGroup
+    digits: Tensor
+    steps: Tensor
+    sides: Tensor
+
+    @classmethod
+    def of(cls, group: QueryGroup) -> RoundedQueries:
+        """Holds 2·D bytes a query, and 8·K more while rounding."""
+        phi, count = group.phi, len(group.members)
+        digits = torch.empty(phi.segments, 2, count, phi.K, dtype=torch.int8)
+        found = np.empty((phi.segments, count, 4))
+        for s in range(phi.segments):
+            values, ones = group.segment(s)[:, None], torch.ones(count, 1)
+            round_stretches(values, ones, digits[s, :1], digits[s, 1:], found[s : s + 1])
+        rounded = Rounded.of(found, phi.K, two=True)
+        norm, low, missed = (torch.from_numpy(part).T for part in (rounded.norm, rounded.low, rounded.missed))
+        sums = (phi.segments + 16) * _UNIT  # float32 sums of scaled products
+        sides = torch.cat([norm + missed, missed + sums * norm, low], dim=1)
+        return cls(group, digits, torch.from_numpy(rounded.step).float(), sides)
+
+
+class IntegerBlock:
+    """What a worker reuses to bound block after block of rows.
+
+    Args:
+        train: the training store.
+        queries: groups of queries.
+        block: rows of a block.
+
+    Holds 2·D bytes a row for each feature map, two megabytes of rows as stored, and 32 bytes a row and query.
+    """
+
+    def __init__(self, train: FeatureStore, queries: Sequence[RoundedQueries], block: int) -> None:
+        self.train, self.queries = train, queries
+        self._span = span_rows(train, block)
+        self._columns = train.schema.empty(self._span)
+        maps = {part.group.phi for part in queries}
+        self._digits = {phi: torch.empty(2 * phi.segments * block * phi.K, dtype=torch.int8) for phi in maps}
+
+    def bounds(self, start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
+        """(queries, similarities float64 [g, B], their largest errors float64 [g, B]) of rows start:stop.
+
+        The similarities of a row that is not finite are not finite either.
+
+        Raises:
+            NonFiniteError: a row's norm is not finite, or zero under a cosine.
+            CorruptError: a row does not match its digest.
+        """
+        rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
+        for low in range(start, stop, self._span):
+            high = min(low + self._span, stop)
+            columns = self.train.read(low, high, out=self._columns)
+            for phi, block in rows.items():
+                scaled = Scaled.of(phi, columns, self.train.path)
+                block.write(slice(low - start, high - start), phi, columns, scaled)
+                phi.require_direction(block.norms[low - start : high - start], columns["row"], self.train.path)
+        return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self.queries]
+
+
+def span_rows(train: FeatureStore, block: int) -> int:
+    """Rows of a block that are read and rounded at a time."""
+    return int(np.clip(_SPAN_BYTES // train.schema.row_bytes, 1, max(1, block // 2)))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """B rounded rows.
+
+    Attributes:
+        digits: int8 [2, segments, B, K].
+        found: float64 [segments, B, 4], what `Rounded.of` takes.
+        norms: float64 [B], ‖Φ‖ / 2^exponent.
+        exponent: int64 [B].
+    """
+
+    digits: Tensor
+    found: np.ndarray
+    norms: np.ndarray
+    exponent: np.ndarray
+
+    @classmethod
+    def empty(cls, phi: Phi, room: Tensor, count: int) -> _Rows:
+        digits = room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
+        return cls(digits, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
+
+    def write(self, at: slice, phi: Phi, columns: dict[str, np.ndarray], scaled: Scaled) -> None:
+        high, low = self.digits[:, :, at]
+        features = torch.from_numpy(columns["features"])
+        self.norms[at] = round_phi(phi, features, scaled, high, low, self.found[:, at])
+        self.exponent[at] = scaled.exponent
+
+
+def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
+    group, phi = queries.group, queries.group.phi
+    rounded = Rounded.of(rows.found, phi.K, two=True)
+    steps = torch.from_numpy(rounded.step).float()
+    total = torch.zeros(len(group.members), len(rows.norms))
+    for s in range(phi.segments):
+        high, low = rows.digits[:, s]
+        add_integer_product(queries.digits[s], queries.steps[s], high, low, steps[s], total)
+    sides = torch.from_numpy(np.concatenate([rounded.missed, rounded.norm, rounded.low]))
+    row_scale = 1 / rows.norms if phi.kernel.normalised else np.ldexp(1.0, rows.exponent)
+    query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)
+    spread = (queries.sides @ sides).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
+    center = total.double().mul_(query_side).mul_(row_side)
+    return center, spread.add_(center.abs(), alpha=_ROUNDED)

@@ -1,0 +1,168 @@
+"""Rows rounded to one or two digits of 8 bits, x = step · (high + low / 254) + rest, and how much the rest can be.
+
+Products of 8-bit integers are exact, so what a product of rounded rows says about the rows themselves follows from
+norms alone, by Cauchy and Schwarz: with x' = x − rest and y' alike, and x_l, y_l the parts of the lower digits,
+
+    |⟨x, y⟩ − (⟨x', y'⟩ − ⟨x_l, y_l⟩)| ≤ ‖x‖ ‖y − y'‖ + ‖x − x'‖ ‖y'‖ + ‖x_l‖ ‖y_l‖.
+
+For normal entries the higher digits leave a rest of 0.009 of the norm, both digits 0.00004.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.search import native
+
+# Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
+_FINER = 254
+# Sums of squares are added up in float32, in eight lanes or more; what is added is rounded a few times.
+_LANES, _UNIT, _EXTRA = 8, 2.0**-24, 64
+# A rest is off by a few float32 roundings of its row's largest entry, 127 steps.
+_ENTRY = 2.0**-22 * 127
+# Squares of entries smaller than this may underflow; rows of interest have norms around 1.
+_UNDERFLOW = 1e-18
+# |integer products| ≤ 2 · 127² · width must stay below 2^31.
+MAX_WIDTH = 1 << 16
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What is known of rows of some width, rounded; every array of the same shape.
+
+    Attributes:
+        step: float64; infinite where a row is not finite.
+        norm: float64, at least the norm of the digits' part.
+        low: float64, at least the norm of the lower digit's part; 0 where there is none.
+        missed: float64, at least ‖rest‖.
+    """
+
+    step: np.ndarray
+    norm: np.ndarray
+    low: np.ndarray
+    missed: np.ndarray
+
+    @classmethod
+    def of(cls, found: np.ndarray, width: int, *, two: bool) -> Rounded:
+        """From what `round_stretches` found, float64 [..., 4], about one digit or two."""
+        sums = (width / _LANES + _EXTRA) * _UNIT
+        with np.errstate(invalid="ignore"):
+            step = found[..., 0]
+            first, second, missed = np.moveaxis(np.sqrt(found[..., 1:]), -1, 0) * (1 + sums)
+            slack = np.sqrt(width) * (step * _ENTRY + _UNDERFLOW)
+            low = second + missed + slack if two else np.zeros(step.shape)
+            norm = np.where(np.isfinite(step), first * step + low, np.inf)
+        return cls(step, norm, low, missed + slack)
+
+
+def round_stretches(
+    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str | None = None
+) -> None:
+    """Round every stretch of some rows to integers within ±127, by a step of its own.
+
+    Args:
+        values: float16 or float32 [n, segments, w], adjacent within a row, on the CPU, w ≤ 2^16.
+        factors: float32 [n, segments]; what is rounded is each value times its stretch's factor, a float32.
+        high: int8 [segments, n, w], adjacent within a segment; overwritten.
+        low: the same, `high.stride()` apart, for a second digit; None for one digit.
+        found: float64 [segments, n, 4], spaced as `high`: overwritten with what `Rounded.of` takes.
+        simd: a level of the compiled loops, or "" for torch, which holds 12 bytes a value; default the fastest.
+    """
+    simd = native.level() if simd is None else simd
+    if simd:
+        native.round_rows(values, factors.contiguous(), high, low, found, simd)
+        return
+    for s in range(values.shape[1]):
+        x = values[:, s].float() * factors[:, s, None]
+        found[s] = _by_torch(x, high[s], None if low is None else low[s])
+
+
+def round_rows(
+    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None = None, simd: str | None = None
+) -> Rounded:
+    """The same for rows of one stretch: values [n, w], factors [n], high and low [n, w]; arrays [n]."""
+    found = np.empty((1, len(values), 4))
+    digits = (high[None], None if low is None else low[None])
+    round_stretches(values[:, None], factors[:, None], *digits, found, simd)
+    return Rounded.of(found[0], values.shape[1], two=low is not None)
+
+
+def _by_torch(x: Tensor, high: Tensor, low: Tensor | None) -> np.ndarray:
+    """(step, ‖high‖², ‖x − step · high‖², ‖rest‖²) float64 [n, 4]; `x` is overwritten."""
+    peak = torch.maximum(x.amax(dim=1), x.amin(dim=1).neg_())
+    step = torch.where((peak >= 2.0**-100) & torch.isfinite(peak), peak / 127, torch.ones_like(peak))
+    found = [step, *_take_digit(x, step, high)]
+    found.append(found[-1] if low is None else _take_digit(x, step / _FINER, low)[1])
+    out = torch.stack([part.double() for part in found], dim=1)
+    out[~torch.isfinite(peak)] = torch.tensor([torch.inf, 0, torch.inf, torch.inf], dtype=torch.float64)
+    return out.numpy()
+
+
+def _take_digit(x: Tensor, step: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the nearest multiples of a step away from `x`; squared norms of the integers and of what is left."""
+    nearest = (x / step[:, None]).round_().nan_to_num_(0, 0, 0).clamp_(-127, 127)
+    out.copy_(nearest)
+    x.sub_(nearest * step[:, None])
+    return nearest.square().sum(dim=1, dtype=torch.float64), x.square().sum(dim=1, dtype=torch.float64)
+
+
+def add_integer_product(
+    queries: Tensor, query_steps: Tensor, high: Tensor, low: Tensor, steps: Tensor, out: Tensor
+) -> None:
+    """Add inner products of rounded vectors, without those of two lower digits, to float32 `out` [m, B].
+
+    The integer products are exact; what is added is off by 8 · 2^-24 of the norms' product.
+
+    Args:
+        queries: int8 [2, m, w], higher digits first.
+        query_steps: float32 [m].
+        high: int8 [B, w], higher digits of the rows.
+        low: the same, lower digits.
+        steps: float32 [B].
+        out: contiguous.
+    """
+    both = integer_product(queries.flatten(0, 1), high.T)
+    m, also_low = len(query_steps), integer_product(queries[0], low.T)
+    simd = native.level()
+    if simd:
+        native.add_scaled(both[:m], both[m:], also_low, query_steps, steps, out, simd)
+    else:
+        total = both[m:].add_(also_low).float().div_(_FINER).add_(both[:m])
+        out.add_(total.mul_(query_steps[:, None]).mul_(steps))
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Exact product of int8 a [m, w] and b [w, n], both within ±127, in int32; w ≤ 2^17."""
+    if a.shape[1] == 1:  # for which torch 2.13 gives wrong numbers
+        return a.int() * b.int()
+    return torch._int_mm(a, b) if integer_products_are_exact() else _product_in_float32(a, b)
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """1024 products of at most 127² add up to less than 2^24, so exactly."""
+    out = torch.zeros(len(a), b.shape[1], dtype=torch.int32)
+    for i in range(0, a.shape[1], 1024):
+        out += (a[:, i : i + 1024].float() @ b[i : i + 1024].float()).int()
+    return out
+
+
+@lru_cache(maxsize=1)
+def integer_products_are_exact() -> bool:
+    """Whether this torch multiplies int8 matrices, and rightly on this processor: some saturate."""
+    rng = torch.Generator().manual_seed(0)
+    try:
+        return all(_is_exact(m, w, n, rng) for m, w, n in ((3, 2, 17), (33, 515, 65), (16, 64, 1)))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_exact(m: int, w: int, n: int, rng: torch.Generator) -> bool:
+    a, b = (torch.randint(-127, 128, (size, w), generator=rng, dtype=torch.int8) for size in (m, n))
+    a[0], b[0], b[-1] = 127, 127, -127
+    expected = a.long() @ b.T.long()
+    return all(torch.equal(torch._int_mm(a, c).long(), expected) for c in (b.T, b.T.contiguous()))

@@ -1,0 +1,242 @@
+"""Every engine's bounds hold and its answers are the same; the compiled loops say what numpy and torch say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import clustered, dense_similarity, write_store
+
+import gradstore as gs
+from gradstore.errors import UsageError
+from gradstore.kernels import projected_kernel
+from gradstore.search import engines, native
+from gradstore.search.engines import ENGINES, Engine, choose_engine
+from gradstore.search.exact_score import inner_products
+from gradstore.search.float_block import FloatBlock
+from gradstore.search.integer_block import IntegerBlock, RoundedQueries
+from gradstore.search.query_batch import load_queries
+from gradstore.search.request import query_phis
+from gradstore.search.rounding import add_integer_product, integer_product, integer_products_are_exact, round_rows
+from gradstore.store import FeatureStore
+
+LEVELS = (*native.levels(), "")
+CPU_ENGINES = [name for name in ENGINES if name != "cuda" and (name != "int8" or integer_products_are_exact())]
+
+
+def rows_of_every_kind(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
+    """float32 [n, width]: normal, spiky, tiny, huge, with entries of every size, zero, and twice the same."""
+    kinds = rng.integers(0, 6, n)
+    rows = rng.standard_normal((n, width))
+    rows[kinds == 1, rng.integers(0, width)] = 1e4
+    rows[kinds == 2] *= 1e-6
+    rows[kinds == 3] *= 1e4 / np.maximum(np.abs(rows[kinds == 3]).max(axis=1, keepdims=True), 1)
+    rows[kinds == 4] *= 2.0 ** -rng.integers(0, 60, (int((kinds == 4).sum()), width))
+    rows[kinds == 5] = rows[0]
+    return rows.astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    width=st.sampled_from([1, 7, 16, 31, 64, 129, 1000]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    exponent=st.sampled_from([-90, -10, 0, 10]),
+)
+@pytest.mark.parametrize("simd", LEVELS)
+def test_rounding_misses_no_more_than_it_says(
+    simd: str, seed: int, width: int, dtype: torch.dtype, exponent: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    room = torch.from_numpy(rows_of_every_kind(rng, 12, width + 3)).to(dtype)
+    values, factors = room[:, 1 : width + 1], torch.full((12,), 2.0**exponent)
+    values[3] = 0
+    digits = torch.empty(2, 12, width, dtype=torch.int8)
+    found = round_rows(values, factors, digits[0], digits[1], simd)
+    exact = (values.float() * factors[:, None]).double()
+    step = torch.from_numpy(found.step)[:, None]
+    low = digits[1].double() * step / 254
+    kept = digits[0].double() * step + low
+    assert int(digits.abs().max()) <= 127
+    for bound, norm in ((found.missed, exact - kept), (found.low, low), (found.norm, kept)):
+        assert (norm.norm(dim=1).numpy() <= bound).all()
+    usable = exact.norm(dim=1).numpy() > 1e-12
+    assert (found.missed[usable] <= 1e-4 * width**0.5 * exact.abs().amax(dim=1).numpy()[usable]).all(), "and is fine"
+    one = torch.empty(12, width, dtype=torch.int8)
+    coarse = round_rows(values, factors, one, simd=simd)
+    assert ((exact - one.double() * step).norm(dim=1).numpy() <= coarse.missed).all()
+    assert ((one.double() * step).norm(dim=1).numpy() <= coarse.norm).all()
+
+
+@pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_that_are_not_finite_are_seen(simd: str, bad: float, dtype: torch.dtype) -> None:
+    values = torch.ones(3, 50, dtype=dtype)
+    values[1, 37] = bad
+    found = round_rows(values, torch.ones(3), *torch.empty(2, 3, 50, dtype=torch.int8), simd=simd)
+    np.testing.assert_array_equal(np.isfinite(found.step), [True, False, True])
+    np.testing.assert_array_equal(np.isfinite(found.norm), [True, False, True])
+
+
+@pytest.mark.parametrize("simd", LEVELS)
+def test_every_float16_is_read_as_it_is(simd: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[torch.isfinite(every)].contiguous()
+    for part in finite.double().abs().log2().floor().unique().tolist():
+        some = finite[finite.double().abs().log2().floor() == part][None]
+        digits = torch.empty(2, 1, some.shape[1], dtype=torch.int8)
+        step = round_rows(some, torch.ones(1), digits[0], digits[1], simd).step[0]
+        error = (some.double() - (digits[0].double() + digits[1].double() / 254) * step).abs().max().item()
+        assert error <= some.double().abs().max().item() * 2.0**-15
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (3, 37), (50, 2048), (7, 15)])
+def test_inner_products_have_the_same_bits_at_every_level(shape: tuple[int, int]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    row, pieces = torch.randn(*shape, generator=rng), torch.randn(shape[0], 9, shape[1], generator=rng)
+    places = np.array([3, 0, 8, 3])
+    found = [inner_products(row, pieces, places, simd) for simd in LEVELS]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+    exact = (pieces.double() * row.double()[:, None]).sum(dim=(0, 2))[places].numpy()
+    np.testing.assert_allclose(found[0], exact, rtol=0, atol=1e-13 * row.double().norm().item() ** 2)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "level", lambda: "")
+    rng = torch.Generator().manual_seed(0)
+    queries, rows = (
+        torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8) for shape in ((2, 5, 700), (2, 33, 700))
+    )
+    queries[:, 0], rows[:, 0] = 127, 127
+    steps = torch.rand(5, generator=rng), torch.rand(33, generator=rng)
+    out = torch.ones(5, 33)
+    add_integer_product(queries, steps[0], rows[0], rows[1], steps[1], out)
+    a, b = queries.double(), rows.double()
+    expected = a[0] @ b[0].T + (a[1] @ b[0].T + a[0] @ b[1].T) / 254
+    expected = 1 + expected * torch.outer(steps[0].double(), steps[1].double())
+    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6 * 127**2 * 700)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(["float16", "float32", "int8"]),
+    kernel=st.sampled_from(["proj-trntk", "proj-pntk", "proj-trntk0"]),
+    K=st.sampled_from([1, 33, 300]),
+    scale=st.sampled_from([1e-25, 1.0, 1e15]),
+)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_bounds_hold_for_every_pair(
+    engine: str, seed: int, dtype: str, kernel: str, K: int, scale: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp("bounds")
+    features = np.concatenate([rows_of_every_kind(rng, 40, 2 * K), clustered(10, 1, 2 * K, seed=seed)[:, 0]])
+    features[~np.abs(features).any(axis=1)] = 1
+    features = (features * scale).astype(np.float32).reshape(50, 2, K) + np.float32(1e-3 * scale)
+    train = write_store(path / "a", features, dtype=dtype, shard_rows=20)
+    queries = write_store(path / "b", features[::7], dtype=dtype)
+    groups = load_queries(
+        queries, np.arange(8), query_phis(train, queries, projected_kernel(kernel), np.arange(8), None)
+    )
+    exact = dense_similarity(train, queries, kernel)
+    if engine == "int8":
+        block = IntegerBlock(train, [RoundedQueries.of(group) for group in groups], 30)
+    else:
+        block = FloatBlock(train, groups, Engine(engine, torch.device("cpu")), 30)
+    for start, stop in ((0, 30), (30, 50)):
+        ((group, center, spread),) = block.bounds(start, stop)
+        np.testing.assert_array_equal(group.members, np.arange(8))
+        error = np.abs(center.numpy() - exact[:, start:stop])
+        rounding = 1e-13 * np.abs(exact).max()  # of the reference
+        assert (error <= spread.numpy() + rounding).all()
+        if kernel != "proj-trntk0":
+            assert (spread < 2e-3 * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, FeatureStore]:
+    path = tmp_path_factory.mktemp("engines")
+    features = np.concatenate([clustered(200, 3, 90), clustered(30, 3, 90)])  # 30 of them twice
+    logits = np.random.default_rng(1).standard_normal((20, 3))
+    train = write_store(path / "train", features)
+    return train, write_store(path / "test", clustered(20, 3, 90, seed=1), logits=logits)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {},
+        {"kernel": "proj-pntk"},
+        {"kernel": "proj-trntk0"},
+        {"classes": "predicted"},
+        {"classes": "0 - 0.3 2", "kernel": "proj-trntk0"},
+    ],
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_engine_gives_the_same_bits(
+    stores: tuple, what: dict, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = gs.topk(*stores, 9, engine="torch", **what)
+    if not compiled:
+        monkeypatch.setattr(native, "level", lambda: "")
+    for engine in CPU_ENGINES:
+        for memory in ("1GB", "2MB"):
+            other = gs.topk(*stores, 9, engine=engine, memory=memory, **what)
+            assert other.search.engine == engine
+            np.testing.assert_array_equal(other.indices, first.indices)
+            np.testing.assert_array_equal(other.similarity, first.similarity)
+
+
+def test_more_candidates_than_may_wait_change_nothing(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gs.topk(*stores, 9)
+    monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 1)
+    other = gs.topk(*stores, 9, engine="int8", memory="2MB")
+    np.testing.assert_array_equal(other.indices, expected.indices)
+    np.testing.assert_array_equal(other.similarity, expected.similarity)
+
+
+def test_the_fastest_engine_is_one_of_them_and_int8_needs_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float16, torch.float32, torch.int8):
+        assert choose_engine("auto", 3, 20, 64, dtype).name in ENGINES
+    assert choose_engine("float32", 3, 20, 64).name in ("numpy", "torch")
+    engines._fastest.cache_clear()
+    monkeypatch.setattr("gradstore.search.engines.integer_products_are_exact", lambda: False)
+    with pytest.raises(UsageError, match="torch multiplies no 8-bit integers on this machine"):
+        choose_engine("int8", 3, 20, 64)
+    assert choose_engine("auto", 5, 20, 64).name != "int8"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 15, 64, 300])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (17, 1), (16, 40)])
+def test_integer_products_of_every_shape_are_exact(width: int, sizes: tuple[int, int]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (size, width), generator=rng, dtype=torch.int8) for size in sizes)
+    expected = a.long() @ b.T.long()
+    assert torch.equal(integer_product(a, b.T).long(), expected)
+    assert torch.equal(integer_product(a, b.T.contiguous()).long(), expected)
+
+
+def test_products_that_saturate_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1)
+
+    integer_products_are_exact.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not integer_products_are_exact()
+    integer_products_are_exact.cache_clear()
+
+
+def test_a_store_of_one_feature(tmp_path: Path) -> None:
+    features = np.array([3.0, -2, 1, 1e-3], np.float32).reshape(4, 1, 1)
+    train = write_store(tmp_path / "t", features)
+    for engine in CPU_ENGINES:
+        found = gs.topk(train, train, 4, engine=engine, rows=[0])
+        np.testing.assert_array_equal(found.indices[0], [0, 2, 3, 1])
