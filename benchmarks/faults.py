@@ -1,22 +1,28 @@
-"""The table of injected faults, from a run of the fault tests.
+"""The table of injected faults, from runs of the fault tests.
 
-    python -m benchmarks.faults [--soak] [--write]
+    python -m benchmarks.faults [--write]              the numbers of every test run
+    python -m benchmarks.faults --soak [TEST ...]      the larger numbers, for hours; all tests, or just some
 
 Runs the tests, which note what they injected and what came of it, and prints one Markdown line a fault; `--write` puts
-the table into docs/faults.md. A fault that was silently wrong would fail its test, and the table with it.
+the table into docs/faults.md. A fault that was silently wrong would fail its test, and the table with it. What a soak
+run injected is kept in results/soak.csv, and the largest number of each fault is the column "by hand".
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.setting import RESULTS, append_rows
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/faults.md"
@@ -24,11 +30,11 @@ COUNTS = ("injected", "recovered", "refused", "silently wrong")
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
-def measure(soak: bool) -> list[dict[str, Any]]:
+def measure(tests: Sequence[str], soak: bool) -> list[dict[str, Any]]:
     """Rows that the fault tests noted."""
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts"
-        tests = sorted(str(path) for path in (ROOT / "tests").glob("test_fault_*.py"))
+        every = sorted(str(path) for path in (ROOT / "tests").glob("test_fault_*.py"))
         command = [
             sys.executable,
             "-m",
@@ -37,23 +43,57 @@ def measure(soak: bool) -> list[dict[str, Any]]:
             "-p",
             "no:xdist",
             *(["-m", "soak", "--timeout=0"] if soak else []),
-            *tests,
+            *(tests or every),
         ]
         environment = {**os.environ, "GRADSTORE_FAULT_COUNTS": str(counts)}
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
             raise SystemExit("a fault test failed; there is no table")
-        return [json.loads(line) for line in counts.read_text().splitlines()]
+        return read(counts)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One Markdown line for each fault and what it is, in order of the faults' numbers."""
+def read(counts: Path) -> list[dict[str, Any]]:
+    """Rows in a file of counts, such as a test run leaves where GRADSTORE_FAULT_COUNTS says."""
+    return [json.loads(line) for line in counts.read_text().splitlines()]
+
+
+def added_up(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by (fault, what), in order of the faults' numbers."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["fault"], row["what"]].append(row)
-    lines = ["| | fault | " + " | ".join(COUNTS) + " | control |", "| --- | --- |" + " ---: |" * len(COUNTS) + " --- |"]
-    for (fault, what), found in sorted(groups.items(), key=lambda item: _number(item[0][0])):
+    return dict(sorted(groups.items(), key=lambda item: _number(item[0][0])))
+
+
+def soaked() -> dict[tuple[str, str], int]:
+    """The most faults of each kind that one soak run injected."""
+    path = RESULTS / "soak.csv"
+    most: dict[tuple[str, str], int] = defaultdict(int)
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = row["fault"], row["what"]
+                most[key] = max(most[key], int(row["injected"]))
+    return most
+
+
+def keep(rows: Sequence[dict[str, Any]]) -> None:
+    """Add what a soak run injected to results/soak.csv."""
+    sums = [
+        {"fault": fault, "what": what, **{count: sum(row[count] for row in found) for count in COUNTS}}
+        for (fault, what), found in added_up(rows).items()
+    ]
+    append_rows("soak", sums, seed=0)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One Markdown line for each fault and what it is, in order of the faults' numbers."""
+    heads = [*COUNTS, "by hand"]
+    lines = ["| | fault | " + " | ".join(heads) + " | control |", "| --- | --- |" + " ---: |" * len(heads) + " --- |"]
+    by_hand = soaked()
+    for (fault, what), found in added_up(rows).items():
         sums = [str(sum(row[count] for row in found)) for count in COUNTS]
-        lines.append(f"| {fault} | {what} | {' | '.join(sums)} | {found[0]['control']} |")
+        more = by_hand.get((fault, what), "")
+        lines.append(f"| {fault} | {what} | {' | '.join(sums)} | {more} | {found[0]['control']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -63,11 +103,16 @@ def _number(fault: str) -> tuple[str, int, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--soak", action="store_true", help="the larger numbers, for hours")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", help="files or names of tests; default all fault tests")
+    parser.add_argument("--soak", action="store_true", help="the larger numbers, kept in results/soak.csv")
+    parser.add_argument("--counts", type=Path, help="what a test run noted, instead of running the tests")
     parser.add_argument("--write", action="store_true", help="put the table into docs/faults.md")
     chosen = parser.parse_args()
-    found = table(measure(chosen.soak))
+    rows = read(chosen.counts) if chosen.counts else measure(chosen.tests, chosen.soak)
+    if chosen.soak:
+        return keep(rows)
+    found = table(rows)
     print(found)
     if chosen.write:
         head, _, rest = PAGE.read_text().partition(BEGIN)

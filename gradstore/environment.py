@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gradstore.errors import GradstoreError, MismatchError, UsageError
+from gradstore.hashing import NAMES, VERSIONS, newest_version
 from gradstore.projection import Projection, native
 from gradstore.storage.disk import Disk
 
@@ -107,6 +108,7 @@ def system_card() -> dict[str, str]:
         "torch": torch.__version__,
         "h5py": f"{h5py.__version__} (HDF5 {h5py.version.hdf5_version})",
         "numpy": np.__version__,
+        "new stores": _format(newest_version()),
         "faiss": _installed("faiss-cpu", "faiss-gpu"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }
@@ -117,6 +119,11 @@ def _projection_path() -> str:
     if found.path == "native":
         return f"compiled, {found.level}" + (f" ({found.hint})" if found.hint else "")
     return f"torch only, many times slower: {found.why}; to get the compiled path, {found.hint}"
+
+
+def _format(newest: int) -> str:
+    hint = "" if newest == VERSIONS[-1] else " (pip install blake3, which hashes about three times as fast)"
+    return f"format version {newest}, rows under {NAMES[newest]}{hint}"
 
 
 def _installed(*names: str) -> str:

@@ -134,8 +134,7 @@ def test_one_of_several_writers_proceeds(
     control = sum(line.startswith("won") for line in compete(forks, fast / "control", 4, locks=False))
     assert control > 1
     why = f"without the lock: {control} of 4 writers proceed"
-    what = f"2 to 8 writers at once, {rounds} times"
-    record("F7", what, injected=attempts, recovered=rounds, refused=refused, silent=0, control=why)
+    record("F7", "2 to 8 writers at once", injected=attempts, recovered=rounds, refused=refused, silent=0, control=why)
 
 
 def test_a_store_that_another_writer_begins_this_moment_is_not_foreign(
