@@ -2,6 +2,7 @@
 
     python -m benchmarks.faults [--write]              the numbers of every test run
     python -m benchmarks.faults --soak [TEST ...]      the larger numbers, for hours; all tests, or just some
+                                                       (GRADSTORE_SOAK_SHARE=0.1: a tenth of them)
 
 Runs the tests, which note what they injected and what came of it, and prints one Markdown line a fault; `--write` puts
 the table into docs/faults.md. A fault that was silently wrong would fail its test, and the table with it. What a soak
