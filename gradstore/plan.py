@@ -120,7 +120,7 @@ class Plan:
         return data_identity(self.examples, self.project.poisoned_mask(self.split), n)
 
     def bytes_needed(self, schema: Schema, rows: int) -> int:
-        """Activations and blocks, plus features as they grow, rounded, and in float64 for their norms."""
+        """Activations and blocks, plus the features of three batches: one grows, two are on their way to the disk."""
         return int(self.engine.bytes_needed(rows)) + rows * schema.c * schema.K * 20
 
     def _make_manifest(self, inputs: Inputs) -> Manifest:
