@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,6 +50,7 @@ SHOWN = 20
     help="exact: read every row; certified: the same answer through an index; approx: candidates of the index only.",
 )
 @click.option("--engine", default="auto", show_default=True, help="With exact: auto, numpy, torch or cuda.")
+@click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")
 @memory_option("1GB")
@@ -66,6 +67,7 @@ def topk(
     classes: str | None,
     mode: str,
     engine: str,
+    error_bars: bool,
     csv: Path | None,
     html: Path | None,
     memory: str,
@@ -83,7 +85,18 @@ def topk(
         asked, rows = _featurize(store, queries, options, split, rows, device), None
     else:
         asked = gs.open(queries)
-    result = gs.topk(store, asked, k, kernel, rows=rows, classes=classes, mode=mode, memory=memory, engine=engine)
+    result = gs.topk(
+        store,
+        asked,
+        k,
+        kernel,
+        rows=rows,
+        classes=classes,
+        mode=mode,
+        memory=memory,
+        engine=engine,
+        error_bars=error_bars,
+    )
     if result.search.note:
         say(f"note: {result.search.note}")
     if mode != "exact":
@@ -110,7 +123,7 @@ def _featurize(
 def _print(result: TopK) -> None:
     rows = []
     for record in result.records()[:SHOWN]:
-        near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}" for n in record["neighbours"]]
+        near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}{_error(n)}" for n in record["neighbours"]]
         rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", *near))
     ranks = [f"#{rank}" for rank in range(1, result.k + 1)]
     click.echo(f"the {result.k} most similar training rows by {result.kernel}: row (label), similarity\n")
@@ -121,3 +134,7 @@ def _print(result: TopK) -> None:
 
 def _label(label: str | None) -> str:
     return f" ({label})" if label is not None else ""
+
+
+def _error(neighbour: dict[str, Any]) -> str:
+    return f" ± {neighbour['standard_error']:.3f}" if "standard_error" in neighbour else ""

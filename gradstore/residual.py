@@ -14,13 +14,13 @@ import torch
 
 from gradstore.errors import MismatchError, UsageError
 from gradstore.exact.gram import exact_gram
-from gradstore.exact.standard_error import effective_dimension, standard_errors
 from gradstore.fingerprint import fingerprint
 from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
 from gradstore.plan import Settings
 from gradstore.project import Project
 from gradstore.report import Fact, ResidualPage, write_residual
 from gradstore.shown import provenance
+from gradstore.standard_error import effective_dimension, standard_errors
 from gradstore.store import FeatureStore
 
 _EXACT = {"proj-trntk": "trntk", "proj-trntk0": "trntk0", "proj-pntk": "pntk-cosine"}
@@ -37,7 +37,7 @@ class Residuals:
         rows_b: int64 [q], rows of the second.
         exact: float64 [q].
         projected: float64 [q].
-        standard_error: float64 [q], predicted from the features (see `gradstore.exact.standard_error`).
+        standard_error: float64 [q], predicted from the features (see `gradstore.standard_error`).
         a: the first store.
         b: the second store.
     """

@@ -10,6 +10,7 @@ from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.memory import parse_bytes
 from gradstore.search.class_weights import Classes
+from gradstore.search.error_bars import with_error_bars
 from gradstore.search.request import check_request, query_phis
 from gradstore.search.scan import scan_all
 from gradstore.search.session import Session
@@ -32,6 +33,7 @@ def topk(
     mode: str = "exact",
     memory: int | str = "1GB",
     engine: str = "auto",
+    error_bars: bool = False,
 ) -> TopK:
     """The k training rows that a kernel finds most similar to each query, over all training rows.
 
@@ -52,6 +54,7 @@ def topk(
             none; "approx" re-ranks the candidates of that index and says which recall was measured.
         memory: bytes held beside the result, and beside the index where one is used.
         engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "cuda".
+        error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
     Raises:
         UsageError: an unknown kernel, class or engine, k larger than the training store, a row that does not exist, too
@@ -65,9 +68,11 @@ def topk(
     phis = query_phis(train, queries, chosen, wanted, classes)
     if mode == "exact":
         found, similarity, search = scan_all(train, queries, wanted, phis, k, parse_bytes(memory), engine)
-        return TopK(found, similarity, wanted, kernel, train, queries, search)
+        result = TopK(found, similarity, wanted, kernel, train, queries, search)
+        return with_error_bars(result, phis) if error_bars else result
     if mode not in MODES:
         raise UsageError("unknown mode", where="--mode", expected=f"one of {', '.join(MODES)}", got=repr(mode))
     if classes is not None:
         raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
-    return Session(train, kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
+    result = Session(train, kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
+    return with_error_bars(result, phis) if error_bars else result

@@ -234,6 +234,32 @@ def test_a_module_called_twice_and_one_never_called() -> None:
         gs.exact_gram(project, kernel="embedding", layers="unused|head")
 
 
+@pytest.mark.parametrize("n", [9, 7, 1], ids=["any", "as many as tokens", "one"])
+def test_the_default_embedding_leaves_out_what_has_no_row_an_example(n: int) -> None:
+    """The positions of the transformer have 7 rows, one a token, whatever the batch."""
+    case = next(case for case in CASES if case.name == "transformer-dict")
+    project = project_of(case, n, 2, torch.float32)
+    whole = gs.exact_gram(project, kernel="embedding")
+    leaves = [name for name, module in case.model().named_modules() if not any(module.children())]
+    assert "positions" in leaves
+    pattern = "tokens|head|" + "|".join(n for n in leaves if n.startswith("encoder") and _is_called(case, n))
+    np.testing.assert_allclose(whole, gs.exact_gram(project, kernel="embedding", layers=pattern), atol=1e-6)
+    assert np.linalg.eigvalsh(whole).min() > -1e-5
+    if n == 9:
+        with pytest.raises(
+            ProjectError, match=r"model\.positions: the module's representation is not one row an example"
+        ):
+            gs.exact_gram(project, kernel="embedding", layers="positions|head")
+
+
+def _is_called(case: Case, name: str) -> bool:
+    model, calls = case.model(), []
+    model.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
+    with torch.no_grad():
+        case.logits(model, case.batch(2))
+    return bool(calls)
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradstore.exact.standard_error import effective_dimension, standard_errors
 from gradstore.kernels import projected_kernel
 from gradstore.projection import Projection
+from gradstore.standard_error import effective_dimension, standard_errors
 
 K, C, P = 64, 3, 120
 SEEDS = 1500

@@ -90,7 +90,8 @@ def exact_gram(
         memory: bytes, or text like "2GB", that factors, intermediate values and tiles may take beside model and data.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         layers: for "ck" the name of the final linear layer, by default found; for "embedding" a regular expression that
-            the names of the modules match in full, by default every module without submodules.
+            the names of the modules match in full, by default every module without submodules that gives a tensor with
+            a row an example.
         progress: called after every tile with the number of values known and of all values.
         disk: where the file goes; for tests.
 

@@ -23,6 +23,7 @@ from gradstore.environment import choose_device
 from gradstore.errors import NonFiniteError, ProjectError, UsageError
 from gradstore.exact.selection import Selection
 from gradstore.examples import Inputs
+from gradstore.jacobians.subject import length, take
 from gradstore.kernels import Kernel
 from gradstore.plan import to_device
 from gradstore.products import Operand, multiply
@@ -103,7 +104,7 @@ def capture(project: Project, inputs: Inputs, layers: Sequence[str], *, of_input
     Raises:
         ProjectError: a module is not called, or what it is given or gives is not one tensor with a row an example.
     """
-    n = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+    n = length(inputs)
     calls: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook(name: str) -> Callable[..., None]:
@@ -154,16 +155,20 @@ def final_linear(project: Project, inputs: Inputs, name: str | None) -> list[str
 
 
 def modules_matching(project: Project, inputs: Inputs, pattern: str | None) -> list[str]:
-    """Modules by name, in the order of the model; by default those without submodules that give tensors.
+    """Modules by name, in the order of the model.
+
+    By default those without submodules that give a tensor with a row an example: embeddings of positions, which are the
+    same for all examples, are left out.
 
     Raises:
-        UsageError: the pattern is no regular expression, or matches no module.
+        UsageError: the pattern is no regular expression, or matches no module; or no module gives such a tensor.
     """
     modules = {name: module for name, module in project.model.named_modules() if name}
     if not modules:
         raise UsageError("the model has no submodules", where="model", hint="Wrap it in a torch.nn.Sequential")
     if pattern is None:
-        return _called(project, inputs, [name for name, module in modules.items() if not any(module.children())])
+        leaves = [name for name, module in modules.items() if not any(module.children())]
+        return _with_a_row_an_example(project, inputs, leaves)
     try:
         chosen = [name for name in modules if re.fullmatch(pattern, name)]
     except re.error as error:
@@ -173,19 +178,39 @@ def modules_matching(project: Project, inputs: Inputs, pattern: str | None) -> l
     return chosen
 
 
-def _called(project: Project, inputs: Inputs, names: list[str]) -> list[str]:
-    """Those that the forward pass calls; a model may have more than it uses."""
-    seen: set[str] = set()
-    with ExitStack() as stack:
-        for name in names:
-            note = lambda *_, name=name: seen.add(name)  # noqa: E731
-            stack.callback(project.model.get_submodule(name).register_forward_hook(note).remove)
-        project.logits(inputs)
-    return [name for name in names if name in seen]
+def _with_a_row_an_example(project: Project, inputs: Inputs, names: list[str]) -> list[str]:
+    """Those that the forward pass calls and that give, for one example and for two, a tensor with as many rows.
+
+    Others are left out: what is unused, tuples, batches on another axis, and what is the same for all examples, such as
+    the embeddings of positions.
+    """
+    pair = take(inputs, torch.arange(2) % length(inputs))
+    found = set(names)
+    for n in (1, 2):
+        rows: dict[str, list[bool]] = {name: [] for name in names}
+        with ExitStack() as stack:
+            for name in names:
+                note = partial(_note_rows, rows[name], n)
+                stack.callback(project.model.get_submodule(name).register_forward_hook(note).remove)
+            project.logits(take(pair, slice(0, n)))
+        found &= {name for name, calls in rows.items() if calls and all(calls)}
+    if not found:
+        raise UsageError(
+            "no module gives a tensor with a row an example", where="model", hint="Choose modules with --layers"
+        )
+    return [name for name in names if name in found]
+
+
+def _note_rows(calls: list[bool], n: int, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    calls.append(_has_rows(output, n))
+
+
+def _has_rows(value: object, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
 
 
 def _by_example(value: object, n: int, name: str) -> Tensor:
-    if isinstance(value, Tensor) and value.ndim and len(value) == n:
+    if isinstance(value, Tensor) and _has_rows(value, n):
         return value.detach().reshape(n, -1).clone()  # a layer that works in place may be about to overwrite it
     got = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ProjectError(

@@ -46,6 +46,7 @@ class TopK:
         train: the training store.
         queries: the query store.
         search: how it was found.
+        standard_error: float64 [m, k], of each similarity, due to the random projection; None where not asked for.
     """
 
     indices: np.ndarray
@@ -55,6 +56,7 @@ class TopK:
     train: FeatureStore
     queries: FeatureStore
     search: Search = Search("exact", 0)
+    standard_error: np.ndarray | None = None
 
     @property
     def k(self) -> int:
@@ -74,18 +76,26 @@ class TopK:
                 "label": class_name(self.queries, int(self.queries.labels[row])),
                 "predicted": predicted_class(self.queries, int(row)),
                 "neighbours": [
-                    {"row": int(i), "similarity": float(s), "label": class_name(self.train, int(self.train.labels[i]))}
-                    for i, s in zip(self.indices[q], self.similarity[q], strict=True)
+                    {
+                        "row": int(i),
+                        "similarity": float(s),
+                        "label": class_name(self.train, int(self.train.labels[i])),
+                        **({} if error is None else {"standard_error": error}),
+                    }
+                    for i, s, error in zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
                 ],
             }
             for q, row in enumerate(self.rows)
         ]
 
+    def _errors(self, q: int) -> list[float] | list[None]:
+        return [None] * self.k if self.standard_error is None else self.standard_error[q].tolist()
+
     def explanation(self, q: int, votes: int | None = None) -> Explanation:
         """Query number q beside its neighbours, with pictures; reads k + 1 rows."""
         neighbours = tuple(
-            Neighbour(shown_example(self.train, int(i)), float(s))
-            for i, s in zip(self.indices[q], self.similarity[q], strict=True)
+            Neighbour(shown_example(self.train, int(i)), float(s), error)
+            for i, s, error in zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
         )
         return Explanation(shown_example(self.queries, int(self.rows[q])), neighbours, votes)
 
@@ -109,10 +119,12 @@ class TopK:
         """Write one line a query and neighbour."""
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["query_row", "rank", "train_row", "similarity"])
-            for row, indices, similarity in zip(self.split_rows, self.indices, self.similarity, strict=True):
+            shown = self.standard_error is not None
+            writer.writerow(["query_row", "rank", "train_row", "similarity", *(["standard_error"] if shown else [])])
+            for q, row in enumerate(self.split_rows):
+                values = zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
                 writer.writerows(
-                    [int(row), rank, int(i), repr(float(s))]
-                    for rank, (i, s) in enumerate(zip(indices, similarity, strict=True), 1)
+                    [int(row), rank, int(i), repr(float(s)), *([repr(error)] if shown else [])]
+                    for rank, (i, s, error) in enumerate(values, 1)
                 )
         return Path(path)
