@@ -18,7 +18,7 @@ from gradstore.search.basis import Basis, fit_basis
 from gradstore.search.engines import single_threaded
 from gradstore.search.index_file import Saved, load_index, save_index
 from gradstore.search.phi import Phi
-from gradstore.search.sketch import RowSketch, sketch_rows
+from gradstore.search.sketch import RowSketch, SketchBlock
 from gradstore.store import FeatureStore
 
 MAX_SIZE = 512
@@ -186,7 +186,7 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
     """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
     workers = min(torch.get_num_threads(), 16)
-    per_row = store.schema.row_bytes + phi.length + 8 * phi.K * (phi.weights is not None) + 48 * r
+    per_row = store.schema.row_bytes // 2 + phi.length + 4 * phi.K * (phi.weights is not None) + 48 * r
     block = int(np.clip(min(memory // (2 * workers), _BLOCK_BYTES) // per_row, 1, 4096))
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
@@ -195,10 +195,10 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
 
     def work() -> None:
         torch.set_num_threads(1)
-        buffers = store.schema.empty(block)
+        rows = SketchBlock(store, phi, basis, block)
         while (low := next(starts)) < n:
             high = min(low + block, n)
-            part = sketch_rows(basis, phi, store.read(low, high, out=buffers), store.path)
+            part = rows.sketch(low, high)
             for whole, piece in zip(_parts(out), _parts(part), strict=True):
                 whole[low - start : high - start] = piece
             if progress is not None:
