@@ -167,9 +167,10 @@ def _reuse(
 
 def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: str, progress: Progress) -> SketchIndex:
     n, D = len(store), phi.length
-    row = D + 8 * phi.K + 3 * store.schema.row_bytes
+    mixing = 8 * phi.K * min(torch.get_num_threads(), 16)  # of a direction, in every worker
+    row = D + mixing + 3 * store.schema.row_bytes
     sample = int(min(_SAMPLE, n, memory // 2 // (D + 20 * _SAMPLE)))
-    fits = (memory - sample * (D + 20 * sample)) // (2 * D + 8 * phi.K * min(torch.get_num_threads(), 16))
+    fits = (memory - sample * (D + 20 * sample)) // (2 * D + mixing)
     if fits < 1 or sample < 1 or memory < 4 * row:
         need = max(4 * row, 4 * (D + 20 * _SAMPLE))
         raise UsageError(

@@ -66,10 +66,10 @@ class QuerySketch:
         estimate = (q @ y.T).double()
         length = q.norm(dim=1).double() * 1.001
         roundings = (y.shape[1] + 16) * 2.0**-24
-        fixed = 1.06 * (self.error + length * roundings) + _ROUNDED  # ‖y‖ ≤ 1 + ‖δ‖ + its rounding ≤ 1.06
-        spread = torch.outer(torch.from_numpy(self.rest), torch.from_numpy(np.asarray(rows.rest, np.float64)))
-        spread += torch.from_numpy(np.asarray(rows.error, np.float64)) + fixed[:, None]
-        return estimate, spread
+        rest, error = (torch.from_numpy(np.asarray(part, np.float64)) for part in (rows.rest, rows.error))
+        spread = torch.outer(torch.from_numpy(self.rest), rest).add_(error + _ROUNDED)
+        # ‖y‖ ≤ ‖t‖ + ‖δ‖ + the rounding of y.
+        return estimate, spread.add_(torch.outer(self.error + length * roundings, 1.001 + error))
 
 
 def sketch_queries(basis: Basis, group: QueryGroup) -> QuerySketch:
