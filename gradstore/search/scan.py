@@ -116,7 +116,8 @@ def scan_all(
     dtype = getattr(torch, train.schema.dtype)
     means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
-    found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
+    with single_threaded():
+        found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
     search = Search("exact", len(train) * len(parts), means.name)
     return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
 
@@ -137,7 +138,7 @@ def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engi
     """
     m = sum(len(group.members) for group in groups)
     best = Best(m, k, ExactScore(train, groups, plan.workers))
-    with single_threaded(), full_float32(engine):
+    with full_float32(engine):
         _Scan(train, groups, best, engine, plan).run()
         best.settle()
     return best
