@@ -26,7 +26,8 @@ _MIN_SIZE = 64
 _SAMPLE = 640
 # Of rows that are sketched at a time: few enough to stay in the cache, many enough for a good matrix product.
 _BLOCK_BYTES = 32 << 20
-# Part of the store's bytes that an index may take, where that leaves at least _MIN_SIZE directions.
+# Part of the store's bytes that directions and coordinates may take, where that leaves at least _MIN_SIZE directions;
+# with factor and norms it is a hundredth.
 _SHARE = 0.0098
 # Growth after which directions found in fewer rows are looked for again.
 _OUTGROWN = 3
