@@ -212,6 +212,19 @@ def test_integer_products_of_every_shape_are_exact(width: int, sizes: tuple[int,
     assert torch.equal(integer_product(a, b.T.contiguous()).long(), expected)
 
 
+def test_long_sums_of_products_do_not_wrap_round() -> None:
+    long = torch.full((2, 3 * 2**17 + 5), 127, dtype=torch.int8)
+    assert integer_product(long, long.T).unique().tolist() == [127**2 * long.shape[1]]
+
+
+def test_where_sums_would_not_fit_other_engines_are_used(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.search.scan.MAX_WIDTH", 89)
+    monkeypatch.setattr("gradstore.search.scan._WORTH_MEASURING", 0)
+    assert gs.topk(*stores, 2).search.engine in ("numpy", "torch", "cuda")
+    with pytest.raises(UsageError, match=r"K is too large for sums of integers \(expected at most 89, got 90\)"):
+        gs.topk(*stores, 2, engine="int8")
+
+
 def test_products_that_saturate_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1)

@@ -111,7 +111,11 @@ def scan_all(
     plan = plan_scan(train, longest, len(rows), k, memory)
     if engine == "auto" and (2.0 * len(rows) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
         engine = "cuda" if torch.cuda.is_available() else "torch"
-    if engine == "auto" and longest.K > MAX_WIDTH:
+    if engine == "int8" and longest.K > MAX_WIDTH:
+        raise UsageError(
+            "K is too large for sums of integers", where="--engine int8", expected=f"at most {MAX_WIDTH}", got=longest.K
+        )
+    if engine == "auto" and longest.K > MAX_WIDTH and not torch.cuda.is_available():
         engine = "float32"
     dtype = getattr(torch, train.schema.dtype)
     means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
