@@ -27,7 +27,7 @@ _LANES, _UNIT, _EXTRA = 8, 2.0**-24, 64
 _ENTRY = 2.0**-22 * 127
 # Squares of entries smaller than this may underflow; rows of interest have norms around 1.
 _UNDERFLOW = 1e-18
-# Sums of so many products of integers up to 127 stay below 2^31; of a scan's, which are added up in pairs, half as many.
+# Sums of so many products of integers up to 127 stay below 2^31; those of a scan are added up in pairs.
 _MOST = 1 << 17
 MAX_WIDTH = _MOST // 2
 
