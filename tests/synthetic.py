@@ -76,6 +76,18 @@ def clustered(n: int, c: int, K: int, *, seed: int = 0, rank: int = 40, noise: f
     return values.reshape(n, c, K).astype(np.float32)
 
 
+def rows_of_every_kind(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
+    """float32 [n, width]: normal, spiky, tiny, huge, with entries of every size, zero, and twice the same."""
+    kinds = rng.integers(0, 6, n)
+    rows = rng.standard_normal((n, width))
+    rows[kinds == 1, rng.integers(0, width)] = 1e4
+    rows[kinds == 2] *= 1e-6
+    rows[kinds == 3] *= 1e4 / np.maximum(np.abs(rows[kinds == 3]).max(axis=1, keepdims=True), 1)
+    rows[kinds == 4] *= 2.0 ** -rng.integers(0, 60, (int((kinds == 4).sum()), width))
+    rows[kinds == 5] = rows[0]
+    return rows.astype(np.float32)
+
+
 def dense_similarity(
     train: FeatureStore, queries: FeatureStore, kernel: str, weights: Sequence[float] | None = None
 ) -> np.ndarray:

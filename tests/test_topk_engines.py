@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic import clustered, dense_similarity, write_store
+from synthetic import clustered, dense_similarity, rows_of_every_kind, write_store
 
 import gradstore as gs
 from gradstore.errors import UsageError
@@ -26,18 +26,6 @@ from gradstore.store import FeatureStore
 
 LEVELS = (*native.levels(), "")
 CPU_ENGINES = [name for name in ENGINES if name != "cuda" and (name != "int8" or integer_products_are_exact())]
-
-
-def rows_of_every_kind(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
-    """float32 [n, width]: normal, spiky, tiny, huge, with entries of every size, zero, and twice the same."""
-    kinds = rng.integers(0, 6, n)
-    rows = rng.standard_normal((n, width))
-    rows[kinds == 1, rng.integers(0, width)] = 1e4
-    rows[kinds == 2] *= 1e-6
-    rows[kinds == 3] *= 1e4 / np.maximum(np.abs(rows[kinds == 3]).max(axis=1, keepdims=True), 1)
-    rows[kinds == 4] *= 2.0 ** -rng.integers(0, 60, (int((kinds == 4).sum()), width))
-    rows[kinds == 5] = rows[0]
-    return rows.astype(np.float32)
 
 
 @settings(max_examples=60, deadline=None)
@@ -222,6 +210,19 @@ def test_integer_products_of_every_shape_are_exact(width: int, sizes: tuple[int,
     expected = a.long() @ b.T.long()
     assert torch.equal(integer_product(a, b.T).long(), expected)
     assert torch.equal(integer_product(a, b.T.contiguous()).long(), expected)
+
+
+def test_long_sums_of_products_do_not_wrap_round() -> None:
+    long = torch.full((2, 3 * 2**17 + 5), 127, dtype=torch.int8)
+    assert integer_product(long, long.T).unique().tolist() == [127**2 * long.shape[1]]
+
+
+def test_where_sums_would_not_fit_other_engines_are_used(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.search.scan.MAX_WIDTH", 89)
+    monkeypatch.setattr("gradstore.search.scan._WORTH_MEASURING", 0)
+    assert gs.topk(*stores, 2).search.engine in ("numpy", "torch", "cuda")
+    with pytest.raises(UsageError, match=r"K is too large for sums of integers \(expected at most 89, got 90\)"):
+        gs.topk(*stores, 2, engine="int8")
 
 
 def test_products_that_saturate_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

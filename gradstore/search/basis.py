@@ -127,7 +127,8 @@ class _Sample:
             scaled = Scaled.of(phi, columns, store.path)
             round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, here], None, found[:, here])
 
-        with ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:
+        workers = min(torch.get_num_threads(), 16)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(read, runs(rows)))
         return cls(digits, Rounded.of(found, phi.K, two=False).step)
 

@@ -118,15 +118,21 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 @contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """No threads within an operation of torch: small ones take less time than threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def single_threaded() -> Iterator[None]:
     """Linear algebra libraries use one thread each: a search runs a worker a core, and none waits for another."""
-    threads = torch.get_num_threads()
-    with threadpool_limits(1):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    with threadpool_limits(1), one_torch_thread():
+        yield
 
 
 @contextmanager

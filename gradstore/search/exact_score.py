@@ -62,7 +62,7 @@ class ExactScore:
             for span in spans:
                 score(span)
         else:
-            with ThreadPoolExecutor(self.workers) as pool:
+            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(score, spans))
         return scores
 

@@ -18,16 +18,17 @@ from gradstore.search.basis import Basis, fit_basis
 from gradstore.search.engines import single_threaded
 from gradstore.search.index_file import Saved, load_index, save_index
 from gradstore.search.phi import Phi
-from gradstore.search.sketch import RowSketch, sketch_rows
+from gradstore.search.sketch import RowSketch, SketchBlock
 from gradstore.store import FeatureStore
 
 MAX_SIZE = 512
 _MIN_SIZE = 64
-_SAMPLE = 1024
+_SAMPLE = 640
 # Of rows that are sketched at a time: few enough to stay in the cache, many enough for a good matrix product.
-_BLOCK_BYTES = 16 << 20
-# Part of the store's bytes that an index may take, where that leaves at least _MIN_SIZE directions.
-_SHARE = 0.01
+_BLOCK_BYTES = 32 << 20
+# Part of the store's bytes that directions and coordinates may take, where that leaves at least _MIN_SIZE directions;
+# with factor and norms it is a hundredth.
+_SHARE = 0.0098
 # Growth after which directions found in fewer rows are looked for again.
 _OUTGROWN = 3
 
@@ -167,9 +168,10 @@ def _reuse(
 
 def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: str, progress: Progress) -> SketchIndex:
     n, D = len(store), phi.length
-    row = D + 8 * phi.K + 3 * store.schema.row_bytes
+    mixing = 8 * phi.K * min(torch.get_num_threads(), 16)  # of a direction, in every worker
+    row = D + mixing + 3 * store.schema.row_bytes
     sample = int(min(_SAMPLE, n, memory // 2 // (D + 20 * _SAMPLE)))
-    fits = (memory - sample * (D + 20 * sample)) // (2 * D + 8 * phi.K * min(torch.get_num_threads(), 16))
+    fits = (memory - sample * (D + 20 * sample)) // (2 * D + mixing)
     if fits < 1 or sample < 1 or memory < 4 * row:
         need = max(4 * row, 4 * (D + 20 * _SAMPLE))
         raise UsageError(
@@ -186,7 +188,7 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
     """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
     workers = min(torch.get_num_threads(), 16)
-    per_row = store.schema.row_bytes + phi.length + 8 * phi.K * (phi.weights is not None) + 48 * r
+    per_row = store.schema.row_bytes // 2 + phi.length + 4 * phi.K * (phi.weights is not None) + 48 * r
     block = int(np.clip(min(memory // (2 * workers), _BLOCK_BYTES) // per_row, 1, 4096))
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
@@ -195,10 +197,10 @@ def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int
 
     def work() -> None:
         torch.set_num_threads(1)
-        buffers = store.schema.empty(block)
+        rows = SketchBlock(store, phi, basis, block)
         while (low := next(starts)) < n:
             high = min(low + block, n)
-            part = sketch_rows(basis, phi, store.read(low, high, out=buffers), store.path)
+            part = rows.sketch(low, high)
             for whole, piece in zip(_parts(out), _parts(part), strict=True):
                 whole[low - start : high - start] = piece
             if progress is not None:

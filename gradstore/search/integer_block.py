@@ -71,7 +71,7 @@ class IntegerBlock:
         queries: groups of queries.
         block: rows of a block.
 
-    Holds 2·D bytes a row for each feature map, two megabytes of rows as stored, and 32 bytes a row and query.
+    Holds 2·D bytes a row for each feature map, four megabytes of rows as stored, and 32 bytes a row and query.
     """
 
     def __init__(self, train: FeatureStore, queries: Sequence[RoundedQueries], block: int) -> None:

@@ -27,8 +27,9 @@ _LANES, _UNIT, _EXTRA = 8, 2.0**-24, 64
 _ENTRY = 2.0**-22 * 127
 # Squares of entries smaller than this may underflow; rows of interest have norms around 1.
 _UNDERFLOW = 1e-18
-# |integer products| ≤ 2 · 127² · width must stay below 2^31.
-MAX_WIDTH = 1 << 16
+# Sums of so many products of integers up to 127 stay below 2^31; those of a scan are added up in pairs.
+_MOST = 1 << 17
+MAX_WIDTH = _MOST // 2
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def add_integer_product(
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """Exact product of int8 a [m, w] and b [w, n], both within ±127, in int32; w ≤ 2^17."""
+    """Exact product of int8 a [m, w] and b [w, n], both within ±127; int32, or float64 for w > 2^17."""
+    if a.shape[1] > _MOST:
+        halves = [slice(0, _MOST), slice(_MOST, None)]
+        return torch.stack([integer_product(a[:, part], b[part]).double() for part in halves]).sum(dim=0)
     if a.shape[1] == 1:  # for which torch 2.13 gives wrong numbers
         return a.int() * b.int()
     return torch._int_mm(a, b) if integer_products_are_exact() else _product_in_float32(a, b)

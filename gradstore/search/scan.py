@@ -111,12 +111,17 @@ def scan_all(
     plan = plan_scan(train, longest, len(rows), k, memory)
     if engine == "auto" and (2.0 * len(rows) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
         engine = "cuda" if torch.cuda.is_available() else "torch"
-    if engine == "auto" and longest.K > MAX_WIDTH:
+    if engine == "int8" and longest.K > MAX_WIDTH:
+        raise UsageError(
+            "K is too large for sums of integers", where="--engine int8", expected=f"at most {MAX_WIDTH}", got=longest.K
+        )
+    if engine == "auto" and longest.K > MAX_WIDTH and not torch.cuda.is_available():
         engine = "float32"
     dtype = getattr(torch, train.schema.dtype)
     means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
-    found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
+    with single_threaded():
+        found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
     search = Search("exact", len(train) * len(parts), means.name)
     return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
 
@@ -137,7 +142,7 @@ def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engi
     """
     m = sum(len(group.members) for group in groups)
     best = Best(m, k, ExactScore(train, groups, plan.workers))
-    with single_threaded(), full_float32(engine):
+    with full_float32(engine):
         _Scan(train, groups, best, engine, plan).run()
         best.settle()
     return best

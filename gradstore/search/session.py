@@ -10,6 +10,7 @@ from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.search.certified import IndexSearch
+from gradstore.search.engines import one_torch_thread
 from gradstore.search.faiss_index import open_faiss
 from gradstore.search.index import open_index
 from gradstore.search.phi import Phi
@@ -95,7 +96,8 @@ class Session:
             raise UsageError("too few candidates", where="--candidates", expected=f"at least k = {k}", got=candidates)
         if mode == "certified":
             return self._certified(queries, wanted, k)
-        return self._approximate(queries, wanted, k, self._count(k, candidates))
+        count = self._count(k, candidates)
+        return self._approximate(queries, wanted, k, count, self.recall(count))
 
     def card(self) -> dict[str, str]:
         """What the index is, for people."""
@@ -138,7 +140,8 @@ class Session:
         rows, similarity = np.empty((len(wanted), k), np.int64), np.empty((len(wanted), k))
         left, read = [], 0
         for start, part in self._batches(wanted):
-            found = self._search.certified(load_queries(queries, part, [self._phi] * len(part))[0], k)
+            with one_torch_thread():
+                found = self._search.certified(load_queries(queries, part, [self._phi] * len(part))[0], k)
             stop = start + len(part)
             rows[start:stop], similarity[start:stop] = found.best.rows, found.best.similarity
             read += found.rows_read
@@ -151,8 +154,7 @@ class Session:
             note = f"the index proves too little for {len(left)} of {len(wanted)} queries; a scan answered these"
         return self._result(queries, wanted, rows, similarity, Search("certified", read, self._name, 1.0, note))
 
-    def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int) -> TopK:
-        recall = self.recall(count)
+    def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int, recall: float) -> TopK:
         rows, similarity, read = self._approximate_rows(queries, wanted, k, count)
         return self._result(
             queries,
@@ -167,8 +169,9 @@ class Session:
     ) -> tuple[np.ndarray, np.ndarray, int]:
         found = []
         for _, part in self._batches(wanted):
-            group = load_queries(queries, part, [self._phi] * len(part))[0]
-            found.append(self._search.rerank(group, k, self._propose(group, k, count)))
+            with one_torch_thread():
+                group = load_queries(queries, part, [self._phi] * len(part))[0]
+                found.append(self._search.rerank(group, k, self._propose(group, k, count)))
         rows = [best.rows for best, _ in found] or [np.empty((0, k), np.int64)]
         similarity = [best.similarity for best, _ in found] or [np.empty((0, k))]
         return np.concatenate(rows), np.concatenate(similarity), sum(read for _, read in found)

@@ -10,7 +10,6 @@ Kept for a row: y in float16, ‖t'_⊥‖, and ‖δ‖ plus what float16 took 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +17,12 @@ import torch
 from torch import Tensor
 
 from gradstore.search.basis import Basis
+from gradstore.search.integer_block import span_rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded
+from gradstore.store import FeatureStore
 
 # Covers float64 roundings of squares.
 _ROUNDED = 1e-9
@@ -65,10 +66,10 @@ class QuerySketch:
         estimate = (q @ y.T).double()
         length = q.norm(dim=1).double() * 1.001
         roundings = (y.shape[1] + 16) * 2.0**-24
-        fixed = 1.06 * (self.error + length * roundings) + _ROUNDED  # ‖y‖ ≤ 1 + ‖δ‖ + its rounding ≤ 1.06
-        spread = torch.outer(torch.from_numpy(self.rest), torch.from_numpy(np.asarray(rows.rest, np.float64)))
-        spread += torch.from_numpy(np.asarray(rows.error, np.float64)) + fixed[:, None]
-        return estimate, spread
+        rest, error = (torch.from_numpy(np.asarray(part, np.float64)) for part in (rows.rest, rows.error))
+        spread = torch.outer(torch.from_numpy(self.rest), rest).add_(error + _ROUNDED)
+        # ‖y‖ ≤ ‖t‖ + ‖δ‖ + the rounding of y.
+        return estimate, spread.add_(torch.outer(self.error + length * roundings, 1.001 + error))
 
 
 def sketch_queries(basis: Basis, group: QueryGroup) -> QuerySketch:
@@ -78,23 +79,45 @@ def sketch_queries(basis: Basis, group: QueryGroup) -> QuerySketch:
     return QuerySketch(coordinates, np.sqrt(np.maximum(1 - length**2, 0) + _ROUNDED), error)
 
 
-def sketch_rows(basis: Basis, phi: Phi, columns: Mapping[str, np.ndarray], where: object) -> RowSketch:
-    """Sketch a block of rows; holds D bytes and 40·r a row.
+class SketchBlock:
+    """What a worker reuses to sketch block after block of rows.
 
-    Raises:
-        NonFiniteError: a row has no direction; names it.
+    Args:
+        store: holds the rows.
+        phi: the feature map.
+        basis: directions.
+        block: rows of a block.
+
+    Holds D + 40·r bytes a row, and four megabytes of rows as stored.
     """
-    scaled = Scaled.of(phi, columns, where)
-    features = torch.from_numpy(columns["features"])
-    digits = torch.empty(phi.segments, len(features), phi.K, dtype=torch.int8)
-    found = np.empty((phi.segments, len(features), 4))
-    norms = round_phi(phi, features, scaled, digits, None, found)
-    phi.require_direction(norms, columns["row"], where)
-    rounded = Rounded.of(found, phi.K, two=False)
-    steps, kept, missed = rounded.step, rounded.norm, rounded.missed
-    phi.require_direction(np.where(np.isfinite(steps).all(axis=0), norms, np.nan), columns["row"], where)
-    coordinates = basis.coordinates(basis.products(digits, steps)) / norms[:, None]
-    return _pack(coordinates, np.square(kept / norms).sum(axis=0), np.square(missed / norms).sum(axis=0))
+
+    def __init__(self, store: FeatureStore, phi: Phi, basis: Basis, block: int) -> None:
+        self.store, self.phi, self.basis = store, phi, basis
+        self._span = span_rows(store, block)
+        self._columns = store.schema.empty(self._span)
+        self._digits = torch.empty(phi.segments * block * phi.K, dtype=torch.int8)
+
+    def sketch(self, start: int, stop: int) -> RowSketch:
+        """The sketch of rows start:stop.
+
+        Raises:
+            NonFiniteError: a row has no direction; names it.
+        """
+        phi, count = self.phi, stop - start
+        digits = self._digits[: phi.segments * count * phi.K].view(phi.segments, count, phi.K)
+        found, norms, rows = np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64)
+        for low in range(start, stop, self._span):
+            columns = self.store.read(low, min(low + self._span, stop), out=self._columns)
+            at = slice(low - start, low - start + len(columns["row"]))
+            scaled = Scaled.of(phi, columns, self.store.path)
+            features = torch.from_numpy(columns["features"])
+            norms[at] = round_phi(phi, features, scaled, digits[:, at], None, found[:, at])
+            rows[at] = columns["row"]
+        rounded = Rounded.of(found, phi.K, two=False)
+        finite = np.isfinite(rounded.step).all(axis=0)
+        phi.require_direction(np.where(finite, norms, np.nan), rows, self.store.path)
+        coordinates = self.basis.coordinates(self.basis.products(digits, rounded.step)) / norms[:, None]
+        return _pack(coordinates, *(np.square(part / norms).sum(axis=0) for part in (rounded.norm, rounded.missed)))
 
 
 def _pack(coordinates: np.ndarray, kept: np.ndarray, missed: np.ndarray) -> RowSketch:
