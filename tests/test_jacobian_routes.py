@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from test_jacobians import looped, relative, streamed, whole
 from torch import Tensor, nn
 
 from gradstore.errors import ProjectError, UsageError
-from gradstore.jacobians import EmbeddingBlock, JacobianEngine, LinearBlock
+from gradstore.jacobians import EmbeddingBlock, JacobianEngine, LinearBlock, terms
 from gradstore.jacobians import engine as engine_module
 from gradstore.jacobians.blocks import JacobianBlock
+from gradstore.jacobians.fresh import drop_spare, reused
 from gradstore.jacobians.pullback import Pulled
+from gradstore.jacobians.side_by_side import side_by_side
 from gradstore.parameters import parameter_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -388,14 +393,86 @@ def test_measured_memory_is_what_bytes_needed_says():
     assert estimate < 4 * measured
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    case = Case("digits", lambda: SmallCNN(10), lambda n: torch.randn(n, 1, 8, 8), 10)
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["digits", "transformer-dict", "lstm", "convolution-variants"])
+def test_bits_do_not_depend_on_the_number_of_threads(name: str):
+    case = BY_NAME.get(name, Case(name, lambda: SmallCNN(10), lambda n: torch.randn(n, 1, 8, 8), 10))
     found = []
-    threads = torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
+    for count in (1, 2, 3, 4):
+        with threads(count):
             found.append(whole(streamed(case, case.model(), case.batch(16))[1]))
-        finally:
-            torch.set_num_threads(threads)
-    assert torch.equal(*found)
+            assert torch.get_num_threads() == count
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_classes_that_arrive_together_share_one_memory(monkeypatch: pytest.MonkeyPatch):
+    """The first threads to bring a class would each make room for all of them, and all but one class be lost."""
+
+    def slowly(*args: Any) -> Tensor:
+        time.sleep(0.05)
+        return torch.full(args[0], torch.nan)
+
+    monkeypatch.setattr(terms, "fresh", slowly)
+    made = [
+        terms.ReducedTerm(2, 4, (3,), lambda delta: delta),
+        terms.OuterTerm(4, 3, 5, lambda: torch.ones(2, 1, 1, 5)),
+        terms.IndexTerm(4, torch.zeros(2, 3).long(), 7, 1, None),
+    ]
+    deltas = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    shapes = [(2, 3), (2, 3, 1), (2, 1, 3)]
+    with threads(4):
+        for term, shape in zip(made, shapes, strict=True):
+            side_by_side(lambda share: [term.absorb(c, deltas[c].view(shape)) for c in share], 4, deltas.device)  # noqa: B023
+            assert term._kept is not None
+            assert torch.equal(term._kept.flatten(2), deltas.transpose(0, 1)), type(term).__name__
+
+
+def test_an_error_in_one_share_is_raised_after_all_have_ended():
+    ended = []
+
+    def work(share: range) -> None:
+        if 2 in share:
+            raise ArithmeticError("class 2")
+        time.sleep(0.05)
+        ended.append(share.start)
+
+    with threads(4), pytest.raises(ArithmeticError, match="class 2"):
+        side_by_side(work, 8, torch.device("cpu"))
+    assert sorted(ended) == [0, 1, 3]
+
+
+def test_a_block_that_is_still_held_keeps_its_values():
+    case = Case("digits", lambda: SmallCNN(10), lambda n: torch.randn(n, 1, 8, 8), 10)
+    engine = engine_for(case, case.model(), case.batch(8))
+    kept = [block.dense() for block in engine(case.batch(8))]
+    copies = [values.clone() for values in kept]
+    views = [values[:, 1] for values in kept]
+    for block in engine(case.batch(8, seed=2)):
+        block.dense()
+    del kept
+    for block in engine(case.batch(8, seed=3)):
+        block.dense()
+    assert all(torch.equal(view, copy[:, 1]) for view, copy in zip(views, copies, strict=True))
+
+
+def test_a_dropped_block_lends_its_memory_to_the_next():
+    like = torch.empty(0)
+    drop_spare()
+    first = reused((1 << 20,), like)
+    place = first.data_ptr()
+    view = first[5:]
+    del first
+    other = reused((1 << 19,), like)
+    assert other.data_ptr() != place, "a view still holds it"
+    del view
+    assert reused((1 << 20,), like).data_ptr() == place
+    drop_spare()

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from gradstore.jacobians.fresh import reused
 
 
 class JacobianBlock:
@@ -195,25 +196,11 @@ def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
     dtype = _at_least_float32(deltas)
     deltas, activations = deltas.to(dtype), activations.to(dtype)
     if positions == 1 and groups == 1:
-        return torch.mul(deltas, activations, out=fresh((n, c, o, i), deltas)).flatten(2)
+        return torch.mul(deltas, activations, out=reused((n, c, o, i), deltas)).flatten(2)
     split = deltas.reshape(n, c, groups, o // groups, positions).transpose(1, 2)
-    product = fresh((n * groups, c * o // groups, i), deltas)
+    product = reused((n * groups, c * o // groups, i), deltas)
     torch.bmm(split.reshape(n * groups, -1, positions), activations.flatten(0, 1), out=product)
     return product.view(n, groups, c, o // groups, i).transpose(1, 2).reshape(n, c, o * i)
-
-
-def fresh(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised tensor of `like`'s dtype and device, backed by huge pages where there are any.
-
-    Large blocks are new memory each time, and half of the time to write them would go to faulting in 4 KB pages; NumPy
-    asks for huge pages on Linux, torch does not.
-    """
-    if like.device.type != "cpu" or like.dtype not in _NUMPY:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return torch.from_numpy(np.empty(shape, _NUMPY[like.dtype]))
-
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from gradstore.errors import UsageError
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.exact import by_loop
 from gradstore.jacobians.footprint import MAX_COLUMNS
+from gradstore.jacobians.fresh import drop_spare, keep_freed_memory
 from gradstore.jacobians.plan import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
 from gradstore.jacobians.record import record
-from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs
+from gradstore.jacobians.side_by_side import MOST, uncut_if_small
+from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
 from gradstore.parameters import ParameterBlock
 
@@ -75,6 +78,8 @@ class JacobianEngine:
             raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
         self._blocks, self._layout = tuple(blocks), layout
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
+        keep_freed_memory()
+        weakref.finalize(self, drop_spare)
         with self._subject.ready():
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
@@ -92,7 +97,7 @@ class JacobianEngine:
             classes: how many are differentiated at a time; default all.
         """
         seen, classes = self._plan.footprint, classes or self._classes
-        backward = seen.graph + classes * seen.kept + 3 * seen.deltas
+        backward = seen.graph + classes * seen.kept + (1 + 2 * min(classes, MOST)) * seen.deltas
         widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
         largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
@@ -110,7 +115,8 @@ class JacobianEngine:
         """
         inputs, plan = as_inputs(inputs), self._plan
         with self._subject.ready():
-            recording = record(self._subject, plan.structured, inputs, plan.spread)
+            with uncut_if_small(length(inputs) * plan.footprint.deltas):
+                recording = record(self._subject, plan.structured, inputs, plan.spread)
             logits = recording.logits.detach()
             cotangents = self._cotangents(logits)[classes]
             if plan.matches(recording):
@@ -130,7 +136,7 @@ class JacobianEngine:
         groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
         routes = self._plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
         ready: dict[str, Tensor] = {}
-        n = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+        n = length(inputs)
         for block in self._blocks:
             if block.name in groups:
                 names = [member.name for member in groups[block.name]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstore.jacobians.record import Recording, Tap
 from gradstore.jacobians.rows import candidates, fits, owned, weights
 from gradstore.jacobians.rules import Batch
+from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 from gradstore.jacobians.terms import Term
 
 
@@ -43,26 +44,32 @@ def pull_back(
         parameters: the noted parameters.
         cotangents: [c, classes]; row k makes column k of the Jacobian.
 
-    Holds every tap's input, its delta or small gradient for all c, and the deltas of one class three times over.
+    Holds every tap's input, its delta or small gradient for all c, and for each of at most `side_by_side.MOST` threads
+    the deltas of one class two to three times over.
     """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
         _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
     factors = weights(len(cotangents), cotangents)
+
+    def pull(classes: range) -> list[Tensor]:
+        """Absorb some classes; their deltas' weighted sum."""
+        totals: list[Tensor] = []
+        for c in classes:
+            deltas = _deltas(recording, cotangents[c].expand_as(recording.logits))
+            for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
+                view = tap.use.view(delta, n, how) if terms else delta
+                for term in terms:
+                    term.absorb(c, view)
+            totals = _added(totals, deltas, factors[c])
+        return totals
+
     totals: list[Tensor] = []
-    for c, cotangent in enumerate(cotangents):
-        deltas = _deltas(recording, cotangent.expand_as(recording.logits))
-        for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
-            view = tap.use.view(delta, n, how) if terms else delta
-            for term in terms:
-                term.absorb(c, view)
-        if c == 0:
-            totals = [delta * factors[0] for delta in deltas]
-        else:
-            for total, delta in zip(totals, deltas, strict=True):
-                total.add_(delta, alpha=factors[c].item())
-    _audit(recording, arrangements, parameters, totals, factors @ cotangents, pulled)
+    for part in side_by_side(pull, len(cotangents), cotangents.device):
+        totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
+    with uncut_if_small(sum(total.nbytes for total in totals)):
+        _audit(recording, arrangements, parameters, totals, factors @ cotangents, pulled)
     return pulled
 
 
@@ -80,6 +87,13 @@ def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
         next((how for how in _candidates(tap, n) if owned(weighed, total, n, how)), None)
         for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
     ]
+
+
+def _added(totals: list[Tensor], deltas: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Totals with factor · deltas added in place; empty totals begin."""
+    if not totals:
+        return [delta * factor for delta in deltas]
+    return [total.add_(delta, alpha=factor.item()) for total, delta in zip(totals, deltas, strict=True)]
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:

@@ -6,12 +6,14 @@ that, with the layer's input, or at once the gradient, where this is the smaller
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, fresh, outer_sum
+from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, outer_sum
+from gradstore.jacobians.fresh import fresh
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4
@@ -29,6 +31,7 @@ class Term:
     width: int
 
     _kept: Tensor | None = None
+    _allocating = threading.Lock()
 
     @property
     def held(self) -> int:
@@ -36,8 +39,15 @@ class Term:
         return 0 if self._kept is None else self._kept.nbytes
 
     def absorb(self, c: int, delta: Tensor) -> None:
-        """Take class c's delta, in the form that the rule which made the term agreed on."""
+        """Take class c's delta, in the form that the rule which made the term agreed on; threads may bring several."""
         raise NotImplementedError
+
+    def _room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Where all classes are kept, allocated by whoever comes first."""
+        with self._allocating:
+            if self._kept is None:
+                self._kept = fresh(shape, like)
+            return self._kept
 
     def values(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the parameter, [n, c, (last − first) · width] in float32 or wider."""
@@ -60,9 +70,7 @@ class ReducedTerm(Term):
     def absorb(self, c: int, delta: Tensor) -> None:
         """Reduce the delta over positions to the parameter's gradient."""
         found = self._reduce(delta).reshape(self._shape[0], self._shape[2])
-        if self._kept is None:
-            self._kept = found.new_zeros(self._shape)
-        self._kept[:, c] = found
+        self._room(self._shape, found)[:, c] = found
 
     def values(self, first: int, last: int) -> Tensor:
         """The kept gradient of these rows."""
@@ -87,9 +95,7 @@ class OuterTerm(Term):
 
     def absorb(self, c: int, delta: Tensor) -> None:
         """Keep the delta, [n, o, T]."""
-        if self._kept is None:
-            self._kept = fresh((len(delta), self._classes, *delta.shape[1:]), delta)
-        self._kept[:, c] = delta
+        self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
 
     @property
     def activations(self) -> Tensor:
@@ -131,11 +137,9 @@ class IndexTerm(Term):
     def absorb(self, c: int, delta: Tensor) -> None:
         """Keep the delta, [n, d, S]; the padding row has no gradient by definition."""
         delta = delta.transpose(1, 2)
-        if self._kept is None:
-            self._kept = fresh((len(delta), self._classes, *delta.shape[1:]), delta)
         if self._padding is not None:
             delta = delta.masked_fill((self._indices == self._padding)[..., None], 0)
-        self._kept[:, c] = delta
+        self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
 
     def embedding_block(self, name: str, start: int) -> EmbeddingBlock:
         """The whole matrix; `start` is its first column."""

@@ -1,0 +1,70 @@
+"""Work on several classes at once, each thread by itself.
+
+The layers of a small model take microseconds a class. Cutting each of them over threads costs more in waiting for the
+slowest thread than it gains, and where another process has taken a core, every one of thousands of such cuts waits for
+the scheduler. The backward passes of different classes need nothing of each other, so whole classes are the pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+MOST = 4
+"""Threads that share the classes; each holds one class's output gradients, so `bytes_needed` counts them."""
+
+SMALL = 4 << 20
+"""Bytes of all layers' outputs below which cutting each layer over threads gains nothing."""
+
+
+def side_by_side(work: Callable[[range], Result], count: int, device: torch.device) -> list[Result]:
+    """Call `work` on interleaved shares of `range(count)`, at the same time on a CPU.
+
+    Args:
+        work: takes the numbers that are its share; must not depend on who does the others.
+        count: how many numbers there are.
+        device: where the tensors are; another device than a CPU has its own queue, and gets one share.
+
+    Returns:
+        The results, by share. The threads of torch's setting are divided among the shares.
+
+    Raises:
+        Exception: what `work` raised first, after all shares have ended.
+    """
+    threads = torch.get_num_threads()
+    shares = max(1, min(threads, count, MOST)) if device.type == "cpu" else 1
+    if shares == 1:
+        return [work(range(count))]
+    each = threads // shares
+
+    def alone(share: int) -> Result:
+        torch.set_num_threads(each)  # of this thread
+        return work(range(share, count, shares))
+
+    with ThreadPoolExecutor(shares - 1) as others:
+        try:
+            futures = [others.submit(alone, share) for share in range(1, shares)]
+            first = alone(0)
+            return [first, *(future.result() for future in futures)]
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def uncut_if_small(outputs: int) -> Iterator[None]:
+    """Inside, this thread runs each layer by itself where all layers' outputs together are below `SMALL` bytes."""
+    threads = torch.get_num_threads()
+    if outputs >= SMALL or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
