@@ -57,7 +57,14 @@ def featurize(
     try:
         with FeaturizeBar(split) as bar:
             store = gs.featurize(
-                project, split=split, out=out, on_plan=_announce, on_damage=_say_damage, progress=bar, **settings
+                project,
+                split=split,
+                out=out,
+                on_plan=_announce,
+                on_damage=_say_damage,
+                on_note=say,
+                progress=bar,
+                **settings,
             )
     except KeyboardInterrupt:
         _say_kept(out)
@@ -77,9 +84,8 @@ def _announce(plan: Plan) -> None:
         f"{n} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
         f"{plan.device.type}, {plan.projection.path(plan.device)} projection, rows in groups of {plan.manifest.group}"
     )
-    for name, route in plan.engine.describe():
-        if "torch.func" in route:
-            say(f"note: {name} takes the general route ({route}), which is slower")
+    for name, route in plan.engine.generic():
+        say(f"note: {name} takes a general route, {route}, which is slower")
 
 
 def _say_damage(damage: Sequence[Damage]) -> None:

@@ -18,6 +18,7 @@ from gradstore.project import Project, call_model
 
 # A Jacobian of float32 sums may differ from looped autograd's by rounding.
 _JACOBIAN_TOLERANCE = 1e-4
+_NAMED = 8  # parameters that a line lists
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def _parameters(plan: Plan) -> str:
     for _, route in plan.engine.describe():
         routes[route] = routes.get(route, 0) + 1
     listed = ", ".join(f"{route} × {count}" for route, count in routes.items())
-    return f"{sum(block.size for block in plan.blocks):,} in {len(plan.blocks)} tensors ({listed})"
+    found = f"{sum(block.size for block in plan.blocks):,} in {len(plan.blocks)} tensors ({listed})"
+    slow = [name for name, _ in plan.engine.generic()]
+    more = f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else ""
+    return found + (f"; slower, by a general route: {', '.join(slow[:_NAMED])}{more}" if slow else "")
 
 
 def _jacobians(plan: Plan) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gradstore.background import Columns, in_background
-from gradstore.batch import Stopwatch, batches, compute
+from gradstore.batch import Stopwatch, compute
+from gradstore.batch_size import BatchSize, is_out_of_memory
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
@@ -76,6 +76,7 @@ def featurize(
     workers: int = 1,
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     disk: Disk | None = None,
 ) -> FeatureStore:
@@ -99,7 +100,8 @@ def featurize(
         dtype: of the stored features: "float16", "float32" or "int8".
         precision: of the fused kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact"
             (about 1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
-        batch_size: rows projected together, rounded down to whole groups; None chooses it.
+        batch_size: rows projected together, rounded down to whole groups; None doubles it from one group on while rows
+            do not become slower and the memory allows. Out of memory, half as many are tried.
         memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
             the model and the data.
         allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
@@ -110,6 +112,7 @@ def featurize(
         workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
+        on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
         progress: called after every batch.
         disk: where bytes go; for tests.
 
@@ -139,7 +142,7 @@ def featurize(
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            _Run(plan, writer, batch_size, progress, smaller, workers).write_missing()
+            _Run(plan, writer, batch_size, progress, smaller, workers, on_note).write_missing()
     return open_store(out)
 
 
@@ -154,11 +157,13 @@ class _Run:
         progress: Callable[[Progress], None] | None,
         smaller: SmallerStore | None = None,
         workers: int = 1,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self.workers = require_workers(workers, plan.device)
         self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
         self.group = writer.manifest.group
-        self.groups = self._groups_per_batch(batch_size)
+        self.batch = self._batch_size(batch_size)
+        self.note = note
         self.watch = Stopwatch()
         self.truth = plan.project.poisoned_mask(plan.split)
         self.computed = 0
@@ -193,8 +198,9 @@ class _Run:
 
     def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
         """Compute all rows of shard `index`."""
-        for batch in batches(self.writer.manifest.rows_of(index), self.group * self.groups):
-            self._compute(write, batch)
+        rows = self.writer.manifest.rows_of(index)
+        while rows:
+            rows = range(self._compute(write, rows[: self.batch.rows]), rows.stop)
             report()
 
     def _fill_here(self, shard: ShardWriter) -> None:
@@ -206,29 +212,39 @@ class _Run:
         self.computed += rows
         report()
 
-    def _groups_per_batch(self, batch_size: int | None) -> int:
-        if batch_size is not None:
-            if batch_size < 1:
-                raise UsageError("unusable batch size", where="--batch-size", expected="at least 1", got=batch_size)
-            return max(1, batch_size // self.group)
+    def _batch_size(self, fixed: int | None) -> BatchSize:
+        if fixed is not None and fixed < 1:
+            raise UsageError("unusable batch size", where="--batch-size", expected="at least 1", got=fixed)
         schema = self.writer.manifest.schema
         enough = max(1, _ENOUGH_ROWS // (self.group * schema.c))
-        return max(1, min(enough, self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))))
+        fitting = self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))
+        most = max(1, min(enough, fitting))
+        if self.plan.device.type != "cpu":  # where this thread queues work, its clock says nothing
+            fixed = fixed or most * self.group
+        return BatchSize(self.group, most, fixed)
 
-    def _compute(self, write: Write, rows: range) -> None:
-        """Compute some groups of rows; out of memory, go on with half as many at a time."""
+    def _compute(self, write: Write, rows: range) -> int:
+        """Compute the first of these rows, in as many groups as memory allows; the row after the last one computed."""
+        began = time.perf_counter()
         try:
             make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
-        except (torch.cuda.OutOfMemoryError, MemoryError):
-            if len(rows) <= self.group:
+        except Exception as error:
+            if not is_out_of_memory(error) or len(rows) <= self.group or not self.batch.halve():
                 raise
-            self.groups = max(1, self.groups // 2)
-            for half in batches(rows, self.group * self.groups):
-                self._compute(write, half)
-            return
-        write(make)
-        self.computed += len(rows)
-        self.watch.lap("writing")
+            self._say(f"out of memory with {len(rows)} rows at once; going on with {self.batch.rows}")
+        else:
+            write(make)
+            self.batch.took(len(rows), time.perf_counter() - began)
+            self.computed += len(rows)
+            self.watch.lap("writing")
+            return rows.stop
+        # Here the failed batch and the frames that held it are gone.
+        return self._compute(write, rows[: self.batch.rows])
+
+    def _say(self, line: str) -> None:
+        self.writer.log(event="note", at=now_utc(), note=line)
+        if self.note is not None:
+            self.note(line)
 
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:

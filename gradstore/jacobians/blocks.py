@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gradstore.jacobians.fresh import reused
 
+_WIDENED = 1 << 19  # values that are held in float64 at once, unless one row has more
+
 
 class JacobianBlock:
     """Columns `[start, start + size)` of the per-example Jacobian of one parameter.
@@ -38,7 +40,10 @@ class JacobianBlock:
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
-        return torch.linalg.vector_norm(self.dense(), dim=-1, dtype=torch.float64).square()
+        # Some rows at a time, because torch widens all that it is given before it adds up.
+        rows = self.dense().flatten(0, 1).split(max(1, _WIDENED // max(1, self.size)))
+        norms = [torch.linalg.vector_norm(some, dim=-1, dtype=torch.float64) for some in rows]
+        return torch.cat(norms).square().view(self.dense().shape[:2])
 
     def _values(self) -> Tensor:
         raise NotImplementedError

@@ -13,13 +13,14 @@ from gradstore.errors import UsageError
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.exact import by_loop
 from gradstore.jacobians.footprint import MAX_COLUMNS
-from gradstore.jacobians.fresh import drop_spare, keep_freed_memory
+from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.plan import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
 from gradstore.jacobians.record import record
-from gradstore.jacobians.side_by_side import MOST, uncut_if_small
+from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
+from gradstore.memory import return_freed_memory
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
@@ -78,16 +79,21 @@ class JacobianEngine:
             raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
         self._blocks, self._layout = tuple(blocks), layout
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
-        keep_freed_memory()
         weakref.finalize(self, drop_spare)
         with self._subject.ready():
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1
+        del prober
+        return_freed_memory()
 
     def describe(self) -> list[tuple[str, str]]:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
         return [(block.name, self._plan.routes[block.name]) for block in self._blocks]
+
+    def generic(self) -> list[tuple[str, str]]:
+        """Those of `describe` that no rule covers: differentiated by `torch.func` or by looped autograd."""
+        return [(name, route) for name, route in self.describe() if name in self._plan.exact]
 
     def bytes_needed(self, n: int, classes: int | None = None) -> int:
         """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included.
@@ -114,8 +120,9 @@ class JacobianEngine:
             A stream of blocks [n, c, size] in parameter order; only generic routes run the model again as it is read.
         """
         inputs, plan = as_inputs(inputs), self._plan
+        outputs = length(inputs) * plan.footprint.deltas
         with self._subject.ready():
-            with uncut_if_small(length(inputs) * plan.footprint.deltas):
+            with uncut_if_small(outputs):
                 recording = record(self._subject, plan.structured, inputs, plan.spread)
             logits = recording.logits.detach()
             cotangents = self._cotangents(logits)[classes]
@@ -125,6 +132,8 @@ class JacobianEngine:
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
+        if outputs >= SMALL:
+            return_freed_memory()  # what the backward passes held, before the blocks need room
         return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled))
 
     def _cotangents(self, logits: Tensor) -> Tensor:

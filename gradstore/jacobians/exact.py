@@ -8,6 +8,7 @@ is the definition that everything else is checked with.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,27 @@ def by_loop(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tens
     """
     parameters = [subject.parameters[name] for name in names]
     out = [p.new_zeros(length(inputs), len(cotangents), p.numel()) for p in parameters]
+    for i, k, gradients in one_by_one(subject, names, inputs, cotangents):
+        for values, gradient in zip(out, gradients, strict=True):
+            if gradient is not None:
+                values[i, k] = gradient.reshape(-1)
+    return out
+
+
+def one_by_one(
+    subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor
+) -> Iterator[tuple[int, int, Sequence[Tensor | None]]]:
+    """(example, cotangent, gradient of each name or None) in order; the arguments are those of `by_loop`.
+
+    Holds one example's graph and one gradient of every name.
+    """
+    parameters = [subject.parameters[name] for name in names]
     for i in range(length(inputs)):
         logits = subject.logits(take(inputs, slice(i, i + 1)))[0]
         if not logits.requires_grad:
             continue
         for k, cotangent in enumerate(cotangents):
-            gradients = torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
-            for values, gradient in zip(out, gradients, strict=True):
-                if gradient is not None:
-                    values[i, k] = gradient.reshape(-1)
-    return out
+            yield i, k, torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
 
 
 def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:

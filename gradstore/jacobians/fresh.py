@@ -8,9 +8,10 @@ each other.
 from __future__ import annotations
 
 import math
-import sys
+import mmap
 import threading
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NOTHING = np.empty(0, np.uint8)
-_HEAP_BYTES = (32 << 20) - (64 << 10)  # glibc learns from freed pieces below 32 MiB
+_MAPPED = 1 << 20  # bytes from which a mapping is worth its system calls
 
 
 class _Spare:
@@ -32,7 +33,7 @@ class _Spare:
         """Uninitialised bytes, at least `size` of them; nothing is held any more."""
         with self._lock:
             kept, self._memory = self._memory, _NOTHING
-        return kept if kept.nbytes >= size else np.empty(size, np.uint8)
+        return kept if kept.nbytes >= size else _pages(size)
 
     def keep(self, memory: np.ndarray) -> None:
         """Hold these bytes, unless more are held."""
@@ -43,6 +44,20 @@ class _Spare:
         """Hold nothing."""
         with self._lock:
             self._memory = _NOTHING
+
+
+def _pages(size: int) -> np.ndarray:
+    """Zeroed bytes of their own mapping, huge pages where there are any; gone to the last page when they are dropped.
+
+    From the C library they would leave holes that it keeps, many times a block, between pieces that are still in use.
+    """
+    if size < _MAPPED:
+        return np.empty(size, np.uint8)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
 
 
 _spare = _Spare()
@@ -77,12 +92,3 @@ def reused(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def drop_spare() -> None:
     """Give the held piece back to the system."""
     _spare.drop()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MB of freed memory, which every backward pass otherwise faults in again.
-
-    glibc raises that limit to twice the largest piece it has seen freed, up to this; so one is freed, never touched.
-    """
-    if sys.platform.startswith("linux"):
-        torch.empty(_HEAP_BYTES, dtype=torch.uint8)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import ProjectError
-from gradstore.jacobians.exact import by_loop, by_torch_func
+from gradstore.jacobians.exact import by_loop, by_torch_func, one_by_one
 from gradstore.jacobians.footprint import Footprint, measured, saved_bytes
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.record import Recording, Tap, record
@@ -186,12 +186,13 @@ class Prober:
     def _looped(self) -> dict[str, Tensor]:
         """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""
         names = list(self._subject.parameters)
-        total: dict[str, Tensor] = {}
-        for i, weight in enumerate(weights(PROBES, self._logits)):
-            found = by_loop(self._subject, names, take(self._probe, slice(i, i + 1)), self._cotangent[None])
-            for name, values in zip(names, found, strict=True):
-                mixed = values[0, 0].to(_wide(values.dtype)) * weight
-                total[name] = total[name] + mixed if name in total else mixed
+        wide = {name: _wide(p.dtype) for name, p in self._subject.parameters.items()}
+        total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in self._subject.parameters.items()}
+        factors = weights(PROBES, self._logits).tolist()
+        for i, _, gradients in one_by_one(self._subject, names, self._probe, self._cotangent[None]):
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient.reshape(-1), alpha=factors[i])
         return total
 
     def _mixed(self, values: Tensor) -> Tensor:
