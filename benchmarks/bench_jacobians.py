@@ -2,6 +2,7 @@
 
     python benchmarks/bench_jacobians.py                  # rows to benchmarks/results/jacobians.csv
     python benchmarks/bench_jacobians.py --threads 1 --repeats 7
+    python benchmarks/bench_jacobians.py --growth         # and results/jacobians.png: how it grows with rows and P
 
 Both compute every value in float32. The engine's blocks are formed and dropped one by one, as featurize uses them
 ("streamed"), or all copied into one tensor ("collected"), for `jacrev` returns all values at once. Runs of the three
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -37,13 +39,14 @@ CLASSES = 10
 RESULTS = Path(__file__).parent / "results" / "jacobians.csv"
 
 
-def digits_cnn() -> nn.Module:
-    """Three convolutions with BatchNorm and two linear layers, for 8 × 8 images."""
+def digits_cnn(width: int = 16) -> nn.Module:
+    """Three convolutions with BatchNorm and two linear layers, for 8 × 8 images; `width` channels in the first."""
+    a, b, c = width, 2 * width, 4 * width
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+        *(nn.Conv2d(1, a, 3, padding=1), nn.BatchNorm2d(a), nn.ReLU()),
+        *(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(b, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(16 * c, c), nn.ReLU(), nn.Linear(c, CLASSES)),
     )
 
 
@@ -76,7 +79,13 @@ def resnet18() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "digits-cnn": (digits_cnn, (1, 8, 8)),
+    **{f"digits-cnn-x{times}": (partial(digits_cnn, 16 * times), (1, 8, 8)) for times in (2, 4)},
     "resnet18": (resnet18, (3, 32, 32)),
+}
+LABELS = {"jacrev_s": "vmap(jacrev)", "collected_s": "gradstore, collected", "streamed_s": "gradstore, streamed"}
+GROWTH = {
+    "rows": ["digits-cnn:4", "digits-cnn:16", "digits-cnn:64", "digits-cnn:128"],
+    "P": ["digits-cnn:16", "digits-cnn-x2:16", "digits-cnn-x4:16"],
 }
 
 
@@ -188,6 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", nargs="*", default=["digits-cnn:64", "resnet18:4"], metavar="MODEL:N")
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -195,18 +205,55 @@ def main() -> None:
     if options.peak:
         report_peak(options.peak[0], int(options.peak[1]), options.seed)
         return
-    for size in options.sizes:
+    sizes = dict.fromkeys(size for axis in GROWTH.values() for size in axis) if options.growth else options.sizes
+    rows = {}
+    for size in sizes:
         name, n = size.split(":")
-        row = measure(name, int(n), options.repeats, options.seed) | setting(
+        rows[size] = measure(name, int(n), options.repeats, options.seed) | setting(
             options.threads, options.repeats, options.seed
         )
-        new = not options.out.exists()
-        with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        add_row(options.out, rows[size])
+        print(", ".join(f"{key} {value}" for key, value in rows[size].items()), flush=True)
+    if options.growth:
+        plot(rows)
+
+
+def add_row(path: Path, row: dict[str, object]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def plot(rows: dict[str, dict[str, object]]) -> None:
+    """Milliseconds an example, so that what grows in proportion is level, against rows and against parameters."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
+    titles = {"rows": "digits CNN, 89,770 parameters", "P": "digits CNN of growing width, 16 rows"}
+    for panel, (axis, sizes) in zip(panels, GROWTH.items(), strict=True):
+        found = [rows[size] for size in sizes]
+        across = [row["n" if axis == "rows" else "parameters"] for row in found]
+        for key, label in (
+            ("jacrev_s", "vmap(jacrev)"),
+            ("collected_s", "gradstore, collected"),
+            ("streamed_s", "gradstore, streamed"),
+        ):
+            panel.loglog(across, [1e3 * row[key] / row["n"] for row in found], "o-", label=label)
+        panel.set_xlabel({"rows": "rows n", "P": "parameters P"}[axis])
+        panel.set_title(titles[axis], fontsize=9)
+        panel.set_xticks(across, [f"{value:,}" for value in across], minor=False)
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds an example, 10 classes")
+    panels[0].legend(fontsize=8)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":
