@@ -248,6 +248,7 @@ def plot(rows: dict[str, dict[str, object]]) -> None:
         panel.set_xlabel({"rows": "rows n", "P": "parameters P"}[axis])
         panel.set_title(titles[axis], fontsize=9)
         panel.set_xticks(across, [f"{value:,}" for value in across], minor=False)
+        panel.set_yticks([0.5, 1, 2, 5, 10, 20])
         panel.minorticks_off()
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)

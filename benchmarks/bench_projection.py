@@ -2,7 +2,7 @@
 
     python benchmarks/bench_projection.py [--repeats 5] [--threads N] [--quick]
 
-writes results/projection.csv and results/projection.png. Speed is work done per second, 2 * rows * p * K operations
+adds rows to results/projection.csv and writes results/projection.png. Speed is work done per second, 2 * rows * p * K operations
 as a matrix product would need. Every comparison interleaves its rivals in one run and takes medians of wall time, so
 that a disturbance of the machine meets all of them. The rivals:
 
@@ -52,9 +52,12 @@ def main() -> None:
     p = (1 << 20) // (16 if options.quick else 1)
     rows = [*compare(p, options.repeats), *errors(), *growth(p)]
     environment = environment_columns()
-    with (RESULTS / "projection.csv").open("w", newline="") as file:
+    path = RESULTS / "projection.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, ["measure", "kind", "rows", "p", "K", "value", "unit", *environment])
-        writer.writeheader()
+        if new:
+            writer.writeheader()
         writer.writerows(row | environment for row in rows)
     plot(rows)
 
