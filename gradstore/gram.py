@@ -70,9 +70,10 @@ def gram(
 ) -> Iterator[Tile] | Gram:
     """The matrix of kernel values between the rows of two stores, [n, m].
 
-    Rows of `a` are held a group at a time while those of `b` pass by; the next block is read, checked and converted
-    while the last one is multiplied. Only two groups' worth of features is ever in memory, whatever the stores' size;
-    the larger the memory, the fewer passes over `b`: about n · D · 4 bytes / memory.
+    Rows of `a` are held a group at a time while those of `b` pass by. As many workers as cores read, check, convert and
+    multiply, each with one thread; the next blocks are made while the last one is multiplied. Only two groups' worth of
+    features is ever in memory, whatever the stores' size; the larger the memory, the fewer passes over `b`: about
+    n · D · 4 bytes / memory.
 
     Args:
         a: store of the rows.
@@ -81,9 +82,11 @@ def gram(
         out: HDF5 file to write the matrix to. None returns an iterator of tiles, each on or above the diagonal where b
             is None. A run that was interrupted is continued by the same call.
         memory: bytes, or text like "2GB", that operands and tiles may take.
-        arithmetic: "float32": sums of float32 products, a cosine right to about 1e-6. "int8": rows rounded to int8 and
-            multiplied exactly, several times faster where the processor has int8 instructions, typically 1e-4 off;
-            see `gradstore.products.operand` for the bound.
+        arithmetic: "float32": sums of float32 products, a cosine right to about 1e-6. "int14": rows rounded to 14 bits
+            and multiplied exactly, some 1e-6 off, and faster than float32 where the processor multiplies int8 four
+            times as fast. "int8": rounded to 8 bits, faster still, typically 1e-4 off. Bounds are in
+            `gradstore.rounding`; a row that would lose too much is refused. The file records which it was; what int8
+            products bring depends on the machine, so float32 is the default and nothing is chosen by measurement.
         progress: called after every tile that is written, with the number of finished cells and of all cells.
         disk: where the file goes; for tests.
 
@@ -92,7 +95,7 @@ def gram(
 
     Raises:
         UsageError: an unknown kernel or arithmetic, a kernel that a store's layout cannot serve, an unfinished store
-            (the missing rows are named), too little memory, or int8 would lose too much.
+            (the missing rows are named), too little memory, or rounding would lose too much.
         MismatchError: the stores are not of one model and one projection, or `out` is another matrix.
         NoSpaceError: the matrix does not fit the disk; said before anything is computed.
         NonFiniteError: a row of norm zero, for which a cosine is undefined; it is named.

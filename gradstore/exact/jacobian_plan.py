@@ -16,8 +16,6 @@ from gradstore.tiles import CELL
 
 # Rows of the largest group: with more of them, little of the time is spent on computing Jacobians again.
 MOST_ROWS = 2048
-# Columns that pass by together.
-_PASSING = 64
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
 # Where classes come in parts, columns of a tile, in groups: the group is computed again for each.
@@ -106,7 +104,8 @@ def _plan(
     room = memory - scratch - computing(batch, classes)
     top = -(-min(max(n, CELL), MOST_ROWS) // CELL) * CELL
     for group in range(top, 0, -CELL):
-        block = min(_PASSING, group)
+        # Dense rows of the group are formed once for each block, and those of a block once: both had better be large.
+        block = max(CELL, group // 2 // CELL * CELL)
         span = min(max(group, _SPAN * group if divided else block), -(-m // CELL) * CELL)
         passing = block if group < max(n, m) else 0
         if (group + passing) * each + value * group * span <= room:

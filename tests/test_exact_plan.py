@@ -1,0 +1,100 @@
+"""How an exact kernel is cut: within its memory, by classes where that saves work, and never with another result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import SmallCNN
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+import gradstore as gs
+from gradstore.errors import UsageError
+from gradstore.exact.jacobian_plan import JacobianPlan, plan_jacobians
+from gradstore.exact.jacobian_tiles import JacobianTiles
+from gradstore.exact.selection import Selection
+from gradstore.kernels import exact_kernel
+
+
+@given(
+    n=st.integers(1, 10**5),
+    m=st.integers(1, 10**5),
+    symmetric=st.booleans(),
+    classes=st.integers(1, 40),
+    divisible=st.booleans(),
+    shared=st.integers(0, 10**6),
+    each=st.integers(1, 10**6),
+    memory=st.integers(10**5, 10**11),
+)
+def test_a_plan_keeps_its_budget(
+    n: int, m: int, symmetric: bool, classes: int, divisible: bool, shared: int, each: int, memory: int
+) -> None:
+    m = n if symmetric else m
+
+    def held(c: int) -> int:
+        return shared + c * each
+
+    def computing(examples: int, c: int) -> int:
+        return examples * (2 * shared + 3 * c * each)
+
+    try:
+        plan = plan_jacobians(
+            n,
+            m,
+            symmetric=symmetric,
+            classes=classes,
+            divisible=divisible,
+            value=16,
+            held=held,
+            computing=computing,
+            memory=memory,
+        )
+    except UsageError:
+        least = 1 if divisible else classes
+        assert memory < 4 * (computing(1, least) + 32 * held(least) + 16 * 16**2)
+        return
+    passing = plan.block if plan.group < max(n, m) else 0
+    taken = (plan.group + passing) * held(plan.classes) + 16 * plan.group * plan.span
+    assert taken + plan.scratch + computing(plan.batch, plan.classes) <= memory
+    assert plan.group % 16 == plan.span % 16 == plan.block % 16 == 0
+    assert divisible or plan.classes == classes
+
+
+@pytest.mark.parametrize("plan", [JacobianPlan(1, 32, 48, 16, 8, 10**5), JacobianPlan(4, 16, 16, 16, 16, 10**6)])
+@pytest.mark.parametrize("b", [None, "test"])
+def test_classes_that_come_in_parts_give_the_same_matrix(plan: JacobianPlan, b: str | None) -> None:
+    torch.manual_seed(0)
+    sizes = {"train": 70, "test": 25}
+    splits = {name: TensorDataset(torch.randn(n, 1, 8, 8), torch.zeros(n).long()) for name, n in sizes.items()}
+    project = gs.Project(model=SmallCNN(10), splits=splits)
+    left = Selection.of(project, "train", None)
+    right = left if b is None else Selection.of(project, b, None)
+    tiles = JacobianTiles(project, left, right, exact_kernel("trntk"), 10**9, "cpu")
+    assert (tiles.plan.classes, tiles.plan.group) == (10, 80), "all at once, where memory allows"
+    tiles.plan = plan
+    found = np.full(tiles.shape, np.nan)
+    for tile in tiles.tiles():
+        found[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop] = tile.values
+    expected = gs.exact_gram(project, "train", b)
+    wanted = np.triu(np.ones(found.shape, bool)) if b is None else np.ones(found.shape, bool)
+    np.testing.assert_allclose(found[wanted], expected[wanted], atol=1e-6)
+
+
+def test_little_memory_takes_few_classes_at_a_time() -> None:
+    def plan(memory: int) -> JacobianPlan:
+        return plan_jacobians(
+            10**4,
+            10**4,
+            symmetric=True,
+            classes=10,
+            divisible=True,
+            value=16,
+            held=lambda classes: 10**5 * (1 + classes),
+            computing=lambda examples, classes: 10**5 * examples * (1 + classes),
+            memory=memory,
+        )
+
+    assert plan(10**10).classes == 10
+    assert plan(10**8).classes == 1
