@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +53,14 @@ class QueryGroup:
         return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
 
 
-def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi]) -> list[QueryGroup]:
+def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi], workers: int = 1) -> list[QueryGroup]:
     """Read queries.
 
     Args:
         store: holds them.
         rows: int64 [m], in any order, repeated or not.
         phis: the feature map of each.
+        workers: threads that read; each holds 4·D bytes and some rows as stored.
 
     Returns:
         One group for each distinct feature map. Holds 4·D bytes a query.
@@ -69,22 +71,32 @@ def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi]) -> 
     groups = []
     for phi in dict.fromkeys(phis):
         members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
-        groups.append(_load_group(store, rows[members], members, phi))
+        groups.append(_load_group(store, rows[members], members, phi, workers))
     return groups
 
 
-def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi: Phi) -> QueryGroup:
+def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi: Phi, workers: int) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
-    padded, vector = phi.padded()
-    for row, columns in read_rows(store, rows):
+
+    def load(span: tuple[int, int]) -> None:
+        columns, (padded, vector) = store.read(*span), phi.padded()
         scaled = Scaled.of(phi, columns, store.path)
-        phi.write_row(torch.from_numpy(columns["features"][0]), scaled.factors[0], vector)
-        norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[0])
-        _require_finite(norm, vector, row, store, phi)
-        for place in np.flatnonzero(rows == row):
-            pieces[:, place] = padded
-            norms[place], exponents[place] = norm, scaled.exponent[0]
+        for i, row in enumerate(range(*span)):
+            phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
+            norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[i])
+            _require_finite(norm, vector, row, store, phi)
+            for place in np.flatnonzero(rows == row):
+                pieces[:, place] = padded
+                norms[place], exponents[place] = norm, scaled.exponent[i]
+
+    spans = list(runs(np.unique(rows)))
+    if len(spans) < 2 or workers < 2:
+        for span in spans:
+            load(span)
+    else:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(load, spans))
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 
@@ -97,14 +109,6 @@ def _require_finite(norm: float, vector: Tensor, row: int, store: FeatureStore, 
             expected="finite values",
             hint="Run `gradstore verify` on the store",
         )
-
-
-def read_rows(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(row, its columns [1, ...]) for each distinct row in ascending order; neighbours are read together."""
-    for start, stop in runs(np.unique(rows)):
-        columns = store.read(start, stop)
-        for i in range(stop - start):
-            yield start + i, {name: array[i : i + 1] for name, array in columns.items()}
 
 
 def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:

@@ -70,7 +70,7 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> Sca
     """
     row = train.schema.row_bytes
     vectors = 4 * phi.length + 3 * row  # of one worker as it scores exactly
-    per_query = 6 * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
+    per_query = 6 * phi.pieces * phi.width + 8 * phi.K + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
     cap = int(np.clip(_BLOCK_BYTES // row, 1, _BLOCK_ROWS))
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
         left = memory - workers * vectors
@@ -121,7 +121,8 @@ def scan_all(
     means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
     with single_threaded():
-        found = [scan(train, load_queries(queries, rows[part], phis[part]), k, means, plan) for part in parts]
+        batches = (load_queries(queries, rows[part], phis[part], plan.workers) for part in parts)
+        found = [scan(train, batch, k, means, plan) for batch in batches]
     search = Search("exact", len(train) * len(parts), means.name)
     return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
 

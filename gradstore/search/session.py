@@ -141,7 +141,7 @@ class Session:
         left, read = [], 0
         for start, part in self._batches(wanted):
             with one_torch_thread():
-                found = self._search.certified(load_queries(queries, part, [self._phi] * len(part))[0], k)
+                found = self._search.certified(self._load(queries, part), k)
             stop = start + len(part)
             rows[start:stop], similarity[start:stop] = found.best.rows, found.best.similarity
             read += found.rows_read
@@ -170,7 +170,7 @@ class Session:
         found = []
         for _, part in self._batches(wanted):
             with one_torch_thread():
-                group = load_queries(queries, part, [self._phi] * len(part))[0]
+                group = self._load(queries, part)
                 found.append(self._search.rerank(group, k, self._propose(group, k, count)))
         rows = [best.rows for best, _ in found] or [np.empty((0, k), np.int64)]
         similarity = [best.similarity for best, _ in found] or [np.empty((0, k))]
@@ -184,6 +184,9 @@ class Session:
         if min(map(len, proposed)) >= k:
             return proposed
         return [np.union1d(a, b) for a, b in zip(proposed, self._search.propose(group, k), strict=True)]
+
+    def _load(self, queries: FeatureStore, rows: np.ndarray) -> QueryGroup:
+        return load_queries(queries, rows, [self._phi] * len(rows), self._search.workers)[0]
 
     def _batches(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(first place, query rows): as many at a time as their bounds on every training row fit the memory."""
