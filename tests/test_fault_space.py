@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def test_readers_see_right_rows_or_none(fast: Path, amount: Callable[[int, int],
             except UsageError as error:
                 unclear += not any(text in str(error) for text in NOT_YET)
                 not_yet, handle = not_yet + 1, None
+                time.sleep(0.0002)  # else asking again and again leaves the writer, a thread like this one, no time
                 continue
             assert all(got[name][0].tobytes() == value.tobytes() for name, value in ROWS[row].items())
             reads += 1
