@@ -66,7 +66,7 @@ def compute(
         gradient is not finite or zero, or whose projection did not keep its norm.
     """
     inputs, labels = plan.examples.read(rows)
-    spans = list(batches(rows, group))
+    spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     sums = _grown(plan, parts, spans, watch or Stopwatch(), smaller)
     columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64)}
@@ -94,7 +94,7 @@ def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[Columns]:
         yield compute(plan, rows, plan.manifest.group, truth)()
 
 
-def batches(rows: range, size: int) -> Iterator[range]:
+def _groups(rows: range, size: int) -> Iterator[range]:
     """Some rows, at most `size` at a time."""
     for start in range(rows.start, rows.stop, size):
         yield range(start, min(start + size, rows.stop))
