@@ -3,8 +3,8 @@
     python benchmarks/bench_projection.py [--repeats 5] [--threads N] [--quick]
 
 adds rows to results/projection.csv and writes results/projection.png. Speed is work done per second, 2 * rows * p * K
-operations as a matrix product would need. Every comparison interleaves its rivals in one run and takes medians of wall time, so
-that a disturbance of the machine meets all of them. The rivals:
+operations as a matrix product would need. Every comparison interleaves its rivals in one run and takes medians of
+wall time, so that a disturbance of the machine meets all of them. The rivals:
 
 - ``matmul``: ``torch.matmul`` in float32 with the sign matrix already in memory. A matrix of 10240 x 1 M would take
   42 GB; its first 16384 columns (671 MB, far more than any cache) stand for the rest, as the work is linear in p.
