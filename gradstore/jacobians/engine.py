@@ -17,13 +17,14 @@ from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.plan import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
 from gradstore.jacobians.record import record
-from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
+from gradstore.jacobians.side_by_side import MOST, uncut_if_small
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
 from gradstore.memory import return_freed_memory
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
+_LARGE = 1 << 20  # bytes of activations an example from which returning them is cheap beside making them
 
 
 class JacobianStream:
@@ -132,7 +133,7 @@ class JacobianEngine:
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
-        if outputs >= SMALL:
+        if plan.footprint.graph >= _LARGE:
             return_freed_memory()  # what the backward passes held, before the blocks need room
         return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled))
 
