@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Column:
     axes: str
     meaning: str
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -55,7 +56,7 @@ class Schema:
     truth: bool = False
     version: int = field(default_factory=newest_version)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[Column, ...]:
         """Every dataset in the order of the file; `digest` covers the bytes of all the others."""
         rows = [
@@ -75,7 +76,7 @@ class Schema:
         rows.append(("digest", (16,), "uint8", "n 16", meaning))
         return tuple(Column(name, shape, np.dtype(dtype), axes, meaning) for name, shape, dtype, axes, meaning in rows)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row in all datasets."""
         return sum(column.row_bytes for column in self.columns)

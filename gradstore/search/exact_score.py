@@ -7,8 +7,10 @@ depend neither on block size, nor engine, nor threads, nor processor; a sum is o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ class ExactScore:
             self._group[group.members] = g
             self._place[group.members] = np.arange(len(group.members))
         self.rows_read = 0
+        self._rooms = threading.local()
 
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Similarities float64 [pairs] of queries [pairs], places in the batch, and rows [pairs]."""
@@ -66,6 +69,13 @@ class ExactScore:
                 list(pool.map(score, spans))
         return scores
 
+    def _room(self) -> _Room:
+        """This thread's own."""
+        if not hasattr(self._rooms, "mine"):
+            self._rooms.mine = _Room(self.train.schema.empty(self._rows_at_once()), {})
+        mine: _Room = self._rooms.mine
+        return mine
+
     def _rows_at_once(self) -> int:
         return int(np.clip((1 << 20) // self.train.schema.row_bytes, 1, 64))
 
@@ -73,12 +83,13 @@ class ExactScore:
         self, span: tuple[int, int], queries: np.ndarray, rows: np.ndarray, pairs: np.ndarray, scores: np.ndarray
     ) -> None:
         """Fill in the scores of the pairs, in ascending order of rows, whose rows lie in `span`."""
-        columns = self.train.read(*span)
+        room = self._room()
+        columns = self.train.read(*span, out=room.columns)
         groups = self._group[queries[pairs]]
         for g in np.unique(groups).tolist():
             mine, group = pairs[groups == g], self.groups[g]
             scaled = Scaled.of(group.phi, columns, self.train.path)
-            padded, vector = group.phi.padded()
+            padded, vector = room.padded(group.phi)
             for part in np.split(mine, np.flatnonzero(np.diff(rows[mine])) + 1):
                 row = int(rows[part[0]])
                 factor = self._write_row(group.phi, columns, scaled, row - span[0], row, vector)
@@ -93,6 +104,25 @@ class ExactScore:
         norm = vector_norm(out) if scaled.norms is None else float(scaled.norms[i])
         phi.require_direction(np.array([norm]), np.array([row]), self.train.path)
         return 1 / norm if phi.kernel.normalised else float(np.ldexp(1.0, scaled.exponent[i]))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a thread reuses for row after row: new memory for each would take longer to map than to fill.
+
+    Attributes:
+        columns: rows as stored.
+        vectors: for each feature map, what `Phi.padded` gives.
+    """
+
+    columns: dict[str, np.ndarray]
+    vectors: dict[Phi, tuple[Tensor, Tensor]]
+
+    def padded(self, phi: Phi) -> tuple[Tensor, Tensor]:
+        """Room for one vector in pieces, and its view by class; the padding stays zero."""
+        if phi not in self.vectors:
+            self.vectors[phi] = phi.padded()
+        return self.vectors[phi]
 
 
 def inner_products(row: Tensor, pieces: Tensor, places: np.ndarray, simd: str | None = None) -> np.ndarray:
