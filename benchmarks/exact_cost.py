@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 import gradstore as gs
 from benchmarks.paper.networks import resnet
 from gradstore.exact.contraction import factored_is_cheaper, operations
-from gradstore.exact.factors import Held, held
+from gradstore.exact.factors import Held, held, joined_rows, rows_and_classes
 from gradstore.exact.jacobian_plan import JacobianPlan
 from gradstore.exact.jacobian_tiles import Jacobians, JacobianTiles
 from gradstore.exact.selection import Selection
@@ -75,16 +75,21 @@ def counted(model: torch.nn.Module, plan: JacobianPlan) -> list[dict[str, object
     engine = JacobianEngine(model, parameter_blocks(model), example=probe)
     sums: dict[tuple[str, str], list[float]] = {}
     total = dense = 0.0
-    for block in engine(probe):
-        same: list[Held] = [held(block)]
+    room = plan.scratch // (32 * plan.group * plan.classes)
+    parts = range(0, CLASSES, plan.classes)
+    stream = [
+        block for at in parts for block in joined_rows(map(held, engine(probe, slice(at, at + plan.classes))), room)
+    ]
+    for block in stream:
+        same: list[Held] = [block]
         group, passing = same * (plan.group // 4), same * (plan.block // 4)
         factored = factored_is_cheaper(group, passing, pairs=False)
         cost = operations(group, passing, pairs=False, factored=factored)
         entry = sums.setdefault((stage(block.name), "factored" if factored else "dense"), [0.0, 0.0])
-        entry[0] += block.size
+        entry[0] += block.size / len(parts)
         entry[1] += cost
         total += cost
-        dense += CLASSES * block.size
+        dense += rows_and_classes(block)[1] * block.size
     found = [
         row(f"{where}, {form}: multiply-adds a pair", cost, "1", f"{int(size)} parameters")
         for (where, form), (size, cost) in sums.items()
@@ -108,10 +113,11 @@ def stage(name: str) -> str:
 def measured(model: torch.nn.Module, n: int, memory: str) -> list[dict[str, object]]:
     """Seconds of the two halves of the work, Jacobians and contraction, the second of two runs."""
     tiles = tiles_of(model, TensorDataset(torch.randn(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)), memory)
-    everything = slice(0, CLASSES)
+    some = tiles._parts()[0]
+    parts = len(tiles._parts())
     for _ in range(2):
         began = time.perf_counter()
-        rows: Jacobians = tiles._load(tiles.a, range(n), everything)
+        rows: Jacobians = tiles._load(tiles.a, range(n), some)
         loaded = time.perf_counter() - began
         out = torch.zeros(n, n, dtype=torch.float64)
         other = Jacobians(tuple((name, list(blocks)) for name, blocks in rows.columns), rows.rows)
@@ -123,8 +129,8 @@ def measured(model: torch.nn.Module, n: int, memory: str) -> list[dict[str, obje
         for _, blocks in rows.columns
     )
     return [
-        row("Jacobians of an example", loaded / n, "s"),
-        row("contraction", contracted / n**2, "s a pair"),
+        row("Jacobians of an example", parts * loaded / n, "s"),
+        row("contraction", parts * contracted / n**2, "s a pair"),
         row("rate of the contraction", 2 * cost * n**2 / contracted, "flop/s"),
     ]
 

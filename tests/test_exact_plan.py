@@ -8,14 +8,19 @@ import torch
 from cases import SmallCNN
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import UsageError
+from gradstore.exact.contraction import contract
+from gradstore.exact.factors import held, joined_rows
 from gradstore.exact.jacobian_plan import JacobianPlan, plan_jacobians
 from gradstore.exact.jacobian_tiles import JacobianTiles
 from gradstore.exact.selection import Selection
+from gradstore.jacobians import JacobianEngine
 from gradstore.kernels import exact_kernel
+from gradstore.parameters import parameter_blocks
 
 
 @given(
@@ -98,3 +103,20 @@ def test_little_memory_takes_few_classes_at_a_time() -> None:
 
     assert plan(10**10).classes == 10
     assert plan(10**8).classes == 1
+
+
+def test_a_weight_that_comes_in_parts_is_joined_where_there_is_room() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 96, 3), nn.ReLU(), nn.Conv2d(96, 128, 3, stride=3), nn.Flatten(), nn.Linear(512, 5))
+    model, images = nn.Sequential(*layers), torch.randn(6, 3, 8, 8)
+    engine = JacobianEngine(model, parameter_blocks(model), example=images)
+    results = []
+    for room, count in ((10**9, 6), (1, 7)):
+        blocks = joined_rows(map(held, engine(images)), room)
+        assert len(blocks) == count
+        out, squares = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+        for block in blocks:
+            squares += contract([block], [block], out, pairs=False, scratch=10**7).sum(1)
+        np.testing.assert_allclose(squares, out.diag(), rtol=1e-6)
+        results.append(out.triu())
+    np.testing.assert_allclose(results[0], results[1], atol=1e-6 * results[1].max())

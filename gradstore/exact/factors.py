@@ -7,8 +7,9 @@ parameters, and the same on both sides of a product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -58,6 +59,29 @@ def held(block: JacobianBlock) -> Held:
     if isinstance(block, EmbeddingBlock):
         return block
     return DenseBlock(block.name, block.start, block.dense())
+
+
+def joined_rows(blocks: Iterable[Held], room: int) -> list[Held]:
+    """Neighbouring parts of one weight as one, so that its activations are multiplied once for all of its rows.
+
+    Args:
+        blocks: of one batch, in order.
+        room: columns that the smallest slice of a joined weight may have; a wider weight stays cut.
+    """
+    found: list[Held] = []
+    for _, same in groupby(blocks, key=_weight):
+        parts = list(same)
+        factors = [part for part in parts if isinstance(part, Factors)]
+        rows = sum(part.deltas.shape[3] for part in factors)
+        if len(factors) > 1 and rows * factors[0].unread.reach <= room:
+            found.append(replace(factors[0], deltas=torch.cat([part.deltas for part in factors], dim=3)))
+        else:
+            found += parts
+    return found
+
+
+def _weight(block: Held) -> object:
+    return block.name if isinstance(block, Factors) else id(block)
 
 
 def tensors_of(block: Held) -> list[Tensor]:

@@ -13,7 +13,7 @@ from gradstore.audit import require_finite_block
 from gradstore.environment import choose_device
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
-from gradstore.exact.factors import Held, held, tensors_of
+from gradstore.exact.factors import Held, held, joined_rows, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
@@ -126,10 +126,12 @@ class JacobianTiles:
 
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         batches: list[list[tuple[str, Held]]] = []
+        room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
             stream = self.engine(to_device(selection.read(span), self.device), classes)
-            batches.append([(block.name, held(block)) for block in stream])
+            blocks = joined_rows(map(held, stream), room)
+            batches.append([(block.name, block) for block in blocks])
         columns = tuple((same[0][0], [block for _, block in same]) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
 
