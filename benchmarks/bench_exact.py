@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +78,7 @@ def against_dense(images: Tensor, repeats: int) -> list[dict[str, object]]:
     for name, memory in budgets.items():
         ours = f"exact_gram, {name} of J's memory"
         found.append(row(f"dense / {ours}", seconds["dense J Jᵀ, J in memory"] / seconds[ours], "x", n))
-        value, held = growth(lambda memory=memory: gs.exact_gram(project, kernel="trntk0", memory=memory))
-        found.append(row(f"memory of {ours}, over J's", held / size, "1", n))
+        value = gs.exact_gram(project, kernel="trntk0", memory=memory)
         found.append(row(f"largest error of {ours}", float(np.abs(value - reference).max() / reference.max()), "1", n))
     return found
 
@@ -135,31 +133,6 @@ def against_peer(images: Tensor, repeats: int, python: str) -> list[dict[str, ob
 
 def project_of(model: nn.Module, images: Tensor) -> gs.Project:
     return gs.Project(model=model, splits={"train": TensorDataset(images, torch.arange(len(images)) % 10)})
-
-
-def growth(call: Callable[[], object]) -> tuple[object, int]:
-    """The result, and by how many bytes the resident set grew at most, sampled every 2 ms."""
-    base = peak = resident()
-    stopped = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stopped.wait(0.002):
-            peak = max(peak, resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        value = call()
-    finally:
-        stopped.set()
-        thread.join()
-    return value, peak - base
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def interleaved(rivals: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
