@@ -1,4 +1,4 @@
-"""Exact trNTK of the digits CNN: time and memory against the dense J Jᵀ, and against neural_tangents.
+"""Exact trNTK of the digits CNN: time against the dense J Jᵀ, and against neural_tangents.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_exact.py [--rows 1000] [--repeats 3] [--peer PYTHON]
 
