@@ -206,7 +206,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("field", ["split", "preview", "file"])
-def test_no_name_in_a_manifest_leads_elsewhere(field: str, name: str, store: Path) -> None:
+def test_no_name_in_a_manifest_leads_elsewhere(field: str, name: str, store: Path, record: Record) -> None:
     content = json.loads((store / MANIFEST).read_bytes())
     (content["shards"][0] if field == "file" else content)[field] = name
     (store / MANIFEST).write_bytes(sealed(content))
@@ -217,13 +217,38 @@ def test_no_name_in_a_manifest_leads_elsewhere(field: str, name: str, store: Pat
             opened.append(path)
             return super()._open(path, flags)
 
+    refused = 1
     with suppress(CorruptError):
         assert wrong_rows(FeatureStore(store, disk=Watching())) == []
+        refused = 0
     assert {path.parent for path in opened} == {store}
+    note_hostile_name(record, refused)
+
+
+def note_hostile_name(record: Record, refused: int) -> None:
+    out = sum(leads_out(name) for name in HOSTILE)
+    why = f"file names taken from the manifest: {out} of {len(HOSTILE)} lead out of the store"
+    record("S3", "hostile names", injected=1, recovered=1 - refused, refused=refused, silent=0, control=why)
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path joined with a name, as a naive reader would, is outside of its folder."""
+    folder = Path("/store")
+    return folder not in (Path(os.path.normpath(folder / name)), *Path(os.path.normpath(folder / name)).parents)
+
+
+def test_hostile_names_would_lead_out() -> None:
+    """The control."""
+    assert [leads_out(name) for name in ("shard-00000.h5", "..", "/etc/passwd", "a/../../b")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "link", "file", "folder", "link/inside/deep\0"])
-def test_no_output_is_written_elsewhere(name: str, fast: Path) -> None:
+def test_no_output_is_written_elsewhere(name: str, fast: Path, record: Record) -> None:
     elsewhere = fast / "elsewhere"
     elsewhere.mkdir()
     (fast / "link").symlink_to(elsewhere)
@@ -236,6 +261,7 @@ def test_no_output_is_written_elsewhere(name: str, fast: Path) -> None:
     assert list(elsewhere.iterdir()) == []
     assert sorted(p.name for p in fast.iterdir()) == ["elsewhere", "file", "folder", "link"]
     assert [p.name for p in (fast / "folder").iterdir()] == ["thesis.txt"]
+    note_hostile_name(record, 1)
 
 
 @pytest.mark.parametrize("leftover", [".shard-00000.h5.tmp", ".store.json.tmp", ".lock", "run.jsonl"])
