@@ -137,4 +137,4 @@ def _label(label: str | None) -> str:
 
 
 def _error(neighbour: dict[str, Any]) -> str:
-    return f" ± {neighbour['standard_error']:.3f}" if "standard_error" in neighbour else ""
+    return f"\n± {neighbour['standard_error']:.3f}" if "standard_error" in neighbour else ""

@@ -73,6 +73,6 @@ def test_the_command(tmp_path: Path) -> None:
         assert run(tmp_path, "featurize project.py --split", split, "--out", split, "--proj-dim 64").status == 0
     shown = run(tmp_path, "topk train test -k 2 --error-bars")
     assert shown.status == 0, shown.err
-    assert shown.out.count(" ± 0.") == 20
+    assert shown.out.count("± 0.") == 20
     values = json.loads(run(tmp_path, "topk train test -k 2 --error-bars --json").out)
     assert 0 < values[0]["neighbours"][0]["standard_error"] < 0.5
