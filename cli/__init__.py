@@ -45,7 +45,7 @@ class Terminated(KeyboardInterrupt):
 @click.version_option(package_name="gradstore", message="gradstore %(version)s")
 @click.option(TRACEBACK, is_flag=True, help="Show the whole traceback of an error; may stand anywhere on the line.")
 def gradstore(traceback: bool) -> None:
-    r"""Find the training examples behind a prediction, from projected per-example gradients.
+    """Find the training examples behind a prediction, from projected per-example gradients.
 
     \b
     A first look:       gradstore demo
@@ -54,7 +54,7 @@ def gradstore(traceback: bool) -> None:
       gradstore featurize project.py --split test --out stores/test
       gradstore topk stores/train stores/test --html topk.html
       gradstore forensics stores/train stores/test --html forensics.html
-    """
+    """  # noqa: D301 - click wants the control character, which keeps the lines as they are
 
 
 for _command in (

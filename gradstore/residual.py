@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradstore.csv_file import write_csv
 from gradstore.errors import MismatchError, UsageError
 from gradstore.exact.gram import exact_gram
 from gradstore.fingerprint import fingerprint
@@ -122,14 +122,13 @@ class Residuals:
         return write_residual(self.page(), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write one line a pair."""
+        """Write one line a pair; see `write_csv`."""
         columns = (self.rows_a, self.rows_b, self.exact, self.projected, self.standard_error)
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row_a", "row_b", "exact", "projected", "standard_error"])
-            for i, j, *values in zip(*columns, strict=True):
-                writer.writerow([int(i), int(j), *(repr(float(value)) for value in values)])
-        return Path(path)
+        header = ["row_a", "row_b", "exact", "projected", "standard_error"]
+        lines = (
+            [int(i), int(j), *(repr(float(value)) for value in values)] for i, j, *values in zip(*columns, strict=True)
+        )
+        return write_csv(path, [header, *lines])
 
 
 def residual(

@@ -221,3 +221,21 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signa
 def test_json_everywhere(folder: Path) -> None:
     commands: list[Any] = list(gradstore_cli.gradstore.commands.values())
     assert all("--json" in {o for p in c.params for o in p.opts} for c in commands)
+
+
+def test_places_that_cannot_be_written_get_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for words in (
+        ("topk train test -k 1 --csv", f"{tmp_path}/file/x.csv"),
+        ("topk train test -k 1 --html", f"{tmp_path}/file/x.html"),
+        ("demo", f"{tmp_path}/file"),
+    ):
+        result = run(folder, *words)
+        assert result.status == 2
+        assert [line for line in result.err.splitlines() if line.startswith("error: ")]
+        assert "bug" not in result.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_first_help_keeps_its_lines(folder: Path) -> None:
+    assert "\n  A first look:       gradstore demo\n" in run(folder, "--help").out

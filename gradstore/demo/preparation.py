@@ -33,12 +33,16 @@ def trained_project(folder: Path, seed: int, say: Callable[[str], None]) -> Proj
         The project, its weights loaded.
 
     Raises:
-        UsageError: the folder holds another `project.py`.
+        UsageError: the folder cannot be written, or holds another `project.py`.
     """
     file, text = folder / "project.py", project_text(seed)
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(file, text.encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(file, text.encode())
+        except OSError as error:
+            reason = error.strerror
+            raise UsageError("the folder cannot be used", where=folder, got=reason, hint="Choose another") from error
     elif file.read_text(encoding="utf-8") != text:
         raise UsageError(
             "the folder holds another project.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gradstore.csv_file import write_csv
 from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
 from gradstore.shown import class_name, predicted_class, provenance, shown_example
 from gradstore.store import FeatureStore
@@ -116,15 +116,15 @@ class TopK:
         return write_topk(self.page(limit), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write one line a query and neighbour."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            shown = self.standard_error is not None
-            writer.writerow(["query_row", "rank", "train_row", "similarity", *(["standard_error"] if shown else [])])
-            for q, row in enumerate(self.split_rows):
-                values = zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
-                writer.writerows(
-                    [int(row), rank, int(i), repr(float(s)), *([repr(error)] if shown else [])]
-                    for rank, (i, s, error) in enumerate(values, 1)
-                )
-        return Path(path)
+        """Write one line a query and neighbour; see `write_csv`."""
+        shown = self.standard_error is not None
+        lines: list[list[object]] = [
+            ["query_row", "rank", "train_row", "similarity", *(["standard_error"] if shown else [])]
+        ]
+        for q, row in enumerate(self.split_rows):
+            values = zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
+            lines.extend(
+                [int(row), rank, int(i), repr(float(s)), *([repr(error)] if shown else [])]
+                for rank, (i, s, error) in enumerate(values, 1)
+            )
+        return write_csv(path, lines)
