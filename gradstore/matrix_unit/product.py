@@ -1,0 +1,183 @@
+"""Inner products of rows by the processor's matrix unit (AMX), which multiplies bfloat16 and adds up in float32.
+
+A value is the sum of two bfloat16 limbs, x = h + l + rest with |rest| ≤ 2^-18 |x|: every float16 exactly, a float32 to
+18 bits. Three products, h · h', h · l' and l · h', leave out l · l' and the rests:
+
+    |computed − ⟨x, y⟩| ≤ (3 · 2^-18 + N u / (1 − N u)) Σ |x_i y_i|,   N = 80 + D / 512, u = 2^-24,
+
+with one 2^-18 where both sides are float16 (`error_bound`). Values and sums below 2^-126 become 0. Bits of a value
+depend on its two rows alone. ``src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradstore.compiled import Library, load
+
+_INTERFACE = 1  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
+_UNIT, _REST = 2.0**-24, 2.0**-18
+_DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in src/matrix_unit.cpp
+_ROUNDINGS = 80  # of a sum of INNER = 256 columns, 8 · 3 additions of sums of 32, and of factors
+WORKSPACE_BYTES = (1 << 20) + (1 << 18)
+"""Bytes that one call holds at most."""
+
+
+class _Rows(ctypes.Structure):
+    """Mirror of ``struct Rows`` in ``src/matrix_unit.cpp``."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("half", ctypes.c_int32),
+        ("limbs", ctypes.c_int32),
+    )
+
+
+class _ProductJob(ctypes.Structure):
+    """Mirror of ``struct ProductJob``."""
+
+    _fields_ = (
+        ("left", _Rows),
+        ("right", _Rows),
+        ("packed_right", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows made ready to be the right side of many products.
+
+    Attributes:
+        strips: the limbs, as the unit wants them; 2 · limbs bytes a value, the count of rows rounded up to 32.
+        rows: how many.
+        width: values of a row.
+        limbs: of a value.
+    """
+
+    strips: Tensor
+    rows: int
+    width: int
+    limbs: int
+
+
+def available() -> bool:
+    """Whether this processor has a matrix unit that this process may use, and ``GRADSTORE_SIMD`` names no other level."""
+    return "amx" in levels() and os.environ.get("GRADSTORE_SIMD", "") in ("", "amx")
+
+
+def levels() -> tuple[str, ...]:
+    """What can be used here: the unit ("amx"), and "plain" for tests; nothing where nothing was compiled."""
+    library = _library()
+    return tuple(library.levels) if library else ()
+
+
+def error_bound(width: int, *, exact_values: bool) -> float:
+    """The most that a product with two limbs a side is off, in units of Σ |x_i y_i| ≤ ‖x‖ ‖y‖.
+
+    Args:
+        width: D.
+        exact_values: both sides are float16, or any other values of at most 16 bits.
+    """
+    rounded = (_ROUNDINGS + width / _DEPTH) * _UNIT
+    return (_REST if exact_values else 3 * _REST) * (1 + _UNIT) + rounded / (1 - rounded)
+
+
+def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
+    """Make rows ready to be a right side.
+
+    Args:
+        rows: float16 or float32 [n, D] on the CPU, adjacent within a row.
+        limbs: 1 or 2.
+        level: one of `levels()`.
+    """
+    library = _require(level)
+    described = _describe(rows, None, limbs)
+    width = ctypes.c_int64(rows.shape[1])
+    strips = torch.empty(library.file.gradstore_packed_size(ctypes.byref(described), width), dtype=torch.int16)
+    pointer = ctypes.c_void_p(strips.data_ptr())
+    library.file.gradstore_pack(pointer, ctypes.byref(described), width, library.levels[level])
+    return Packed(strips, len(rows), rows.shape[1], limbs)
+
+
+def add_product(
+    left: Tensor,
+    right: Tensor | Packed,
+    out: Tensor,
+    *,
+    left_factors: Tensor | None = None,
+    right_factors: Tensor | None = None,
+    limbs: tuple[int, int] = (2, 2),
+    level: str = "amx",
+) -> None:
+    """Add left @ right.T, rows times their factors, to `out` in the calling thread, without the interpreter lock.
+
+    Args:
+        left: float16 or float32 [m, D] on the CPU, adjacent within a row.
+        right: the same [n, D], or what `pack` made of it.
+        out: float32 [m, n], adjacent within a row.
+        left_factors: float32 [m]; None for 1.
+        right_factors: float32 [n]; None for 1.
+        limbs: of a value on the left and on the right; one limb is right to 2^-9. Ignored on a packed side.
+        level: one of `levels()`.
+
+    Holds at most `WORKSPACE_BYTES`.
+
+    Raises:
+        MemoryError: they could not be had.
+    """
+    library = _require(level)
+    columns, width = (right.rows, right.width) if isinstance(right, Packed) else right.shape
+    assert left.shape[1] == width, (left.shape, width)
+    assert out.shape == (len(left), columns), (out.shape, len(left), columns)
+    assert out.dtype == torch.float32, out.dtype
+    assert out.shape[1] <= 1 or out.stride(1) == 1, out.stride()
+    if isinstance(right, Packed):
+        packed, second = right.strips.data_ptr(), _Rows(None, _pointer(right_factors), columns, 0, 0, right.limbs)
+    else:
+        packed, second = None, _describe(right, right_factors, limbs[1])
+    first = _describe(left, left_factors, limbs[0])
+    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0))
+    if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
+        raise MemoryError(f"multiplying {list(left.shape)} by {[columns, width]} values")
+
+
+def _describe(rows: Tensor, factors: Tensor | None, limbs: int) -> _Rows:
+    assert rows.dtype in (torch.float16, torch.float32), rows.dtype
+    assert rows.shape[1] <= 1 or rows.stride(1) == 1, rows.stride()
+    half = rows.dtype == torch.float16
+    return _Rows(rows.data_ptr(), _pointer(factors), len(rows), rows.stride(0), half, limbs)
+
+
+def _pointer(factors: Tensor | None) -> int | None:
+    if factors is None:
+        return None
+    assert factors.dtype == torch.float32, factors.dtype
+    assert factors.is_contiguous()
+    return factors.data_ptr()
+
+
+def _library() -> Library | None:
+    library = load(Path(__file__).parent, "gradstore_matrix_unit", _INTERFACE)
+    if isinstance(library, str):
+        return None
+    library.file.gradstore_packed_size.restype = ctypes.c_int64
+    return library
+
+
+def _require(level: str) -> Library:
+    library = _library()
+    assert library is not None, "called only where levels() is not empty"
+    assert level in library.levels, level
+    return library

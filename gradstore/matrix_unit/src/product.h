@@ -1,0 +1,111 @@
+// Products of two sets of rows. Included after limbs.h, in the same namespace.
+//
+// DEPTH columns of RIGHT_ROWS rows of the right operand are packed and stay in the second-level cache; the left one's strips
+// are packed, two after two, and meet them. The unit adds up INNER columns; sums of DEPTH columns are scaled and added to
+// the result. All that in the order of columns, so a value's bits depend on its two rows alone.
+
+typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width);
+typedef void (*Multiply)(float* out, const Limb* left, int64_t left_strip, const Limb* right, int64_t right_strip,
+                         int64_t steps);
+
+template <int LIMBS, bool RIGHT_SIDE, class Value>
+static void pack_some(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width) {
+    pack_strip<LIMBS, RIGHT_SIDE>(strip, static_cast<const Value*>(rows), stride, count, width);
+}
+
+template <bool RIGHT_SIDE>
+static Pack packing(bool half, int32_t limbs) {
+    if (half) return limbs == 2 ? pack_some<2, RIGHT_SIDE, uint16_t> : pack_some<1, RIGHT_SIDE, uint16_t>;
+    return limbs == 2 ? pack_some<2, RIGHT_SIDE, float> : pack_some<1, RIGHT_SIDE, float>;
+}
+
+static Multiply multiplying(int32_t left_limbs, int32_t right_limbs) {
+    if (left_limbs == 2) return right_limbs == 2 ? multiply_block<2, 2> : multiply_block<2, 1>;
+    return right_limbs == 2 ? multiply_block<1, 2> : multiply_block<1, 1>;
+}
+
+// `count` rows, or as many as there are, to strips one after another.
+template <bool RIGHT_SIDE>
+static void pack_rows(Limb* strips, const Rows& rows, int64_t first, int64_t count, int64_t column, int64_t width) {
+    const Pack pack = packing<RIGHT_SIDE>(rows.half, rows.limbs);
+    const int64_t strip = steps_of(width) * rows.limbs * TILE, size = rows.half ? 2 : 4;
+    for (int64_t i = 0; i < count; i += SIDE, strips += strip) {
+        const char* from = static_cast<const char*>(rows.values) + ((first + i) * rows.stride + column) * size;
+        pack(strips, from, rows.stride, std::clamp<int64_t>(rows.count - first - i, 0, SIDE), width);
+    }
+}
+
+// panel[32][32] at rows PANEL apart, set or added to.
+static inline void gather_block(float* __restrict__ panel, const float* __restrict__ block, bool first) {
+    for (int64_t i = 0; i < BLOCK; ++i) {
+        for (int64_t j = 0; j < BLOCK; ++j) {
+            panel[i * RIGHT_ROWS + j] = block[i * BLOCK + j] + (first ? 0 : panel[i * RIGHT_ROWS + j]);
+        }
+    }
+}
+
+// out[0 : columns] += sums[0 : columns] * factor * factors[0 : columns]
+static inline void add_row(float* __restrict__ out, const float* __restrict__ sums, float factor,
+                           const float* __restrict__ factors, int64_t columns) {
+    if (factors) {
+        for (int64_t j = 0; j < columns; ++j) out[j] = __builtin_fmaf(sums[j], factor * factors[j], out[j]);
+    } else {
+        for (int64_t j = 0; j < columns; ++j) out[j] = __builtin_fmaf(sums[j], factor, out[j]);
+    }
+}
+
+static void add_panel(const ProductJob& job, const float* panel, int64_t row, int64_t first) {
+    const int64_t columns = std::min(RIGHT_ROWS, job.right.count - first);
+    const float* factors = job.right.factors ? job.right.factors + first : nullptr;
+    for (int64_t i = 0; i < std::min<int64_t>(BLOCK, job.left.count - row); ++i) {
+        const float factor = job.left.factors ? job.left.factors[row + i] : 1;
+        add_row(job.out + (row + i) * job.out_stride + first, panel + i * RIGHT_ROWS, factor, factors, columns);
+    }
+}
+
+// The columns [column, column + width) of all left rows with `count` right rows from `first` on, whose strips are given.
+static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int64_t first, int64_t count,
+                           const Limb* right, int64_t right_strip, int64_t column, int64_t width) {
+    const Multiply multiply = multiplying(job.left.limbs, job.right.limbs);
+    const int64_t steps = steps_of(width), left_strip = steps * job.left.limbs * TILE;
+    alignas(64) float block[BLOCK * BLOCK];
+    for (int64_t row = 0; row < job.left.count; row += BLOCK) {
+        pack_rows<false>(left, job.left, row, BLOCK, column, width);
+        for (int64_t step = 0; step < steps; step += INNER / STEP) {
+            const Limb *from = left + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
+            for (int64_t j = 0; j < count; j += BLOCK) {
+                multiply(block, from, left_strip, with + j / SIDE * right_strip, right_strip,
+                         std::min<int64_t>(INNER / STEP, steps - step));
+                gather_block(panel + j, block, step == 0);
+            }
+        }
+        add_panel(job, panel, row, first);
+    }
+}
+
+static void multiply_rows(const ProductJob& job) {
+    const Tiles tiles;
+    const int64_t all_steps = steps_of(job.width);
+    const int64_t depth = std::min(all_steps * STEP, DEPTH), together = std::min(round_up(job.right.count, BLOCK), RIGHT_ROWS);
+    Buffer<Limb> left(BLOCK * depth * job.left.limbs), room(job.packed_right ? 0 : together * depth * job.right.limbs);
+    Buffer<float> panel(BLOCK * RIGHT_ROWS);
+    for (int64_t first = 0; first < job.right.count; first += together) {
+        const int64_t count = round_up(std::min(together, job.right.count - first), BLOCK);
+        for (int64_t column = 0; column < job.width; column += depth) {
+            const int64_t width = std::min(depth, job.width - column);
+            const Limb* right = room.data;
+            int64_t strip = steps_of(width) * job.right.limbs * TILE;
+            if (job.packed_right) {
+                strip = all_steps * job.right.limbs * TILE;
+                right = job.packed_right + first / SIDE * strip + column / STEP * job.right.limbs * TILE;
+            } else {
+                pack_rows<true>(room.data, job.right, first, count, column, width);
+            }
+            multiply_chunk(job, left.data, panel.data, first, count, right, strip, column, width);
+        }
+    }
+}
+
+static void pack_right(Limb* strips, const Rows& rows, int64_t width) {
+    pack_rows<true>(strips, rows, 0, round_up(rows.count, BLOCK), 0, width);
+}
