@@ -73,7 +73,7 @@ class Packed:
 
 
 def available() -> bool:
-    """Whether this processor has a matrix unit that this process may use, and ``GRADSTORE_SIMD`` names no other level."""
+    """Whether this process may use a matrix unit; ``GRADSTORE_SIMD`` may forbid it by naming another level."""
     return "amx" in levels() and os.environ.get("GRADSTORE_SIMD", "") in ("", "amx")
 
 
