@@ -63,7 +63,7 @@ def featurize_queries(
     """Featurize some rows of a split as queries of a training store, with its projection, layout and dtype.
 
     Rows are computed in the fixed groups of `featurize`, so they have the bits that a stored query set has. Computes
-    the whole group, up to 16 rows, around each row that is wanted.
+    the whole group, up to 64 rows, around each row that is wanted.
 
     Args:
         project: the model and data.

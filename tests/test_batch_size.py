@@ -89,6 +89,7 @@ def test_torch_itself_says_it_in_these_words() -> None:
 def test_out_of_memory_halves_the_batch_and_goes_on_to_the_same_bytes(
     error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gradstore.plan.LARGE_GROUP", 16)
     whole = gs.featurize(project(), split="train", out=tmp_path / "a", proj_dim=64)
     real, sizes, notes = FEATURIZE.compute, [], []
 
@@ -130,6 +131,7 @@ def test_one_group_that_does_not_fit_is_an_error_and_finished_shards_stay(
 
 
 def test_the_timed_search_reaches_large_batches_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.plan.LARGE_GROUP", 16)
     real, sizes = FEATURIZE.compute, []
 
     def noted(plan: Any, rows: range, group: int, *rest: Any) -> Any:
