@@ -21,10 +21,10 @@ from torch import Tensor
 
 from gradstore.compiled import Library, load
 
-_INTERFACE = 1  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
+_INTERFACE = 2  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
 _UNIT, _REST = 2.0**-24, 2.0**-18
 _DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in src/matrix_unit.cpp
-_ROUNDINGS = 80  # of a sum of INNER = 256 columns, 8 · 3 additions of sums of 32, and of factors
+_ROUNDINGS = 80  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
 WORKSPACE_BYTES = (1 << 20) + (1 << 18)
 """Bytes that one call holds at most."""
 
@@ -52,6 +52,7 @@ class _ProductJob(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
+        ("diagonal", ctypes.c_int64),
     )
 
 
@@ -119,6 +120,7 @@ def add_product(
     left_factors: Tensor | None = None,
     right_factors: Tensor | None = None,
     limbs: tuple[int, int] = (2, 2),
+    diagonal: int | None = None,
     level: str = "amx",
 ) -> None:
     """Add left @ right.T, rows times their factors, to `out` in the calling thread, without the interpreter lock.
@@ -130,6 +132,8 @@ def add_product(
         left_factors: float32 [m]; None for 1.
         right_factors: float32 [n]; None for 1.
         limbs: of a value on the left and on the right; one limb is right to 2^-9. Ignored on a packed side.
+        diagonal: of a symmetric product, the right row that is the first left one; values left of the diagonal are not
+            wanted, and most of them are left as they were. None wants all.
         level: one of `levels()`.
 
     Holds at most `WORKSPACE_BYTES`.
@@ -148,7 +152,7 @@ def add_product(
     else:
         packed, second = None, _describe(right, right_factors, limbs[1])
     first = _describe(left, left_factors, limbs[0])
-    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0))
+    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0), -len(left) if diagonal is None else diagonal)
     if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
         raise MemoryError(f"multiplying {list(left.shape)} by {[columns, width]} values")
 

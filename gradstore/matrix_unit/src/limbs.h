@@ -11,6 +11,7 @@ constexpr int SIDE = 16;               // rows of a tile
 constexpr int STEP = 32;               // columns of a tile
 constexpr int TILE = SIDE * STEP;      // values of a tile, 1 KB
 constexpr int BLOCK = 2 * SIDE;        // rows and columns of the result that are computed together, two strips a side
+constexpr int64_t PANEL = RIGHT_ROWS + SIDE;  // from one row of sums to the next: no power of two, so that rows share no cache sets
 
 #if MATRIX_UNIT
 
@@ -34,16 +35,24 @@ struct Tiles {
     Tiles& operator=(const Tiles&) = delete;
 };
 
-// out[32][32] = the product of two strips `left_strip` limbs apart and two strips `right_strip` limbs apart, over `steps`:
-// upper limbs with upper limbs, and upper with lower ones where a side has them; lower with lower ones are left out.
+// panel[32][32], rows PANEL apart, = or += the product of two strips `left_strip` limbs apart and two strips `right_strip`
+// limbs apart, over `steps`: upper limbs with upper limbs, and upper with lower ones where a side has them; lower with
+// lower ones are left out.
 template <int LEFT, int RIGHT>
-static inline void multiply_block(float* out, const Limb* left, int64_t left_strip, const Limb* right, int64_t right_strip,
-                                  int64_t steps) {
+static inline void multiply_block(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
+                                  int64_t right_strip, int64_t steps) {
     finish_stores(left);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, panel, PANEL * 4);
+        _tile_loadd(1, panel + SIDE, PANEL * 4);
+        _tile_loadd(2, panel + SIDE * PANEL, PANEL * 4);
+        _tile_loadd(3, panel + SIDE * PANEL + SIDE, PANEL * 4);
+    }
     for (int64_t step = 0; step < steps; ++step, left += LEFT * TILE, right += RIGHT * TILE) {
         _tile_loadd(6, right, 64);
         _tile_loadd(7, right + right_strip, 64);
@@ -70,10 +79,10 @@ static inline void multiply_block(float* out, const Limb* left, int64_t left_str
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, out, BLOCK * 4);
-    _tile_stored(1, out + SIDE, BLOCK * 4);
-    _tile_stored(2, out + SIDE * BLOCK, BLOCK * 4);
-    _tile_stored(3, out + SIDE * BLOCK + SIDE, BLOCK * 4);
+    _tile_stored(0, panel, PANEL * 4);
+    _tile_stored(1, panel + SIDE, PANEL * 4);
+    _tile_stored(2, panel + SIDE * PANEL, PANEL * 4);
+    _tile_stored(3, panel + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
 struct Pair {
@@ -170,19 +179,19 @@ static inline void multiply_tiles(float* out, const Limb* left, const Limb* righ
                     sum[odd] = without_subnormals(std::fma(a, b, sum[odd]));
                 }
             }
-            out[i * BLOCK + j] = without_subnormals(out[i * BLOCK + j] + without_subnormals(sum[0] + sum[1]));
+            out[i * PANEL + j] = without_subnormals(out[i * PANEL + j] + without_subnormals(sum[0] + sum[1]));
         }
     }
 }
 
 template <int LEFT, int RIGHT>
-static inline void multiply_block(float* out, const Limb* left, int64_t left_strip, const Limb* right, int64_t right_strip,
-                                  int64_t steps) {
-    memset(out, 0, BLOCK * BLOCK * sizeof *out);
+static inline void multiply_block(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
+                                  int64_t right_strip, int64_t steps) {
+    for (int i = 0; first && i < BLOCK; ++i) memset(panel + i * PANEL, 0, BLOCK * sizeof *panel);
     for (int64_t step = 0; step < steps; ++step, left += LEFT * TILE, right += RIGHT * TILE) {
         for (int i = 0; i < 2; ++i) {
             for (int j = 0; j < 2; ++j) {
-                float* to = out + SIDE * (i * BLOCK + j);
+                float* to = panel + SIDE * (i * PANEL + j);
                 const Limb *a = left + i * left_strip, *b = right + j * right_strip;
                 if (LEFT == 2) multiply_tiles(to, a + TILE, b);
                 multiply_tiles(to, a, b);

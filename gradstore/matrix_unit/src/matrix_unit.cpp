@@ -26,6 +26,8 @@ struct ProductJob {
     const uint16_t* packed_right;  // what gradstore_pack made of `right`; null to pack it on the way
     float* out;                    // [left rows, right rows], rows `out_stride` apart, added to
     int64_t width, out_stride;
+    int64_t diagonal;              // left row i is right row i + diagonal, and only values at columns from there on are
+                                   // wanted, of a symmetric product; at most minus the left rows where all are
 };
 
 constexpr int64_t DEPTH = 512, RIGHT_ROWS = 512;  // of a packed chunk of the right operand: 1 MB with two limbs
@@ -106,7 +108,7 @@ const Level& level_at(int index) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int gradstore_matrix_unit_interface() { return 1; }
+EXPORT int gradstore_matrix_unit_interface() { return 2; }
 
 // The name of a level, fastest first, and whether this process may use it; null past the last.
 EXPORT const char* gradstore_matrix_unit_level(int index, int* available) {

@@ -1,12 +1,12 @@
 // Products of two sets of rows. Included after limbs.h, in the same namespace.
 //
 // DEPTH columns of RIGHT_ROWS rows of the right operand are packed and stay in the second-level cache; the left one's strips
-// are packed, two after two, and meet them. The unit adds up INNER columns; sums of DEPTH columns are scaled and added to
-// the result. All that in the order of columns, so a value's bits depend on its two rows alone.
+// are packed, two after two, and meet them, INNER columns at a time. The unit adds up DEPTH columns; their sums are scaled
+// and added to the result. All that in the order of columns, so a value's bits depend on its two rows alone.
 
 typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width);
-typedef void (*Multiply)(float* out, const Limb* left, int64_t left_strip, const Limb* right, int64_t right_strip,
-                         int64_t steps);
+typedef void (*Multiply)(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
+                         int64_t right_strip, int64_t steps);
 
 template <int LIMBS, bool RIGHT_SIDE, class Value>
 static void pack_some(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width) {
@@ -35,15 +35,6 @@ static void pack_rows(Limb* strips, const Rows& rows, int64_t first, int64_t cou
     }
 }
 
-// panel[32][32] at rows PANEL apart, set or added to.
-static inline void gather_block(float* __restrict__ panel, const float* __restrict__ block, bool first) {
-    for (int64_t i = 0; i < BLOCK; ++i) {
-        for (int64_t j = 0; j < BLOCK; ++j) {
-            panel[i * RIGHT_ROWS + j] = block[i * BLOCK + j] + (first ? 0 : panel[i * RIGHT_ROWS + j]);
-        }
-    }
-}
-
 // out[0 : columns] += sums[0 : columns] * factor * factors[0 : columns]
 static inline void add_row(float* __restrict__ out, const float* __restrict__ sums, float factor,
                            const float* __restrict__ factors, int64_t columns) {
@@ -54,12 +45,13 @@ static inline void add_row(float* __restrict__ out, const float* __restrict__ su
     }
 }
 
-static void add_panel(const ProductJob& job, const float* panel, int64_t row, int64_t first) {
-    const int64_t columns = std::min(RIGHT_ROWS, job.right.count - first);
-    const float* factors = job.right.factors ? job.right.factors + first : nullptr;
+// Columns before `from` are left out.
+static void add_panel(const ProductJob& job, const float* panel, int64_t row, int64_t first, int64_t from) {
+    const int64_t columns = std::min(RIGHT_ROWS, job.right.count - first) - from;
+    const float* factors = job.right.factors ? job.right.factors + first + from : nullptr;
     for (int64_t i = 0; i < std::min<int64_t>(BLOCK, job.left.count - row); ++i) {
         const float factor = job.left.factors ? job.left.factors[row + i] : 1;
-        add_row(job.out + (row + i) * job.out_stride + first, panel + i * RIGHT_ROWS, factor, factors, columns);
+        add_row(job.out + (row + i) * job.out_stride + first + from, panel + i * PANEL + from, factor, factors, columns);
     }
 }
 
@@ -68,18 +60,18 @@ static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int6
                            const Limb* right, int64_t right_strip, int64_t column, int64_t width) {
     const Multiply multiply = multiplying(job.left.limbs, job.right.limbs);
     const int64_t steps = steps_of(width), left_strip = steps * job.left.limbs * TILE;
-    alignas(64) float block[BLOCK * BLOCK];
     for (int64_t row = 0; row < job.left.count; row += BLOCK) {
+        const int64_t from = std::max<int64_t>(0, row + job.diagonal - first) / BLOCK * BLOCK;
+        if (from >= count) return;
         pack_rows<false>(left, job.left, row, BLOCK, column, width);
         for (int64_t step = 0; step < steps; step += INNER / STEP) {
-            const Limb *from = left + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
-            for (int64_t j = 0; j < count; j += BLOCK) {
-                multiply(block, from, left_strip, with + j / SIDE * right_strip, right_strip,
+            const Limb *some = left + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
+            for (int64_t j = from; j < count; j += BLOCK) {
+                multiply(panel + j, step == 0, some, left_strip, with + j / SIDE * right_strip, right_strip,
                          std::min<int64_t>(INNER / STEP, steps - step));
-                gather_block(panel + j, block, step == 0);
             }
         }
-        add_panel(job, panel, row, first);
+        add_panel(job, panel, row, first, from);
     }
 }
 
@@ -88,7 +80,7 @@ static void multiply_rows(const ProductJob& job) {
     const int64_t all_steps = steps_of(job.width);
     const int64_t depth = std::min(all_steps * STEP, DEPTH), together = std::min(round_up(job.right.count, BLOCK), RIGHT_ROWS);
     Buffer<Limb> left(BLOCK * depth * job.left.limbs), room(job.packed_right ? 0 : together * depth * job.right.limbs);
-    Buffer<float> panel(BLOCK * RIGHT_ROWS);
+    Buffer<float> panel(BLOCK * PANEL);
     for (int64_t first = 0; first < job.right.count; first += together) {
         const int64_t count = round_up(std::min(together, job.right.count - first), BLOCK);
         for (int64_t column = 0; column < job.width; column += depth) {
