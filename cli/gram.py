@@ -33,11 +33,11 @@ from .progress import CountBar
 )
 @click.option(
     "--arithmetic",
-    default="float32",
+    default="auto",
     show_default=True,
-    type=click.Choice(["float32", "int14", "int8"]),
-    help="Products from stores: float32; int14, about 1e-6 off and faster where int8 products are; int8, about 1e-4 "
-    "off and faster still.",
+    type=click.Choice(["auto", "float32", "bfloat16x2", "int8"]),
+    help="Products from stores: auto, which is bfloat16x2 where the processor has a matrix unit (AMX), as right as "
+    "float16 features and faster, and else float32; int8, about 1e-4 off, for processors without one.",
 )
 @click.option("--layers", help="The final linear layer (ck), or a regular expression of module names (embedding).")
 @click.option("--device", default="auto", show_default=True, help="Of exact kernels: auto, cpu, cuda or cuda:<index>.")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
+import torch
 
-from gradstore.errors import UsageError
 from gradstore.gram_file import Gram, Report, write_tiles
-from gradstore.kernels import Kernel, projected_kernel, require_comparable, require_served, scaled_feature_map
+from gradstore.kernels import Kernel, projected_kernel, require_comparable, require_served, stored_feature_map
 from gradstore.memory import parse_bytes
-from gradstore.products import ARITHMETICS, Operand, bytes_a_row, multiply
+from gradstore.products import LIMBS, Operand, bytes_a_row, choose_arithmetic, multiply, workspace_bytes
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.threads import Workers, worker_count
@@ -64,7 +64,7 @@ def gram(
     *,
     out: str | os.PathLike[str] | None = None,
     memory: int | str = "2GB",
-    arithmetic: str = "float32",
+    arithmetic: str = "auto",
     progress: Report | None = None,
     disk: Disk | None = None,
 ) -> Iterator[Tile] | Gram:
@@ -73,7 +73,7 @@ def gram(
     Rows of `a` are held a group at a time while those of `b` pass by. As many workers as cores read, check, convert and
     multiply, each with one thread; the next blocks are made while the last one is multiplied. Only two groups' worth of
     features is ever in memory, whatever the stores' size; the larger the memory, the fewer passes over `b`: about
-    n · D · 4 bytes / memory.
+    n · D · 4 bytes / memory in float32, and half of that for float16 features in bfloat16x2.
 
     Args:
         a: store of the rows.
@@ -82,11 +82,17 @@ def gram(
         out: HDF5 file to write the matrix to. None returns an iterator of tiles, each on or above the diagonal where b
             is None. A run that was interrupted is continued by the same call.
         memory: bytes, or text like "2GB", that operands and tiles may take.
-        arithmetic: "float32": sums of float32 products, a cosine right to about 1e-6. "int14": rows rounded to 14 bits
-            and multiplied exactly, some 1e-6 off, and faster than float32 where the processor multiplies int8 four
-            times as fast. "int8": rounded to 8 bits, faster still, typically 1e-4 off. Bounds are in
-            `gradstore.rounding`; a row that would lose too much is refused. The file records which it was; what int8
-            products bring depends on the machine, so float32 is the default and nothing is chosen by measurement.
+        arithmetic: how rows are multiplied; the file records which it was.
+            "float32": by BLAS, a cosine right to about 1e-6.
+            "bfloat16x2": rows as they are stored, on the processor's matrix unit; a cosine is right to 3e-6, and at worst
+            to `gradstore.matrix_unit.product.error_bound`. Rows are held in half the memory, and it is several times as
+            fast.
+            "int8": rows rounded to 8 bits, typically 1e-4 off, with the bounds of `gradstore.rounding`; a row that would
+            lose too much is refused. Twice as fast as float32 where there is no matrix unit, and no faster than
+            bfloat16x2 where there is one.
+            "auto": bfloat16x2 where this process has a matrix unit, else float32. It is the default since both are as
+            right as a float16 feature, whose own rounding moves a cosine by 1e-6, and the projection by 1/sqrt(K). The
+            bits depend on the machine, as those of float32 already do with its BLAS.
         progress: called after every tile that is written, with the number of finished cells and of all cells.
         disk: where the file goes; for tests.
 
@@ -115,41 +121,49 @@ class StoreTiles:
     Attributes:
         grid: how the matrix is cut.
         strip: rows that a worker reads at a time.
+        in_place: they are read into the operand, and multiplied as they are.
+        dtype: in which an operand holds values.
         together: rows that it converts at a time, so few that all passes over them stay in a core's cache.
     """
 
     def __init__(self, a: FeatureStore, b: FeatureStore | None, kernel: Kernel, memory: int, arithmetic: str) -> None:
-        if arithmetic not in ARITHMETICS:
-            raise UsageError(
-                "unknown arithmetic",
-                where="--arithmetic",
-                expected=f"one of {', '.join(ARITHMETICS)}",
-                got=repr(arithmetic),
-            )
         self.symmetric = b is None or _same(a, b)
         self.a, self.b = a, a if b is None else b
-        self.kernel, self.arithmetic = kernel, arithmetic
+        self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic)
         for store in (self.a, self.b):
             require_served(kernel, store)
         require_comparable(self.a, self.b)
         n, c, K = self.a.shape
         self.width = 1 if kernel.sums_classes else c
+        self.in_place = self.arithmetic == LIMBS and not kernel.sums_classes and self.a.schema.dtype != "int8"
+        few_bits = self.a.schema.dtype != "float32" and not kernel.sums_classes
+        self.dtype = torch.float16 if few_bits else torch.float32
         row = self.a.schema.row_bytes
         share = memory // 16 // worker_count()
         self.strip = max(1, min(_STRIP_BYTES, share) // row)
         self.together = max(1, min(_CACHED_BYTES, share) // (_VALUE_BYTES * c * K))
-        fixed = worker_count() * (self.strip * row + self.together * _VALUE_BYTES * c * K)
-        held = bytes_a_row(self.width * K, arithmetic)
+        always, each = workspace_bytes(self.arithmetic, K)
+        making = always + self.strip * row + self.together * _VALUE_BYTES * c * K
         self.grid: Grid = plan_grid(
-            n, len(self.b), symmetric=self.symmetric, held=held, loading=0, value=28, memory=memory, fixed=fixed
+            n,
+            len(self.b),
+            symmetric=self.symmetric,
+            held=bytes_a_row(self.width * K, self.arithmetic, self.dtype),
+            loading=worker_count() * each,
+            value=28,
+            memory=memory,
+            fixed=worker_count() * making,
         )
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; each row's digest is checked when the row is first read."""
-        with Workers() as workers:
+        return self._tiles(Workers(), skip)
+
+    def _tiles(self, workers: Workers, skip: Skip) -> Iterator[Tile]:
+        with workers:
             load_a = self._reader(self.a, workers)
             load_b = load_a if self.symmetric else self._reader(self.b, workers)
-            yield from self.grid.tiles(load_a, load_b, partial(multiply, workers=workers), skip)
+            yield from self.grid.tiles(self._side_by_side(load_a), load_b, partial(multiply, workers=workers), skip)
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
@@ -165,18 +179,22 @@ class StoreTiles:
             "data_b": _data_digest(self.b),
         }
 
-    def _reader(self, store: FeatureStore, workers: Workers) -> Callable[[range], Operand]:
+    def _empty(self, rows: int) -> Operand:
+        return Operand.empty(
+            rows,
+            self.width,
+            self.a.schema.K,
+            normalised=self.kernel.normalised,
+            arithmetic=self.arithmetic,
+            dtype=self.dtype,
+        )
+
+    def _reader(self, store: FeatureStore, workers: Workers) -> Load:
         unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
         checked = np.zeros(len(store), bool)
 
-        def load(rows: range) -> Operand:
-            made = Operand.empty(
-                len(rows),
-                self.width,
-                store.schema.K,
-                normalised=self.kernel.normalised,
-                arithmetic=self.arithmetic,
-            )
+        def load(rows: range, made: Operand | None = None) -> Operand:
+            made = made or self._empty(len(rows))
             source = unchecked if checked[rows.start : rows.stop].all() else store
             strips = [range(at, min(at + self.strip, rows.stop)) for at in range(rows.start, rows.stop, self.strip)]
             workers.map(lambda strip: self._fill(made, strip.start - rows.start, source, strip), strips)
@@ -185,13 +203,36 @@ class StoreTiles:
 
         return load
 
+    def _side_by_side(self, load: Load) -> Callable[[range], Operand]:
+        """Loads the blocks of a group into parts of one operand, so that they are multiplied together."""
+        group: list[Operand] = []
+
+        def load_part(rows: range) -> Operand:
+            place = rows.start % self.grid.group
+            if place == 0:
+                group.clear()  # before another is made
+                group.append(self._empty(min(self.grid.group, len(self.a) - rows.start)))
+            return load(rows, group[0].part(place, place + len(rows)))
+
+        return load_part
+
     def _fill(self, made: Operand, place: int, store: FeatureStore, rows: range) -> None:
         """Read some rows of a store and make them the operand's rows from `place` on."""
-        columns = store.read(rows.start, rows.stop)
+        columns = store.schema.empty(len(rows))
+        if self.in_place:
+            columns["features"] = made.values[place : place + len(rows)].view(columns["features"].shape).numpy()
+        store.read(rows.start, rows.stop, out=columns)
         for at in range(0, len(rows), self.together):
             some = slice(at, at + self.together)
-            phi, factors = scaled_feature_map(self.kernel, {name: values[some] for name, values in columns.items()})
-            made.fill(place + at, phi, factors, rows[some])
+            phi, factors = stored_feature_map(self.kernel, {name: values[some] for name, values in columns.items()})
+            if self.in_place:
+                made.set_worth(place + at, factors)
+            else:
+                made.fill(place + at, phi.float(), factors, rows[some])
+
+
+Load = Callable[..., Operand]
+"""Reads some rows, into an operand that may be given."""
 
 
 def _same(a: FeatureStore, b: FeatureStore) -> bool:

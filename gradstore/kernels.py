@@ -153,12 +153,12 @@ def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tens
     return phi, _norms(kernel, phi, columns)
 
 
-def scaled_feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+def stored_feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     """Φ of some rows, divided by its norm where the kernel is normalised, as values and the factors that they lack.
 
     Returns:
-        (float32 [n, c, K], factors float64 [n, c]): the stored digits and what one of them is worth; with the 1 in
-        place of c where classes are summed. Holds the values and, where classes are summed, the features beside them.
+        (values [n, c, K], factors float64 [n, c]): the stored digits themselves, not copied, and what one of them is
+        worth; where classes are summed float32 with 1 in place of c. Holds the latter, and the features beside them.
 
     Raises:
         NonFiniteError: as `feature_map`.
@@ -166,7 +166,7 @@ def scaled_feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tup
     if kernel.sums_classes:
         phi, norms = feature_map(kernel, columns)
         return phi[:, None], 1 / norms[:, None]
-    values = torch.from_numpy(columns["features"]).to(torch.float32, copy=True)
+    values = torch.from_numpy(columns["features"])
     return values, torch.from_numpy(columns["scale"]).double() / _norms(kernel, values, columns)[:, None]
 
 

@@ -1,15 +1,12 @@
-"""Rows rounded to integers that a processor multiplies fast and exactly: int8, and int14 made of int8 limbs.
+"""Rows rounded to 8-bit integers, which many processors multiply fast and exactly.
 
-A piece of a row is divided by its unit, largest value / steps, and rounded. For int14, steps = 127 · 64, and
-
-    v = 128 h + l,   |h|, |l| ≤ 64,   ⟨v, w⟩ = 2^14 ⟨h, h'⟩ + 2^7 (⟨h + l, h' + l'⟩ - ⟨h, h'⟩ - ⟨l, l'⟩) + ⟨l, l'⟩,
-
-three products of int8 values (Karatsuba), summed in int32 without an error. So the same rows give the same bits on
-every machine, with any number of threads and however the work is cut, up to the last float32 rounding of a sum.
+A piece of a row is divided by its unit, largest value / 127, and rounded. Products are summed in int32 without an
+error, so the same rows give the same bits on every machine, with any number of threads and however the work is cut, up
+to the last float32 rounding of a sum.
 
 With e = ‖rounding‖ / ‖row‖ a cosine moves by at most 2e + e² (Cauchy-Schwarz). Rounding errors being independent of one
-another, what is seen is near e sqrt(2/D), D values a row: for normal features and D = 10240 about 1e-4 (int8) and 2e-6
-(int14), against a projection noise of 1/sqrt(D) = 1e-2, and a rounding to float16 in the store itself of 1e-6.
+another, what is seen is near e sqrt(2/D), D values a row: for normal features and D = 10240 about 1e-4, against a
+projection noise of 1/sqrt(D) = 1e-2, and a rounding to float16 in the store itself of 1e-6.
 """
 
 from __future__ import annotations
@@ -23,30 +20,23 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 
-# Limbs of int14; |h| ≤ 64 and |l| ≤ 64 and |h + l| ≤ 127 for all values up to 127 · 64.
-_BASE = 128
 _NORM_COLUMNS = 2048
-STEPS = {"int8": 127, "int14": 127 * 64}
-"""The largest integer of each arithmetic."""
-PLANES = {"int8": 1, "int14": 3}
-"""int8 values held for one of a row: itself; or h, l and h + l."""
+STEPS = 127
+"""The largest integer."""
 # Sums of this many products of int8 values stay within int32: 2^17 · 127² < 2^31.
 MOST_COLUMNS = 1 << 17
 """Columns that one exact product may have."""
-LARGEST_ROUNDING = {"int8": 0.03, "int14": 0.0005}
+LARGEST_ROUNDING = 0.03
 """The most that rounding may take from a row, over its norm: reached where a row's peak is 13 standard deviations."""
 
 
-def round_rows(
-    phi: Tensor, factors: Tensor, arithmetic: str, out: Tensor, rows: Sequence[int], *, normalised: bool
-) -> Tensor:
+def round_rows(phi: Tensor, factors: Tensor, out: Tensor, rows: Sequence[int], *, normalised: bool) -> Tensor:
     """Round rows, each class by a unit of its own.
 
     Args:
         phi: float32 [n, c, K]; overwritten.
         factors: float64 [n, c], what a value of phi is worth.
-        arithmetic: "int8" or "int14".
-        out: int8 [planes, n, c, K], written.
+        out: int8 [n, c, K], written.
         rows: their n indices, for messages.
         normalised: the rows phi · factors have norm 1, and so shall have the rounded ones: their matrix is then, up to
             float32, one of cosines, positive semidefinite, and 1 where two rows are equal.
@@ -57,42 +47,27 @@ def round_rows(
     Raises:
         UsageError: rounding would take more than `LARGEST_ROUNDING` of a row's norm; the row is named.
     """
-    steps = STEPS[arithmetic]
     peak = torch.maximum(phi.amax(dim=2), phi.amin(dim=2).neg_())
-    units = peak.clamp_min_(torch.finfo(torch.float32).tiny * steps) / steps
-    _require_little_lost(phi, units, factors, arithmetic, rows, normalised)
+    units = peak.clamp_min_(torch.finfo(torch.float32).tiny * STEPS) / STEPS
+    _require_little_lost(phi, units, factors, rows, normalised)
     phi.mul_((1 / units)[..., None]).round_()
     worth = units * factors
     if normalised:
         norms = _norms(phi) * worth
         worth /= torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-    if arithmetic == "int8":
-        out[0].copy_(phi)
-        return worth.float()
-    high = (phi * (1 / _BASE)).round_()
-    out[0].copy_(high)
-    out[1].copy_(phi.sub_(high, alpha=_BASE))
-    torch.add(out[0], out[1], out=out[2])
+    out.copy_(phi)
     return worth.float()
 
 
-def exact_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Products of rounded rows in units of both sides, of at most `MOST_COLUMNS` columns.
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Products of rounded rows in units of both sides, exact, int32 [n, m].
 
     Args:
-        a: int8 [planes, n, D].
-        b: int8 [planes, m, D].
-        out: float32 [n, m], overwritten. The sums are exact; each becomes float32 in three roundings.
+        a: int8 [n, D], of at most `MOST_COLUMNS` columns.
+        b: int8 [m, D].
     """
     require_exact_int8()
-    sums = [torch._int_mm(x, y.T) for x, y in zip(a, b, strict=True)]
-    if len(sums) == 1:
-        out.copy_(sums[0])
-        return
-    high, low, both = sums
-    out.copy_(low)
-    out.add_(both.sub_(high).sub_(low), alpha=_BASE)
-    out.add_(high, alpha=_BASE * _BASE)
+    return torch._int_mm(a, b.T)
 
 
 @lru_cache
@@ -117,26 +92,24 @@ def _norms(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts), dim=0, dtype=torch.float64)
 
 
-def _require_little_lost(
-    phi: Tensor, units: Tensor, factors: Tensor, arithmetic: str, rows: Sequence[int], normalised: bool
-) -> None:
+def _require_little_lost(phi: Tensor, units: Tensor, factors: Tensor, rows: Sequence[int], normalised: bool) -> None:
     """Measure what rounding takes only where half a unit in every place would be too much."""
-    limit, whole = LARGEST_ROUNDING[arithmetic], torch.ones(len(phi), dtype=torch.float64)
+    whole = torch.ones(len(phi), dtype=torch.float64)
     if not normalised:
         whole = torch.linalg.vector_norm(_norms(phi) * factors, dim=1)
     most = torch.linalg.vector_norm(units * factors, dim=1) * (math.sqrt(phi.shape[2]) / 2)
-    if bool((most <= limit * whole).all()):
+    if bool((most <= LARGEST_ROUNDING * whole).all()):
         return
     scaled = phi / units[..., None]
     lost = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled.round() - scaled, dim=2) * units * factors, dim=1)
     share = lost / whole
-    bad = torch.nonzero((share > limit) & (whole > 0))
+    bad = torch.nonzero((share > LARGEST_ROUNDING) & (whole > 0))
     if len(bad):
         i = int(bad[0])
         raise UsageError(
-            f"{arithmetic} loses too much of row {rows[i]}",
+            f"int8 loses too much of row {rows[i]}",
             where="--arithmetic",
-            expected=f"at most {limit:.2%} of its norm",
+            expected=f"at most {LARGEST_ROUNDING:.2%} of its norm",
             got=f"{share[i].item():.2%}",
-            hint="Its features hold a few very large values; use float32",
+            hint="Its features hold a few very large values; use another arithmetic",
         )

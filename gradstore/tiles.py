@@ -18,7 +18,7 @@ T = TypeVar("T")
 CELL = 16
 """Rows and columns at which a tile may begin are multiples of this."""
 
-_MAX_BLOCK = 512
+_MAX_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,22 @@ class Grid:
         """Compute the matrix tile by tile; each tile lies within one group of rows and one block of columns.
 
         Args:
-            load_a: the operand of some rows, at most `block` of them.
-            load_b: the same for columns; not called where the matrix is symmetric.
+            load_a: the operand of some rows of a group, at most `block` of them, in order.
+            load_b: the same for columns that pass by.
             multiply: (operands of consecutive rows, operand of columns) -> their tile.
             skip: rectangles to leave out.
         """
         for group in _cut(range(self.n), self.group):
             if self.symmetric:
-                yield from self._symmetric_panel(group, load_a, multiply, skip)
+                yield from self._symmetric_panel(group, load_a, load_b, multiply, skip)
             else:
                 yield from self._panel(group, load_a, load_b, multiply, skip)
 
     def _symmetric_panel(
         self,
         group: range,
-        load: Callable[[range], T],
+        load_a: Callable[[range], T],
+        load_b: Callable[[range], T],
         multiply: Callable[[Sequence[T], T], np.ndarray],
         skip: Skip,
     ) -> Iterator[Tile]:
@@ -116,6 +117,7 @@ class Grid:
         if not wanted:
             return
         needed = [*_cut(group, self.block), *(block for block in wanted if block.start >= group.stop)]
+        load = lambda block: load_a(block) if block.start < group.stop else load_b(block)  # noqa: E731
         for block, operand in self._loaded(load, needed):
             if block.start < group.stop:
                 resident.append(operand)

@@ -39,7 +39,24 @@ def test_within_its_bound_of_float64(
     assert error.max() <= error_bound(D, exact_values=types == (torch.float16, torch.float16))
     for limbs in ((1, 1), (1, 2), (2, 1)):
         coarse = (multiply(a, b, level, limbs).double() - exact).abs() / size
-        assert coarse.max() <= (limbs.count(1) * 2.0**-9) * (1 + 2.0**-9) + error_bound(D, exact_values=False)
+        assert coarse.max() <= (limbs.count(1) * 2.0**-8) * (1 + 2.0**-8) + error_bound(D, exact_values=False)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("dtype", "value", "left_out"),
+    [(torch.float16, 1 + 2.0**-8, 2.0**-16), (torch.float32, 1 + 2.0**-8 + 2.0**-17, 2.0**-15 - 2.0**-21)],
+)
+def test_the_bound_holds_for_the_worst_values_and_is_nearly_reached(
+    dtype: torch.dtype, value: float, left_out: float, level: str
+) -> None:
+    """Values half way between two bfloat16, whose rests are half way between two as well."""
+    a = torch.full((2, 64), value).to(dtype)
+    exact = 64 * value**2
+    error = abs(multiply(a, a, level)[0, 1].item() - exact) / exact
+    assert 0.95 * left_out < error <= error_bound(64, exact_values=dtype == torch.float16)
+    coarse = abs(multiply(a, a, level, (1, 1))[0, 1].item() - exact) / exact
+    assert coarse <= 2 * product.LIMB + product.LIMB**2
 
 
 @needs_unit

@@ -1,12 +1,13 @@
 """Inner products of rows by the processor's matrix unit (AMX), which multiplies bfloat16 and adds up in float32.
 
-A value is the sum of two bfloat16 limbs, x = h + l + rest with |rest| ≤ 2^-18 |x|: every float16 exactly, a float32 to
-18 bits. Three products, h · h', h · l' and l · h', leave out l · l' and the rests:
+A value is the sum of two bfloat16 limbs, x = h + l + rest. A limb has 8 bits, so |x − h| ≤ 2^-8 |x| and, as l has a
+sign of its own, |rest| ≤ 2^-17 |x|: nothing of a float16. Three products, h · h', h · l' and l · h', leave out l · l'
+and the rests, two of 2^-17 and one of 2^-16:
 
-    |computed − ⟨x, y⟩| ≤ (3 · 2^-18 + N u / (1 − N u)) Σ |x_i y_i|,   N = 80 + D / 512, u = 2^-24,
+    |computed − ⟨x, y⟩| ≤ (2^-15 + N u / (1 − N u)) Σ |x_i y_i|,   N = 82 + D / 512, u = 2^-24,
 
-with one 2^-18 where both sides are float16 (`error_bound`). Values and sums below 2^-126 become 0. Bits of a value
-depend on its two rows alone. ``src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
+with 2^-16 where both sides are float16 (`error_bound`). Values and sums below 2^-126 become 0. Bits of a value depend
+on its two rows alone. ``src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from torch import Tensor
 from gradstore.compiled import Library, load
 
 _INTERFACE = 2  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
-_UNIT, _REST = 2.0**-24, 2.0**-18
+_UNIT = 2.0**-24
+LIMB = 2.0**-8
+"""The most that one limb leaves of a value; two leave at most `LIMB`² / 2, and nothing of a float16."""
 _DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in src/matrix_unit.cpp
-_ROUNDINGS = 80  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
+_ROUNDINGS = 82  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
 WORKSPACE_BYTES = (1 << 20) + (1 << 18)
 """Bytes that one call holds at most."""
 
@@ -73,6 +76,17 @@ class Packed:
     limbs: int
 
 
+def workspace_bytes(width: int, limbs: int = 2) -> tuple[int, int]:
+    """Bytes that a call holds: always, and for each row of a right side that is not packed, at most 512 of them.
+
+    Args:
+        width: values of a row.
+        limbs: of a value.
+    """
+    depth = 2 * limbs * min(-(-width // 32) * 32, _DEPTH)
+    return 32 * depth + 32 * 4 * (512 + 16) + 4096, depth
+
+
 def available() -> bool:
     """Whether this process may use a matrix unit; ``GRADSTORE_SIMD`` may forbid it by naming another level."""
     return "amx" in levels() and os.environ.get("GRADSTORE_SIMD", "") in ("", "amx")
@@ -91,8 +105,19 @@ def error_bound(width: int, *, exact_values: bool) -> float:
         width: D.
         exact_values: both sides are float16, or any other values of at most 16 bits.
     """
-    rounded = (_ROUNDINGS + width / _DEPTH) * _UNIT
-    return (_REST if exact_values else 3 * _REST) * (1 + _UNIT) + rounded / (1 - rounded)
+    left_out = (1 if exact_values else 2) * LIMB**2
+    return (left_out + rounding_bound(width)) * (1 + 4 * LIMB)  # since limbs may be that much larger than values
+
+
+def rounding_bound(width: int, products: int = 1) -> float:
+    """The part of `error_bound` that float32 sums have in it, in units of Σ |x_i y_i| over the limbs that are taken.
+
+    Args:
+        width: D of a product.
+        products: of that width, which are added to one result.
+    """
+    roundings = (_ROUNDINGS + products * -(-width // _DEPTH)) * _UNIT
+    return roundings / (1 - roundings)
 
 
 def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
@@ -131,7 +156,7 @@ def add_product(
         out: float32 [m, n], adjacent within a row.
         left_factors: float32 [m]; None for 1.
         right_factors: float32 [n]; None for 1.
-        limbs: of a value on the left and on the right; one limb is right to 2^-9. Ignored on a packed side.
+        limbs: of a value on the left and on the right; one limb is right to `LIMB`. Ignored on a packed side.
         diagonal: of a symmetric product, the right row that is the first left one; values left of the diagonal are not
             wanted, and most of them are left as they were. None wants all.
         level: one of `levels()`.
@@ -152,7 +177,8 @@ def add_product(
     else:
         packed, second = None, _describe(right, right_factors, limbs[1])
     first = _describe(left, left_factors, limbs[0])
-    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0), -len(left) if diagonal is None else diagonal)
+    diagonal = -len(left) if diagonal is None else diagonal
+    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0), diagonal)
     if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
         raise MemoryError(f"multiplying {list(left.shape)} by {[columns, width]} values")
 

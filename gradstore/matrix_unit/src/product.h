@@ -1,8 +1,9 @@
 // Products of two sets of rows. Included after limbs.h, in the same namespace.
 //
 // DEPTH columns of RIGHT_ROWS rows of the right operand are packed and stay in the second-level cache; the left one's strips
-// are packed, two after two, and meet them, INNER columns at a time. The unit adds up DEPTH columns; their sums are scaled
-// and added to the result. All that in the order of columns, so a value's bits depend on its two rows alone.
+// are packed, two after two, and meet them, INNER columns at a time. Further right rows follow before further columns do, so
+// that the left ones come from memory once. The unit adds up DEPTH columns; their sums are scaled and added to the result.
+// All that in the order of columns, so a value's bits depend on its two rows alone.
 
 typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width);
 typedef void (*Multiply)(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
@@ -81,10 +82,11 @@ static void multiply_rows(const ProductJob& job) {
     const int64_t depth = std::min(all_steps * STEP, DEPTH), together = std::min(round_up(job.right.count, BLOCK), RIGHT_ROWS);
     Buffer<Limb> left(BLOCK * depth * job.left.limbs), room(job.packed_right ? 0 : together * depth * job.right.limbs);
     Buffer<float> panel(BLOCK * PANEL);
-    for (int64_t first = 0; first < job.right.count; first += together) {
-        const int64_t count = round_up(std::min(together, job.right.count - first), BLOCK);
-        for (int64_t column = 0; column < job.width; column += depth) {
-            const int64_t width = std::min(depth, job.width - column);
+    for (int64_t column = 0; column < job.width; column += depth) {
+        const int64_t width = std::min(depth, job.width - column);
+        for (int64_t first = 0; first < job.right.count; first += together) {
+            const int64_t count = round_up(std::min(together, job.right.count - first), BLOCK);
+            if (first + count <= job.diagonal) continue;  // all left of the diagonal
             const Limb* right = room.data;
             int64_t strip = steps_of(width) * job.right.limbs * TILE;
             if (job.packed_right) {
