@@ -40,7 +40,7 @@ from .progress import CountBar
     "float16 features and faster, and else float32; int8, about 1e-4 off, for processors without one.",
 )
 @click.option("--layers", help="The final linear layer (ck), or a regular expression of module names (embedding).")
-@click.option("--device", default="auto", show_default=True, help="Of exact kernels: auto, cpu, cuda or cuda:<index>.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option(
     "-o",
     "--option",
@@ -89,7 +89,14 @@ def gram(
             (b,) = _two(sides, "stores", least=0)[:1]
             left, right = gs.open(source), gs.open(b) if b is not None else None
             made = gs.gram(
-                left, right, kernel or "proj-trntk", out=out, memory=memory, arithmetic=arithmetic, progress=progress
+                left,
+                right,
+                kernel or "proj-trntk",
+                out=out,
+                memory=memory,
+                arithmetic=arithmetic,
+                device=device,
+                progress=progress,
             )
     facts = {"path": str(made.path), "shape": list(made.shape), **made.attributes}
     if as_json:

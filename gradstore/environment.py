@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import torch
 
-from gradstore.errors import GradstoreError, MismatchError, UsageError
+from gradstore.errors import GradstoreError, MismatchError
 from gradstore.hashing import NAMES, VERSIONS, newest_version
 from gradstore.projection import Projection, native
 from gradstore.storage.disk import Disk
@@ -22,27 +22,6 @@ from gradstore.storage.disk import Disk
 _LOG_BYTES = 256 << 20
 # What can move the last bits of a feature.
 _DECISIVE = ("device", "torch", "projection_backend")
-
-
-def choose_device(device: str) -> torch.device:
-    """The torch device that "auto", "cpu", "cuda" or "cuda:1" means here.
-
-    Raises:
-        UsageError: no such device, or none of that kind on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(
-            "unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)
-        ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu"
-        )
-    return chosen
 
 
 def environment(device: torch.device, projection: Projection) -> dict[str, str | int]:

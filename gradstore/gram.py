@@ -13,6 +13,7 @@ from typing import overload
 import numpy as np
 import torch
 
+from gradstore.device import choose_device, full_float32
 from gradstore.gram_file import Gram, Report, write_tiles
 from gradstore.kernels import Kernel, projected_kernel, require_comparable, require_served, stored_feature_map
 from gradstore.memory import parse_bytes
@@ -38,6 +39,7 @@ def gram(
     out: None = ...,
     memory: int | str = ...,
     arithmetic: str = ...,
+    device: str = ...,
     progress: Report | None = ...,
     disk: Disk | None = ...,
 ) -> Iterator[Tile]: ...
@@ -52,6 +54,7 @@ def gram(
     out: str | os.PathLike[str],
     memory: int | str = ...,
     arithmetic: str = ...,
+    device: str = ...,
     progress: Report | None = ...,
     disk: Disk | None = ...,
 ) -> Gram: ...
@@ -65,6 +68,7 @@ def gram(
     out: str | os.PathLike[str] | None = None,
     memory: int | str = "2GB",
     arithmetic: str = "auto",
+    device: str = "auto",
     progress: Report | None = None,
     disk: Disk | None = None,
 ) -> Iterator[Tile] | Gram:
@@ -93,6 +97,8 @@ def gram(
             "auto": bfloat16x2 where this process has a matrix unit, else float32. It is the default since both are as
             right as a float16 feature, whose own rounding moves a cosine by 1e-6, and the projection by 1/sqrt(K). The
             bits depend on the machine, as those of float32 already do with its BLAS.
+        device: "auto", "cpu", "cuda" or "cuda:<index>". On a GPU rows are multiplied in float32, not TF32; groups and
+            tiles are held there, within what is free. "auto" takes one where it is there and the arithmetic allows it.
         progress: called after every tile that is written, with the number of finished cells and of all cells.
         disk: where the file goes; for tests.
 
@@ -107,7 +113,7 @@ def gram(
         NonFiniteError: a row of norm zero, for which a cosine is undefined; it is named.
         CorruptError: a row does not match its digest.
     """
-    tiles = StoreTiles(a, b, projected_kernel(kernel), parse_bytes(memory), arithmetic)
+    tiles = StoreTiles(a, b, projected_kernel(kernel), parse_bytes(memory), arithmetic, device)
     if out is None:
         return tiles.tiles()
     return write_tiles(
@@ -123,13 +129,23 @@ class StoreTiles:
         strip: rows that a worker reads at a time.
         in_place: they are read into the operand, and multiplied as they are.
         dtype: in which an operand holds values.
+        device: where they are multiplied.
         together: rows that it converts at a time, so few that all passes over them stay in a core's cache.
     """
 
-    def __init__(self, a: FeatureStore, b: FeatureStore | None, kernel: Kernel, memory: int, arithmetic: str) -> None:
+    def __init__(
+        self,
+        a: FeatureStore,
+        b: FeatureStore | None,
+        kernel: Kernel,
+        memory: int,
+        arithmetic: str = "auto",
+        device: str = "cpu",
+    ) -> None:
         self.symmetric = b is None or _same(a, b)
         self.a, self.b = a, a if b is None else b
-        self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic)
+        self.device = choose_device("cpu" if device == "auto" and arithmetic not in ("auto", "float32") else device)
+        self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic, self.device)
         for store in (self.a, self.b):
             require_served(kernel, store)
         require_comparable(self.a, self.b)
@@ -151,19 +167,27 @@ class StoreTiles:
             held=bytes_a_row(self.width * K, self.arithmetic, self.dtype),
             loading=worker_count() * each,
             value=28,
-            memory=memory,
+            memory=_within(self.device, memory),
             fixed=worker_count() * making,
         )
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; each row's digest is checked when the row is first read."""
-        return self._tiles(Workers(), skip)
+        return (self._tiles if self.device.type == "cpu" else self._tiles_there)(Workers(), skip)
 
     def _tiles(self, workers: Workers, skip: Skip) -> Iterator[Tile]:
         with workers:
-            load_a = self._reader(self.a, workers)
-            load_b = load_a if self.symmetric else self._reader(self.b, workers)
+            load_a, load_b = self._readers(workers)
             yield from self.grid.tiles(self._side_by_side(load_a), load_b, partial(multiply, workers=workers), skip)
+
+    def _tiles_there(self, workers: Workers, skip: Skip) -> Iterator[Tile]:
+        """On a GPU: blocks are made in worker threads and moved there while the last one is multiplied."""
+        with workers, full_float32(self.device):
+            load_a, load_b = (partial(self._moved, load) for load in self._readers(workers))
+            yield from self.grid.tiles(load_a, load_b, multiply, skip)
+
+    def _moved(self, load: Load, rows: range) -> Operand:
+        return load(rows).to(self.device)
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
@@ -188,6 +212,10 @@ class StoreTiles:
             arithmetic=self.arithmetic,
             dtype=self.dtype,
         )
+
+    def _readers(self, workers: Workers) -> tuple[Load, Load]:
+        a = self._reader(self.a, workers)
+        return a, a if self.symmetric else self._reader(self.b, workers)
 
     def _reader(self, store: FeatureStore, workers: Workers) -> Load:
         unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
@@ -237,6 +265,11 @@ Load = Callable[..., Operand]
 
 def _same(a: FeatureStore, b: FeatureStore) -> bool:
     return a.path.resolve() == b.path.resolve()
+
+
+def _within(device: torch.device, memory: int) -> int:
+    """A budget that is free on the device as well, some of it left to others."""
+    return min(memory, int(0.9 * torch.cuda.mem_get_info(device)[0])) if device.type == "cuda" else memory
 
 
 def _data_digest(store: FeatureStore) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_labels
-from gradstore.environment import choose_device
+from gradstore.device import choose_device
 from gradstore.errors import UsageError
 from gradstore.examples import Examples, Inputs
 from gradstore.fingerprint import data_identity, fingerprint_of, identity

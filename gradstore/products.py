@@ -22,17 +22,18 @@ from gradstore.threads import Workers
 LIMBS = "bfloat16x2"
 ARITHMETICS = ("float32", LIMBS, "int8")
 
+_CPU = torch.device("cpu")
 # Rows of one job of BLAS: enough for a good product, few enough to share a tile out evenly.
 _JOB_ROWS = 256
 # Multiply-adds below which handing a job to another thread costs more than the job.
 _SMALL = 1 << 22
 
 
-def choose_arithmetic(name: str) -> str:
-    """The arithmetic of a name; "auto" is bfloat16x2 where there is a matrix unit, and float32 elsewhere.
+def choose_arithmetic(name: str, device: torch.device = _CPU) -> str:
+    """The arithmetic of a name; "auto" is bfloat16x2 on a processor with a matrix unit, and float32 elsewhere.
 
     Raises:
-        UsageError: there is none of that name, or none on this machine.
+        UsageError: there is none of that name, or none on this machine or device.
     """
     if name not in ("auto", *ARITHMETICS):
         raise UsageError(
@@ -40,6 +41,16 @@ def choose_arithmetic(name: str) -> str:
             where="--arithmetic",
             expected=f"one of auto, {', '.join(ARITHMETICS)}",
             got=repr(name),
+        )
+    if device.type == "cuda":
+        if name in ("auto", "float32"):
+            return "float32"
+        raise UsageError(
+            "not an arithmetic of a GPU",
+            where="--arithmetic",
+            expected="float32",
+            got=repr(name),
+            hint="Use --device cpu for another",
         )
     if name == LIMBS and not product.available():
         raise UsageError(
@@ -101,6 +112,10 @@ class Operand:
         pieces = tuple(slice(j * K + at, j * K + min(at + most, K)) for j in range(c) for at in range(0, K, most))
         return cls(values, torch.empty(len(pieces), n), pieces, normalised, arithmetic)
 
+    def to(self, device: torch.device) -> Operand:
+        """The same rows on a device; of float32 only."""
+        return replace(self, values=self.values.to(device))
+
     def part(self, start: int, stop: int) -> Operand:
         """Some of the rows, sharing memory."""
         worth = None if self.worth is None else self.worth[:, start:stop]
@@ -155,11 +170,11 @@ def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -
     Args:
         a: operands of consecutive rows; parts of one operand that follow one another are multiplied together.
         b: the columns' operand; it may be the last of the rows', and then only one half of their square is computed.
-        workers: share the work; None computes in the calling thread.
+        workers: share the work; None computes in the calling thread, or where the operands are on a GPU there.
 
     Holds the result, and for int8 two values of 4 bytes for each value of the jobs at work.
     """
-    out = torch.empty(sum(map(len, a)), len(b))
+    out = torch.empty(sum(map(len, a)), len(b), device=b.values.device)
     square = len(out) - len(b) if a[-1] is b else None
     jobs: list[Callable[[], None]] = []
     at = 0
@@ -179,7 +194,7 @@ def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -
         own.copy_(own.triu() + own.triu(1).T)  # symmetric to the last bit
         if b.normalised:
             own.fill_diagonal_(1.0)
-    return out.numpy()
+    return out.cpu().numpy()
 
 
 def _joined(operands: Sequence[Operand]) -> Iterator[Operand]:

@@ -21,12 +21,15 @@ from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
+from gradstore.gram import StoreTiles
+from gradstore.kernels import projected_kernel
 from gradstore.matrix_unit import product
-from gradstore.products import LIMBS, Operand, multiply
+from gradstore.products import LIMBS, Operand, choose_arithmetic, multiply
 from gradstore.rounding import STEPS
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
-from gradstore.tiles import Grid, plan_grid
+from gradstore.threads import Workers
+from gradstore.tiles import Grid, nothing, plan_grid
 
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 needs_unit = pytest.mark.skipif(not product.available(), reason="this processor has no matrix unit")
@@ -486,3 +489,34 @@ def test_features_ten_times_larger_than_memory(tmp_path: Path) -> None:
     flat = features.reshape(n, -1).astype(np.float64)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     np.testing.assert_allclose(gs.open_gram(tmp_path / "gram.h5")[:], flat @ flat.T, atol=5e-6)
+
+
+@pytest.mark.parametrize("memory", [400_000, 1 << 30])
+def test_the_way_of_a_gpu_gives_the_same_matrix(stores: tuple, memory: int) -> None:
+    train, test = stores
+    for a, b in ((train, None), (test, train)):
+        tiles = StoreTiles(a, b, projected_kernel("proj-trntk"), memory, "float32")
+        expected = assemble(tiles.tiles(), (len(a), len(b or a)))
+        found = assemble(tiles._tiles_there(Workers(), nothing), expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gpu_gives_the_dense_products(stores: tuple, kernel: str) -> None:
+    train, test = stores
+    for a, b in ((train, None), (test, train)):
+        expected = dense_similarity(a, b or a, kernel)
+        made = list(gs.gram(a, b, kernel, device="cuda", memory="400KB"))
+        for tile in made:
+            want = expected[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop]
+            np.testing.assert_allclose(tile.values, want, rtol=0, atol=3e-6 * np.abs(expected).max())
+        assert made
+
+
+def test_a_gpu_multiplies_in_float32_only() -> None:
+    there = torch.device("cuda")
+    assert choose_arithmetic("auto", there) == choose_arithmetic("float32", there) == "float32"
+    with pytest.raises(UsageError, match="not an arithmetic of a GPU"):
+        choose_arithmetic("int8", there)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_finite_block
-from gradstore.environment import choose_device
+from gradstore.device import choose_device
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
 from gradstore.exact.factors import Held, held, joined_rows, tensors_of

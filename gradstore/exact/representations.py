@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.environment import choose_device
+from gradstore.device import choose_device
 from gradstore.errors import NonFiniteError, ProjectError, UsageError
 from gradstore.exact.selection import Selection
 from gradstore.examples import Inputs

@@ -1,0 +1,45 @@
+"""Where things are computed: a processor or a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gradstore.errors import UsageError
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device that "auto", "cpu", "cuda" or "cuda:1" means here.
+
+    Raises:
+        UsageError: no such device, or none of that kind on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(
+            "unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)
+        ) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu"
+        )
+    return chosen
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """CUDA products in float32 rather than TF32, which has 11 bits and whose error no bound here covers."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
