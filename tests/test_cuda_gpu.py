@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 from gradstore.projection import Projection, cuda
@@ -223,3 +224,31 @@ def test_stores_have_the_same_bits_for_every_batch_size(tmp_path):
         gs.featurize(small_project(), split="train", out=out, **settings)
         found.append({path.name: path.read_bytes() for path in (*out.glob("*.h5"), out / "store.json")})
     assert found[0] == found[1] == found[2]
+
+
+@pytest.fixture(scope="module")
+def feature_stores(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stores")
+    return write_store(path / "train", clustered(300, 3, 200)), write_store(
+        path / "test", clustered(70, 3, 200, seed=1)
+    )
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-pntk", "proj-trntk0"])
+def test_gram_matrices_equal_the_dense_products(feature_stores, kernel):
+    train, test = feature_stores
+    for a, b in ((train, None), (test, train)):
+        expected = dense_similarity(b or a, a, kernel)
+        made = list(gs.gram(a, b, kernel, arithmetic="float32", device="cuda", memory="1MB"))
+        assert len(made) > 1
+        for tile in made:
+            want = expected[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop]
+            assert abs(tile.values - want).max() < 3e-6 * abs(expected).max()
+
+
+def test_a_search_has_the_answers_of_the_cpu(feature_stores):
+    pytest.importorskip("threadpoolctl")
+    train, test = feature_stores
+    there, here = (gs.topk(train, test, k=10, engine=engine) for engine in ("cuda", "torch"))
+    assert (there.rows == here.rows).all()
+    assert (there.similarity == here.similarity).all()

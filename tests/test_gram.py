@@ -501,20 +501,6 @@ def test_the_way_of_a_gpu_gives_the_same_matrix(stores: tuple, memory: int) -> N
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_gpu_gives_the_dense_products(stores: tuple, kernel: str) -> None:
-    train, test = stores
-    for a, b in ((train, None), (test, train)):
-        expected = dense_similarity(a, b or a, kernel)
-        made = list(gs.gram(a, b, kernel, device="cuda", memory="400KB"))
-        for tile in made:
-            want = expected[tile.start_a : tile.rows.stop, tile.start_b : tile.columns.stop]
-            np.testing.assert_allclose(tile.values, want, rtol=0, atol=3e-6 * np.abs(expected).max())
-        assert made
-
-
 def test_a_gpu_multiplies_in_float32_only() -> None:
     there = torch.device("cuda")
     assert choose_arithmetic("auto", there) == choose_arithmetic("float32", there) == "float32"
