@@ -252,3 +252,9 @@ def test_a_search_has_the_answers_of_the_cpu(feature_stores):
     there, here = (gs.topk(train, test, k=10, engine=engine) for engine in ("cuda", "torch"))
     assert (there.rows == here.rows).all()
     assert (there.similarity == here.similarity).all()
+
+
+@pytest.mark.parametrize("kernel", ["trntk", "pntk", "ck"])
+def test_exact_kernels_equal_those_of_the_cpu(kernel):
+    there, here = (gs.exact_gram(small_project(), kernel=kernel, device=device) for device in ("cuda", "cpu"))
+    assert abs(there - here).max() < 1e-5 * abs(here).max()
