@@ -16,6 +16,7 @@ import torch
 
 from gradstore.errors import GradstoreError, MismatchError
 from gradstore.hashing import NAMES, VERSIONS, newest_version
+from gradstore.matrix_unit import product
 from gradstore.projection import Projection, native
 from gradstore.storage.disk import Disk
 
@@ -82,6 +83,7 @@ def system_card() -> dict[str, str]:
     return {
         "gradstore": version("gradstore"),
         "projection": _projection_path(),
+        "matrix unit": _matrix_unit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; the CPU is used",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -98,6 +100,13 @@ def _projection_path() -> str:
     if found.path == "native":
         return f"compiled, {found.level}" + (f" ({found.hint})" if found.hint else "")
     return f"torch only, many times slower: {found.why}; to get the compiled path, {found.hint}"
+
+
+def _matrix_unit() -> str:
+    if product.available():
+        return "AMX in bfloat16, for Gram matrices and searches"
+    forbidden = "amx" in product.levels()
+    return "not used: GRADSTORE_SIMD names another level" if forbidden else "none that can be used; products by BLAS"
 
 
 def _format(newest: int) -> str:
