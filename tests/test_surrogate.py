@@ -109,17 +109,20 @@ def test_sgd_is_scikit_learns_own_fit(stores: tuple, memory: str, shuffle: bool,
 
 
 def test_sgd_on_a_store_writes_its_gram_matrix_to_scratch_and_removes_it(stores: tuple, tmp_path: Path) -> None:
-    train, test = stores
+    test = stores[1]
+    rng, scratch = np.random.default_rng(3), tmp_path / "scratch"
+    train = write_store(tmp_path / "train", clustered(300, C, K), logits=rng.standard_normal((300, C)))
+    scratch.mkdir()
     here, there = (
         gs.KernelGLM(
-            backend="sgd", alpha=1e-1, shuffle=False, max_iter=4, tolerance=0, memory=memory, scratch=tmp_path
+            backend="sgd", alpha=1e-1, shuffle=False, max_iter=4, tolerance=0, memory=memory, scratch=scratch
         ).fit(train)
-        for memory in ("2GB", "64KB")
+        for memory in ("2GB", "400KB")
     )
     np.testing.assert_allclose(there.decision_function(test), here.decision_function(test), atol=1e-2)
     dense = dense_similarity(train, test, "proj-trntk") @ there.coef_.T + there.intercept_
     np.testing.assert_allclose(there.decision_function(test), dense, atol=1e-5)
-    assert not list(tmp_path.iterdir())
+    assert not list(scratch.iterdir())
 
 
 def test_sgd_stops_once_the_loss_stops_falling(stores: tuple) -> None:
