@@ -25,6 +25,8 @@ ARITHMETICS = ("float32", LIMBS, "int8")
 _CPU = torch.device("cpu")
 # Rows of one job of BLAS: enough for a good product, few enough to share a tile out evenly.
 _JOB_ROWS = 256
+# Rows that the matrix unit computes together.
+_WHOLE = 32
 # Multiply-adds below which handing a job to another thread costs more than the job.
 _SMALL = 1 << 22
 
@@ -220,29 +222,27 @@ def _longer(first: Operand, count: int) -> Operand:
     return first.whole[0].part(first.whole[1], first.whole[1] + count) if first.whole else first
 
 
-def _cuts(rows: Operand, at: int, columns: int, square: int | None, workers: int) -> Iterator[tuple[int, int]]:
-    """Jobs' rows: of equal size for BLAS; for the matrix unit, which gains by long ones, a job of equal work a worker.
+def _cuts(rows: Operand, at: int, columns: int, square: int | None, workers: int) -> list[tuple[int, int]]:
+    """Jobs' rows: of equal size for BLAS, and for the matrix unit, which gains by long ones, a share a worker."""
+    if rows.arithmetic == LIMBS:
+        return equal_shares(len(rows), columns, None if square is None else at - square, workers)
+    return [(low, min(low + _JOB_ROWS, len(rows))) for low in range(0, len(rows), _JOB_ROWS)]
+
+
+def equal_shares(rows: int, columns: int, diagonal: int | None, workers: int) -> list[tuple[int, int]]:
+    """Rows [low, high) of a product for each worker, that make equal work.
 
     Args:
-        rows: of which result rows from `at` on are computed.
-        at: their place.
-        columns: of the result.
-        square: the place where rows begin to be the columns', and only those right of the diagonal are computed.
+        rows: of the product.
+        columns: of the product.
+        diagonal: the column of the first row's diagonal, left of which nothing is computed; None where all is.
         workers: that share the work.
     """
-    if rows.arithmetic != LIMBS:
-        for low in range(0, len(rows), _JOB_ROWS):
-            yield low, min(low + _JOB_ROWS, len(rows))
-        return
-    places = np.arange(at, at + len(rows))
-    work = np.cumsum(columns - np.maximum(0, places - square) if square is not None else np.full(len(rows), columns))
+    places = np.arange(rows) + (-rows if diagonal is None else diagonal)
+    work = np.cumsum(columns - np.clip(places, 0, columns))
     ends = np.searchsorted(work, work[-1] * np.arange(1, workers + 1) / workers) + 1
-    ends = np.minimum(-(-ends // 32) * 32, len(rows))
-    low = 0
-    for high in map(int, ends):
-        if high > low:
-            yield low, high
-        low = high
+    ends = np.unique(np.minimum(-(-ends // _WHOLE) * _WHOLE, rows)).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _product(a: Operand, b: Operand, out: Tensor, diagonal: int | None) -> None:

@@ -17,34 +17,44 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gradstore.exact.dense import Sums, formed, slices, workers_for
 from gradstore.exact.factors import Factors, Held, column_slices, count, dense_columns, rows_and_classes
 from gradstore.jacobians import DenseBlock, EmbeddingBlock
+from gradstore.matrix_unit import product
+from gradstore.threads import Workers
 
 # An elementwise pass over products costs about as much as this many multiply-adds of a matrix product.
 _PASS = 30
-# Rows of a symmetric product that are computed together; of their square both halves are.
-_SQUARE = 128
+
+Pair = tuple[Sequence[Held], Sequence[Held]]
+"""A block of parameters for consecutive batches of the rows' examples, and for those of the columns'."""
 
 
-def contract(a: Sequence[Held], b: Sequence[Held], out: Tensor, *, pairs: bool, scratch: int) -> Tensor:
-    """Add the inner products over one block of parameters.
+def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) -> list[Tensor]:
+    """Add the inner products over some blocks of parameters.
 
-    Products are float32, their sums over blocks float64.
+    Products are float32, and so are their sums over some ten thousand columns; those are added up in float64.
 
     Args:
-        a: the block for consecutive batches of examples, n in all; c rows an example.
-        b: the same for m others; `a` itself computes values on and above the diagonal, and some below it.
+        blocks: n examples in all on the left and m on the right, c rows each; the same object on both sides computes
+            values on and above the diagonal, and some below it.
         out: float64 [n, m], to which Σ_c ⟨g_i^c, g_j^c⟩ is added; or, where `pairs`, [n c, m c] for ⟨g_i^c, g_j^d⟩.
         pairs: one value for each pair of classes.
-        scratch: bytes that intermediate values may take, roughly.
+        scratch: bytes that intermediate values may take, roughly, beside 4 for each value of `out`.
 
     Returns:
-        The squared norms of b's rows over this block, float64 [m, c].
+        For each block the squared norms of the right side's rows, float64 [m, c].
     """
-    if factored_is_cheaper(a, b, pairs):
-        _contract_factors(a, b, out, pairs, scratch)
-        return squared_norms(b, scratch)
-    return _contract_dense(a, b, out, pairs, scratch)
+    squares: dict[int, Tensor] = {}
+    dense = [i for i, pair in enumerate(blocks) if not factored_is_cheaper(*pair, pairs)]
+    for i in sorted(set(range(len(blocks))) - set(dense)):
+        _contract_factors(*blocks[i], out, pairs, scratch)
+        squares[i] = squared_norms(blocks[i][1], scratch)
+    if dense:
+        with workers_for(out.device) as workers:
+            found = _contract_dense([blocks[i] for i in dense], out, pairs, scratch, workers)
+        squares.update(zip(dense, found, strict=True))
+    return [squares[i] for i in range(len(blocks))]
 
 
 def squared_norms(blocks: Sequence[Held], scratch: int) -> Tensor:
@@ -93,26 +103,42 @@ def _squares(columns: Tensor) -> Tensor:
     return torch.linalg.vector_norm(columns, dim=2).double().square()
 
 
-def _contract_dense(a: Sequence[Held], b: Sequence[Held], out: Tensor, pairs: bool, scratch: int) -> Tensor:
-    squares = torch.zeros(())
-    rows = max(_SQUARE, scratch // (8 * out.shape[1]))  # of a product
-    for part in column_slices(b, scratch // (8 if a is b else 16)):
-        columns = dense_columns(b, part)
-        squares = squares + _squares(columns)
-        right = columns.flatten(0, 1) if pairs else columns.flatten(1)
-        if a is b:
-            for low in range(0, len(right), _SQUARE):
-                out[low : low + _SQUARE, low:] += right[low : low + _SQUARE] @ right[low:].T
+def _contract_dense(
+    blocks: Sequence[Pair], out: Tensor, pairs: bool, scratch: int, workers: Workers | None
+) -> list[Tensor]:
+    left, right = ([pair[side] for pair in blocks] for side in (0, 1))
+    own = all(a is b for a, b in blocks)
+    m = count(right[0])
+    squares = [torch.zeros(m, rows_and_classes(b[0])[1], dtype=torch.float64, device=out.device) for b in right]
+    sums = Sums(out, own, workers)
+    taken = workers.count * product.WORKSPACE_BYTES if workers else 0
+    room = max(scratch - taken, scratch // 2) // (6 if own else 12)  # float32 values, and a third for making them
+    for pieces in slices(right, room // m, joined=not pairs):
+        c = rows_and_classes(right[pieces[0].block][0])[1] if pairs else 1
+        columns = formed(right, pieces, range(len(right[0])), workers, squares)
+        whole = columns.view(m * c, -1)
+        if own:
+            sums.add(whole, whole)
             continue
         at = 0
-        for some in _parts(a, max(1, scratch // (16 * columns[0].numel()))):
-            left = dense_columns(some, part)
-            left = left.flatten(0, 1) if pairs else left.flatten(1)
-            for low in range(0, len(left), rows):
-                piece = left[low : low + rows] @ right.T
-                out[at + low : at + low + len(piece)] += piece
-            at += len(left)
+        for batches in _runs(left[0], room // columns.shape[1]):
+            rows = formed(left, pieces, batches, workers).view(-1, whole.shape[1])
+            sums.add(rows, whole, at)
+            at += len(rows)
+    sums.settle()
     return squares
+
+
+def _runs(batches: Sequence[Held], rows: int) -> Iterator[range]:
+    """Consecutive batches with at most `rows` examples together, at least one batch at a time."""
+    start, held = 0, 0
+    for i, batch in enumerate(batches):
+        n = rows_and_classes(batch)[0]
+        if i > start and held + n > rows:
+            yield range(start, i)
+            start, held = i, 0
+        held += n
+    yield range(start, len(batches))
 
 
 def _parts(blocks: Sequence[Held], rows: int) -> Iterator[list[Held]]:

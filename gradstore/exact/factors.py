@@ -55,7 +55,7 @@ def held(block: JacobianBlock) -> Held:
         if unread is None:
             activations = block.activations
             unread = Unread(activations, 1, lambda channels=slice(None): activations[..., channels][:, None])
-        return Factors(block.name, unread, block.activations.shape[2], block.deltas)
+        return Factors(block.name, unread, block.width, block.deltas)
     if isinstance(block, EmbeddingBlock):
         return block
     return DenseBlock(block.name, block.start, block.dense())
@@ -116,6 +116,16 @@ def column_slices(blocks: Sequence[Held], room: int) -> Iterator[slice]:
         yield slice(start, min(start + step, units))
 
 
+def unit_columns(block: Held) -> int:
+    """Columns of the smallest slice."""
+    return _unit(block)[0]
+
+
+def device_of(block: Held) -> torch.device:
+    """Where a held block is."""
+    return tensors_of(block)[0].device
+
+
 def _unit(block: Held) -> tuple[int, int]:
     """(columns of the smallest slice, number of such slices)."""
     if isinstance(block, Factors):
@@ -129,16 +139,17 @@ def _unit(block: Held) -> tuple[int, int]:
 def dense_columns(blocks: Sequence[Held], part: slice) -> Tensor:
     """The columns of a slice for all examples, [n, c, w] float32."""
     n, c = count(blocks), rows_and_classes(blocks[0])[1]
-    out = torch.empty(n, c, (part.stop - part.start) * _unit(blocks[0])[0], device=tensors_of(blocks[0])[0].device)
+    out = torch.empty(n, c, (part.stop - part.start) * unit_columns(blocks[0]), device=device_of(blocks[0]))
     at = 0
     for block in blocks:
         rows = rows_and_classes(block)[0]
-        _write_columns(block, part, out[at : at + rows])
+        write_columns(block, part, out[at : at + rows])
         at += rows
     return out
 
 
-def _write_columns(block: Held, part: slice, out: Tensor) -> None:
+def write_columns(block: Held, part: slice, out: Tensor) -> None:
+    """The columns of a slice for one batch, into float32 `out` [n, c, w], adjacent within an example."""
     if isinstance(block, Factors):
         n, c, positions, outputs = block.deltas.shape
         activations = block.activations(part)

@@ -16,6 +16,11 @@ from gradstore.tiles import CELL
 
 # Rows of the largest group: with more of them, little of the time is spent on computing Jacobians again.
 MOST_ROWS = 2048
+# The part of the memory, one in so many, that is left for computing Jacobians and for multiplying them.
+_SPARE = 4
+_BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+# Bytes of intermediate values beyond which nothing is gained.
+_MOST_SCRATCH = 1 << 27
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
 # Where classes come in parts, columns of a tile, in groups: the group is computed again for each.
@@ -32,7 +37,7 @@ class JacobianPlan:
         span: columns of a tile.
         block: columns whose Jacobians are computed and pass by together.
         batch: examples of one pass through the model.
-        scratch: bytes for intermediate values.
+        scratch: bytes for intermediate values of products.
     """
 
     classes: int
@@ -97,19 +102,20 @@ def _plan(
     memory: int,
 ) -> JacobianPlan | None:
     """The largest group, of so many classes at a time; None where none fits."""
-    batch = 128
-    while batch > 1 and computing(batch, classes) > memory // 4:
-        batch //= 2
-    scratch, each = memory // 6, held(classes)
-    room = memory - scratch - computing(batch, classes)
+    each = held(classes)
     top = -(-min(max(n, CELL), MOST_ROWS) // CELL) * CELL
     for group in range(top, 0, -CELL):
         # Dense rows of the group are formed once for each block, and those of a block once: both had better be large.
         block = max(CELL, group // 2 // CELL * CELL)
         span = min(max(group, _SPAN * group if divided else block), -(-m // CELL) * CELL)
         passing = block if group < max(n, m) else 0
-        if (group + passing) * each + value * group * span <= room:
-            return JacobianPlan(classes, group, span, block, min(batch, group), scratch)
+        left = memory - (group + passing) * each - value * group * span
+        if left < memory // _SPARE:
+            continue
+        # Jacobians are computed first and multiplied then, so both may take what is left.
+        batch = next((size for size in _BATCHES if computing(size, classes) <= left), None)
+        if batch is not None:
+            return JacobianPlan(classes, group, span, block, min(batch, group), min(left, _MOST_SCRATCH))
     return None
 
 

@@ -17,6 +17,7 @@ from gradstore.exact.factors import Held, held, joined_rows, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
+from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.kernels import Kernel
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
@@ -59,6 +60,7 @@ class JacobianTiles:
         self.classes = int(project.logits(probe).shape[1])
         layout = "sum" if kernel.sums_classes else "per-class"
         self.engine = JacobianEngine(project.model, blocks, forward=project.forward, layout=layout, example=probe)
+        self._trusted: set[tuple[str, range]] = set()  # batches whose audit was passed
         self.factor = self.classes if kernel.pairs_classes else 1
         rows = 1 if kernel.sums_classes else self.classes
         one, several = self._bytes_held(probe, 1), self._bytes_held(probe, min(2, rows))
@@ -68,7 +70,7 @@ class JacobianTiles:
             symmetric=a is b,
             classes=rows,
             divisible=not kernel.pairs_classes,
-            value=16 * self.factor**2,
+            value=12 * self.factor**2,
             held=lambda classes: one + (classes - 1) * (several - one),
             computing=lambda n, classes: int(self.engine.bytes_needed(n, classes)),
             memory=memory,
@@ -125,11 +127,19 @@ class JacobianTiles:
         return -(-sum(storages.values()) // n)
 
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
+        # Threads that wait for the next small layer would take the cores from those that multiply.
+        with uncut_if_small(self.engine.outputs(self.plan.batch)):
+            return self._computed(selection, rows, classes)
+
+    def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         batches: list[list[tuple[str, Held]]] = []
         room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
-            stream = self.engine(to_device(selection.read(span), self.device), classes)
+            trusted = (selection.split, span) in self._trusted
+            stream = self.engine(to_device(selection.read(span), self.device), classes, trusted=trusted)
+            if stream.trusted:
+                self._trusted.add((selection.split, span))
             blocks = joined_rows(map(held, stream), room)
             batches.append([(block.name, block) for block in blocks])
         columns = tuple((same[0][0], [block for _, block in same]) for same in zip(*batches, strict=True))
@@ -157,9 +167,9 @@ class JacobianTiles:
     def _add(self, a: Jacobians, b: Jacobians, out: Tensor) -> Tensor:
         """Add the products over all blocks of parameters; the squared norms of b's rows, float64 [m]."""
         total = torch.zeros(len(b.rows), dtype=torch.float64, device=self.device)
-        for (_, left), (name, right) in zip(a.columns, b.columns, strict=True):
-            both = (left, left) if a is b else (left, right)
-            square = contract(*both, out, pairs=self.kernel.pairs_classes, scratch=self.plan.scratch)
+        blocks = [(left, left if a is b else right) for (_, left), (_, right) in zip(a.columns, b.columns, strict=True)]
+        squares = contract(blocks, out, pairs=self.kernel.pairs_classes, scratch=self.plan.scratch)
+        for (name, _), square in zip(b.columns, squares, strict=True):
             require_finite_block(square, b.rows.tolist(), name, self.b.split)
             total += square.sum(dim=1)
         b.squares = total

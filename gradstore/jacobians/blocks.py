@@ -86,11 +86,13 @@ class Unread:
         inputs: as the layer took them; the channels are their last axis (linear) or their second (convolution).
         reach: activations that one input channel makes at one position: 1, or the points of a kernel.
         read: gives the activations of some input channels, [n, g, T, i]; of all without an argument.
+        groups: g, into which a convolution's channels are divided.
     """
 
     inputs: Tensor
     reach: int
     read: Callable[..., Tensor]
+    groups: int = 1
 
 
 class LinearBlock(JacobianBlock):
@@ -99,16 +101,33 @@ class LinearBlock(JacobianBlock):
     A convolution's weight is one too, with its patches as activations: `i` is then channels × kernel positions.
 
     Attributes:
-        activations: [n, T, i], shared by all classes and all blocks of the weight; the model's dtype.
+        width: i.
+        activations: [n, T, i], shared by all classes and all blocks of the weight, and made when first asked for; the
+            model's dtype.
         deltas: [n, c, T, o], gradients of the logits with respect to the layer's output; the model's dtype.
         unread: the layer's input, from which the activations can be made again; None where that is not known.
     """
 
     def __init__(
-        self, name: str, start: int, activations: Tensor, deltas: Tensor, unread: Unread | None = None
+        self,
+        name: str,
+        start: int,
+        activations: Tensor | Callable[[], Tensor],
+        deltas: Tensor,
+        unread: Unread | None = None,
+        width: int | None = None,
     ) -> None:
-        super().__init__(name, start, deltas.shape[-1] * activations.shape[-1])
-        self.activations, self.deltas, self.unread = activations, deltas, unread
+        self._activations = activations
+        self.width = self.activations.shape[-1] if width is None else width
+        super().__init__(name, start, deltas.shape[-1] * self.width)
+        self.deltas, self.unread = deltas, unread
+
+    @property
+    def activations(self) -> Tensor:
+        """See the class."""
+        if not isinstance(self._activations, Tensor):
+            self._activations = self._activations()
+        return self._activations
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row, [n, c] float64; ‖δ‖² ‖a‖² where the weight is used at one position."""

@@ -32,10 +32,11 @@ class JacobianStream:
 
     Attributes:
         logits: [n, classes] float32.
+        trusted: the audit was passed, for all classes, so that others of this batch need none.
     """
 
-    def __init__(self, logits: Tensor, blocks: Iterator[JacobianBlock]) -> None:
-        self.logits, self._blocks = logits, blocks
+    def __init__(self, logits: Tensor, blocks: Iterator[JacobianBlock], trusted: bool) -> None:
+        self.logits, self._blocks, self.trusted = logits, blocks, trusted
 
     def __iter__(self) -> Iterator[JacobianBlock]:
         return self._blocks
@@ -110,32 +111,38 @@ class JacobianEngine:
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
         return n * max(backward, streaming)
 
-    def __call__(self, inputs: Any, classes: slice = slice(None)) -> JacobianStream:
+    def outputs(self, n: int) -> int:
+        """Bytes of what all layers with parameters give for n examples."""
+        return n * self._plan.footprint.deltas
+
+    def __call__(self, inputs: Any, classes: slice = slice(None), *, trusted: bool = False) -> JacobianStream:
         """Run the model on a batch.
 
         Args:
             inputs: Tensor [n, …] or dict of Tensors with first axis n, on the model's device.
             classes: those to differentiate, of the c that the layout has.
+            trusted: some classes of this very batch were computed before, and their stream was `trusted`.
 
         Returns:
             A stream of blocks [n, c, size] in parameter order; only generic routes run the model again as it is read.
         """
         inputs, plan = as_inputs(inputs), self._plan
-        outputs = length(inputs) * plan.footprint.deltas
         with self._subject.ready():
-            with uncut_if_small(outputs):
+            with uncut_if_small(self.outputs(length(inputs))):
                 recording = record(self._subject, plan.structured, inputs, plan.spread)
             logits = recording.logits.detach()
-            cotangents = self._cotangents(logits)[classes]
+            every = self._cotangents(logits)
+            cotangents = every[classes]
+            audited = None if trusted else cotangents if len(cotangents) == len(every) else every
             if plan.matches(recording):
                 parameters = {name: self._subject.parameters[name] for name in plan.structured}
-                pulled = pull_back(recording, plan.arrangements, parameters, cotangents)
+                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited)
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
         if plan.footprint.graph >= _LARGE:
             return_freed_memory()  # what the backward passes held, before the blocks need room
-        return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled))
+        return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled), trusted=not pulled.unsafe)
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":

@@ -130,7 +130,8 @@ class Prober:
             lost = [tap for tap, how in zip(recording.taps, found, strict=True) if how is None]
             failed = {name: "rows not by example" for tap in lost for name in tap.names.values()}
             return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
-        pulled = pull_back(recording, arrangements, parameters, self._cotangent[None])
+        cotangents = self._cotangent[None]
+        pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents)
         footprint = measured(recording.taps, pulled.terms, saved.total, PROBES)
         failed = dict(pulled.unsafe)
         for name in structured:

@@ -34,7 +34,11 @@ class Pulled:
 
 
 def pull_back(
-    recording: Recording, arrangements: Sequence[str], parameters: Mapping[str, Tensor], cotangents: Tensor
+    recording: Recording,
+    arrangements: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    cotangents: Tensor,
+    audited: Tensor | None,
 ) -> Pulled:
     """Differentiate the logits class by class with respect to the noted outputs, never to parameters, and audit.
 
@@ -43,6 +47,8 @@ def pull_back(
         arrangements: how each tap's rows are assigned to examples.
         parameters: the noted parameters.
         cotangents: [c, classes]; row k makes column k of the Jacobian.
+        audited: those that the audit combines: these, or all where the others will be asked for without one; None for
+            a batch whose audit was passed.
 
     Holds every tap's input, its delta or small gradient for all c, and for each of at most `side_by_side.MOST` threads
     the deltas of one class two to three times over.
@@ -51,10 +57,11 @@ def pull_back(
     makers = [
         _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
+    summed = audited is cotangents
     factors = weights(len(cotangents), cotangents)
 
     def pull(classes: range) -> list[Tensor]:
-        """Absorb some classes; their deltas' weighted sum."""
+        """Absorb some classes; their deltas' weighted sum where it is audited."""
         totals: list[Tensor] = []
         for c in classes:
             deltas = _deltas(recording, cotangents[c].expand_as(recording.logits))
@@ -62,14 +69,20 @@ def pull_back(
                 view = tap.use.view(delta, n, how) if terms else delta
                 for term in terms:
                     term.absorb(c, view)
-            totals = _added(totals, deltas, factors[c])
+            if summed:
+                totals = _added(totals, deltas, factors[c])
         return totals
 
     totals: list[Tensor] = []
     for part in side_by_side(pull, len(cotangents), cotangents.device):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
+    if audited is None:
+        return pulled
+    combined = weights(len(audited), audited) @ audited
+    if not summed:
+        totals = _deltas(recording, combined.expand_as(recording.logits))
     with uncut_if_small(sum(total.nbytes for total in totals)):
-        _audit(recording, arrangements, parameters, totals, factors @ cotangents, pulled)
+        _audit(recording, arrangements, parameters, totals, combined, pulled)
     return pulled
 
 

@@ -107,7 +107,7 @@ def convolution(
         split = read.unflatten(2, (groups, -1))  # [n, t, g, width, positions]
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    terms = {"weight": _outer(weight, activations, x), "bias": _positions_summed(weight.shape[0])}
+    terms = {"weight": _outer(weight, activations, x, groups), "bias": _positions_summed(weight.shape[0])}
     return Use("convolution", channels_second, CHANNELS_SECOND, terms, (x,))
 
 
@@ -273,14 +273,14 @@ def _last_axes(count: int, tensor: Tensor, n: int, arrangement: str) -> Tensor:
     return channels_last(tensor.flatten(-count), n, arrangement)
 
 
-def _outer(weight: Tensor, activations: Callable[..., Tensor], x: Tensor) -> Callable[[Batch], Term]:
+def _outer(weight: Tensor, activations: Callable[..., Tensor], x: Tensor, groups: int = 1) -> Callable[[Batch], Term]:
     shape = tuple(weight.shape)
     width = math.prod(shape[1:])
 
     def term(batch: Batch) -> Term:
         positions = batch.outputs // (batch.n * shape[0])
         if positions < SHRINKS * width:
-            unread = Unread(x, math.prod(shape[2:]), functools.partial(activations, batch))
+            unread = Unread(x, math.prod(shape[2:]), functools.partial(activations, batch), groups)
             return OuterTerm(batch.classes, shape[0], width, unread)
         made = activations(batch)
         return ReducedTerm(batch.n, batch.classes, shape, lambda delta: outer_sum(delta[:, None], made))

@@ -121,10 +121,10 @@ class OuterTerm(Term):
 
     def block(self, name: str, start: int, first: int, last: int) -> JacobianBlock:
         """A LinearBlock, or without structure for a grouped convolution."""
-        if self.activations.shape[1] > 1:
+        if self._unread.groups > 1:
             return super().block(name, start, first, last)
         deltas = self.deltas[:, :, first:last].transpose(2, 3)
-        return LinearBlock(name, start, self.activations[:, 0], deltas, self._unread)
+        return LinearBlock(name, start, lambda: self.activations[:, 0], deltas, self._unread, self.width)
 
 
 class IndexTerm(Term):
