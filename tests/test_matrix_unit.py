@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradstore.matrix_unit import product
-from gradstore.matrix_unit.product import add_product, error_bound, pack
+from gradstore.matrix_unit.product import REST_ERROR, add_product, error_bound, pack
 
 LEVELS = product.levels()
 SHAPES = [(1, 1, 1), (3, 5, 33), (16, 16, 32), (33, 70, 1100), (40, 520, 70)]
@@ -57,6 +57,19 @@ def test_the_bound_holds_for_the_worst_values_and_is_nearly_reached(
     assert 0.95 * left_out < error <= error_bound(64, exact_values=dtype == torch.float16)
     coarse = abs(multiply(a, a, level, (1, 1))[0, 1].item() - exact) / exact
     assert coarse <= 2 * product.LIMB + product.LIMB**2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "D"), SHAPES)
+def test_what_first_limbs_leave_is_measured(m: int, n: int, D: int, dtype: torch.dtype, level: str) -> None:
+    a, b = rows(m, D, dtype, 11), rows(n, D, dtype, 12)
+    expected = (a.float() - a.bfloat16().float()).double().square().sum(dim=1)
+    for limbs in ((1, 1), (2, 1)):
+        found, out = torch.ones(m, dtype=torch.float64), torch.zeros(m, n)
+        add_product(a, b, out, limbs=limbs, left_rests=found, level=level)
+        assert torch.equal(out, multiply(a, b, level, limbs))
+        assert ((found - 1 - expected).abs() <= REST_ERROR * expected + 1e-15).all()
 
 
 @needs_unit

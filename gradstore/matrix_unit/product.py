@@ -22,12 +22,14 @@ from torch import Tensor
 
 from gradstore.compiled import Library, load
 
-_INTERFACE = 2  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
+_INTERFACE = 3  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
 _UNIT = 2.0**-24
 LIMB = 2.0**-8
 """The most that one limb leaves of a value; two leave at most `LIMB`² / 2, and nothing of a float16."""
 _DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in src/matrix_unit.cpp
 _ROUNDINGS = 82  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
+REST_ERROR = 2.0**-18
+"""How wrong `left_rests` are at most, in units of themselves: some 40 float32 roundings."""
 WORKSPACE_BYTES = (1 << 20) + (1 << 18)
 """Bytes that one call holds at most."""
 
@@ -53,6 +55,7 @@ class _ProductJob(ctypes.Structure):
         ("right", _Rows),
         ("packed_right", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("left_rests", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
         ("diagonal", ctypes.c_int64),
@@ -146,6 +149,7 @@ def add_product(
     right_factors: Tensor | None = None,
     limbs: tuple[int, int] = (2, 2),
     diagonal: int | None = None,
+    left_rests: Tensor | None = None,
     level: str = "amx",
 ) -> None:
     """Add left @ right.T, rows times their factors, to `out` in the calling thread, without the interpreter lock.
@@ -159,6 +163,8 @@ def add_product(
         limbs: of a value on the left and on the right; one limb is right to `LIMB`. Ignored on a packed side.
         diagonal: of a symmetric product, the right row that is the first left one; values left of the diagonal are not
             wanted, and most of them are left as they were. None wants all.
+        left_rests: float64 [m], to which ‖x − h‖² of each left row is added, h being its values' first limbs; within
+            `REST_ERROR` of it, and 2^-126 a value. Without `diagonal`.
         level: one of `levels()`.
 
     Holds at most `WORKSPACE_BYTES`.
@@ -178,7 +184,9 @@ def add_product(
         packed, second = None, _describe(right, right_factors, limbs[1])
     first = _describe(left, left_factors, limbs[0])
     diagonal = -len(left) if diagonal is None else diagonal
-    job = _ProductJob(first, second, packed, out.data_ptr(), width, out.stride(0), diagonal)
+    assert left_rests is None or (left_rests.dtype == torch.float64 and left_rests.shape == (len(left),))
+    rests = None if left_rests is None else left_rests.data_ptr()
+    job = _ProductJob(first, second, packed, out.data_ptr(), rests, width, out.stride(0), diagonal)
     if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
         raise MemoryError(f"multiplying {list(left.shape)} by {[columns, width]} values")
 

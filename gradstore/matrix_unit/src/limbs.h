@@ -107,13 +107,31 @@ static inline Pair rest_of(Pair x, __m512i upper) {
             _mm512_sub_ps(x.high, widen(_mm512_extracti64x4_epi64(upper, 1)))};
 }
 
+// Squares of what the first limb leaves of values.
+struct Squares {
+    __m512 sums;
+
+    Squares() : sums(_mm512_setzero_ps()) {}
+    void add(Pair rest) { sums = _mm512_fmadd_ps(rest.low, rest.low, _mm512_fmadd_ps(rest.high, rest.high, sums)); }
+    double total() const {
+        alignas(64) float each[16];
+        _mm512_store_ps(each, sums);
+        double sum = 0;
+        for (float value : each) sum += value;
+        return sum;
+    }
+};
+
 // 32 values of a row to one row of a tile, or of one tile for each limb.
-template <int LIMBS, class Value>
-static inline void split(Limb* upper, Limb* lower, const Value* from, __mmask32 some) {
+template <int LIMBS, bool MEASURE, class Value>
+static inline void split(Limb* upper, Limb* lower, const Value* from, __mmask32 some, Squares& left) {
     const Pair x = load_pair(from, some);
     const __m512i first = round_pair(x);
     _mm512_storeu_si512(upper, first);
-    if (LIMBS == 2) _mm512_storeu_si512(lower, round_pair(rest_of(x, first)));
+    if (LIMBS == 1 && !MEASURE) return;
+    const Pair rest = rest_of(x, first);
+    if (MEASURE) left.add(rest);
+    if (LIMBS == 2) _mm512_storeu_si512(lower, round_pair(rest));
 }
 
 static inline __mmask32 first_columns(int64_t count) { return count >= STEP ? ~0u : (1u << count) - 1; }
@@ -206,11 +224,19 @@ static inline int64_t first_columns(int64_t count) { return std::min<int64_t>(co
 static inline float as_float(float value) { return value; }
 static inline float as_float(uint16_t half) { return half_to_float(half); }
 
-template <int LIMBS, class Value>
-static inline void split(Limb* upper, Limb* lower, const Value* from, int64_t some) {
+struct Squares {
+    double sum = 0;
+
+    void add(float rest) { sum += rest * rest; }
+    double total() const { return sum; }
+};
+
+template <int LIMBS, bool MEASURE, class Value>
+static inline void split(Limb* upper, Limb* lower, const Value* from, int64_t some, Squares& left) {
     for (int64_t i = 0; i < STEP; ++i) {
         const float x = i < some ? as_float(from[i]) : 0;
         upper[i] = round_to_limb(x);
+        if (MEASURE) left.add(x - widen(upper[i]));
         if (LIMBS == 2) lower[i] = round_to_limb(x - widen(upper[i]));
     }
 }
@@ -225,18 +251,23 @@ static inline void transpose(Limb* tile) {
 
 #endif
 
-// A strip of the left operand (or of the right one) from up to 16 rows of `width` values; what is missing becomes 0.
-template <int LIMBS, bool RIGHT_SIDE, class Value>
-static inline void pack_strip(Limb* strip, const Value* rows, int64_t stride, int64_t count, int64_t width) {
+// A strip of the left operand (or of the right one) from up to 16 rows of `width` values; what is missing becomes 0. With
+// MEASURE, squares of what first limbs leave of each row are added to `rests`.
+template <int LIMBS, bool RIGHT_SIDE, bool MEASURE, class Value>
+static inline void pack_strip(Limb* strip, const Value* rows, int64_t stride, int64_t count, int64_t width, double* rests) {
+    Squares left[SIDE];
     for (int64_t at = 0; at < width; at += STEP, strip += LIMBS * TILE) {
         const auto some = first_columns(width - at);
         for (int64_t i = 0; i < std::min<int64_t>(count, SIDE); ++i) {
-            split<LIMBS>(strip + i * STEP, strip + TILE + i * STEP, rows + i * stride + at, some);
+            split<LIMBS, MEASURE>(strip + i * STEP, strip + TILE + i * STEP, rows + i * stride + at, some, left[i]);
         }
         for (int limb = 0; limb < LIMBS; ++limb) {
             Limb* tile = strip + limb * TILE;
             if (count < SIDE) memset(tile + count * STEP, 0, (SIDE - count) * STEP * sizeof *tile);
             if (RIGHT_SIDE) transpose(tile);
         }
+    }
+    if (MEASURE) {
+        for (int64_t i = 0; i < std::min<int64_t>(count, SIDE); ++i) rests[i] += left[i].total();
     }
 }

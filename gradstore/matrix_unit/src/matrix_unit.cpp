@@ -25,6 +25,7 @@ struct ProductJob {
     Rows left, right;
     const uint16_t* packed_right;  // what gradstore_pack made of `right`; null to pack it on the way
     float* out;                    // [left rows, right rows], rows `out_stride` apart, added to
+    double* left_rests;            // [left rows], squares of what first limbs leave of each are added to; or null
     int64_t width, out_stride;
     int64_t diagonal;              // left row i is right row i + diagonal, and only values at columns from there on are
                                    // wanted, of a symmetric product; at most minus the left rows where all are
@@ -108,7 +109,7 @@ const Level& level_at(int index) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int gradstore_matrix_unit_interface() { return 2; }
+EXPORT int gradstore_matrix_unit_interface() { return 3; }
 
 // The name of a level, fastest first, and whether this process may use it; null past the last.
 EXPORT const char* gradstore_matrix_unit_level(int index, int* available) {

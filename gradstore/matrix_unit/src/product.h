@@ -5,13 +5,18 @@
 // that the left ones come from memory once. The unit adds up DEPTH columns; their sums are scaled and added to the result.
 // All that in the order of columns, so a value's bits depend on its two rows alone.
 
-typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width);
+typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width, double* rests);
 typedef void (*Multiply)(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
                          int64_t right_strip, int64_t steps);
 
 template <int LIMBS, bool RIGHT_SIDE, class Value>
-static void pack_some(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width) {
-    pack_strip<LIMBS, RIGHT_SIDE>(strip, static_cast<const Value*>(rows), stride, count, width);
+static void pack_some(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width, double* rests) {
+    const Value* values = static_cast<const Value*>(rows);
+    if (!RIGHT_SIDE && rests) {
+        pack_strip<LIMBS, RIGHT_SIDE, !RIGHT_SIDE>(strip, values, stride, count, width, rests);
+    } else {
+        pack_strip<LIMBS, RIGHT_SIDE, false>(strip, values, stride, count, width, nullptr);
+    }
 }
 
 template <bool RIGHT_SIDE>
@@ -27,12 +32,14 @@ static Multiply multiplying(int32_t left_limbs, int32_t right_limbs) {
 
 // `count` rows, or as many as there are, to strips one after another.
 template <bool RIGHT_SIDE>
-static void pack_rows(Limb* strips, const Rows& rows, int64_t first, int64_t count, int64_t column, int64_t width) {
+static void pack_rows(Limb* strips, const Rows& rows, int64_t first, int64_t count, int64_t column, int64_t width,
+                      double* rests = nullptr) {
     const Pack pack = packing<RIGHT_SIDE>(rows.half, rows.limbs);
     const int64_t strip = steps_of(width) * rows.limbs * TILE, size = rows.half ? 2 : 4;
     for (int64_t i = 0; i < count; i += SIDE, strips += strip) {
         const char* from = static_cast<const char*>(rows.values) + ((first + i) * rows.stride + column) * size;
-        pack(strips, from, rows.stride, std::clamp<int64_t>(rows.count - first - i, 0, SIDE), width);
+        const int64_t some = std::clamp<int64_t>(rows.count - first - i, 0, SIDE);
+        pack(strips, from, rows.stride, some, width, rests ? rests + first + i : nullptr);
     }
 }
 
@@ -64,7 +71,7 @@ static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int6
     for (int64_t row = 0; row < job.left.count; row += BLOCK) {
         const int64_t from = std::max<int64_t>(0, row + job.diagonal - first) / BLOCK * BLOCK;
         if (from >= count) return;
-        pack_rows<false>(left, job.left, row, BLOCK, column, width);
+        pack_rows<false>(left, job.left, row, BLOCK, column, width, first == 0 ? job.left_rests : nullptr);
         for (int64_t step = 0; step < steps; step += INNER / STEP) {
             const Limb *some = left + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
             for (int64_t j = from; j < count; j += BLOCK) {
