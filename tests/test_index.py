@@ -109,6 +109,17 @@ def test_a_weak_bound_says_so_and_falls_back(tmp_path: Path) -> None:
     assert found.search.rows_read >= 300
 
 
+def test_so_many_queries_that_a_scan_is_faster_are_left_to_it(tmp_path: Path) -> None:
+    features = clustered(300, 2, 64)
+    train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:65])
+    session = gs.Session(train)
+    found = session.topk(queries, 3)
+    require_same(found, gs.topk(train, queries, 3))
+    assert found.search.note == "a scan is faster than 65 queries through the index, and answered them"
+    assert found.search.rows_read == 300
+    assert session.topk(queries, 3, rows=range(64)).search.note == "", "fewer are not"
+
+
 def test_duplicates_are_all_listed_in_order(tmp_path: Path) -> None:
     features = np.concatenate([np.repeat(clustered(1, 2, 64), 100, axis=0), clustered(900, 2, 64, seed=3)])
     train = write_store(tmp_path / "a", features, shard_rows=500)

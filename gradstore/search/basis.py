@@ -57,11 +57,11 @@ class Basis:
 
     def products(self, digits: Tensor, steps: np.ndarray) -> np.ndarray:
         """B^T t float64 [n, r] of rows t = steps · digits, from int8 [segments, n, K] and float64 [segments, n]."""
-        total = np.zeros((digits.shape[1], self.size))
+        total = torch.zeros(digits.shape[1], self.size, dtype=torch.float64)
         for s, scale in enumerate(self.scales):
-            product = integer_product(digits[s], torch.from_numpy(self.directions[s]).T)
-            total += product.double().numpy() * np.outer(steps[s], scale)
-        return total
+            product = integer_product(digits[s], torch.from_numpy(self.directions[s]).T).double()
+            total.addcmul_(product.mul_(torch.from_numpy(scale)), torch.from_numpy(steps[s])[:, None])
+        return total.numpy()
 
     def coordinates(self, products: np.ndarray) -> np.ndarray:
         """Q^T t float64 [n, r] from B^T t float64 [n, r]; its rounding error is some 1e-13 of ‖t‖."""

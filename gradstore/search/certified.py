@@ -16,8 +16,8 @@ from gradstore.search.sketch import sketch_queries
 from gradstore.store import FeatureStore
 
 _ROWS = 8192
-# Reading a scattered row takes about as long as scanning this many.
-_SCATTERED = 6
+SCATTERED = 6
+"""Reading a scattered row takes about as long as scanning this many."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class IndexSearch:
         for q in range(m):
             upper[q, promising[q]] = -np.inf
         waiting = upper >= best.thresholds.numpy()[:, None]
-        unfinished = waiting.sum(axis=1) * _SCATTERED > len(self.store)
-        if np.count_nonzero(waiting[~unfinished].any(axis=0)) * _SCATTERED > len(self.store):
+        unfinished = waiting.sum(axis=1) * SCATTERED > len(self.store)
+        if np.count_nonzero(waiting[~unfinished].any(axis=0)) * SCATTERED > len(self.store):
             unfinished = waiting.any(axis=1)
         active = np.flatnonzero(waiting.any(axis=1) & ~unfinished)
         step = max(16, k)

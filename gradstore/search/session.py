@@ -9,7 +9,7 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
-from gradstore.search.certified import IndexSearch
+from gradstore.search.certified import SCATTERED, IndexSearch
 from gradstore.search.engines import one_torch_thread
 from gradstore.search.faiss_index import open_faiss
 from gradstore.search.index import open_index
@@ -137,6 +137,8 @@ class Session:
         return value
 
     def _certified(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
+        if len(wanted) > _MAX_BATCH and SCATTERED * len(wanted) * k > len(self.train):
+            return self._scanned(queries, wanted, k)
         rows, similarity = np.empty((len(wanted), k), np.int64), np.empty((len(wanted), k))
         left, read = [], 0
         for start, part in self._batches(wanted):
@@ -153,6 +155,15 @@ class Session:
             read += scan.rows_read
             note = f"the index proves too little for {len(left)} of {len(wanted)} queries; a scan answered these"
         return self._result(queries, wanted, rows, similarity, Search("certified", read, self._name, 1.0, note))
+
+    def _scanned(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
+        """The same by a scan, where scattered reads of the answers alone would take longer."""
+        phis = [self._phi] * len(wanted)
+        rows, similarity, scan = scan_all(self.train, queries, wanted, phis, k, self.memory)
+        note = f"a scan is faster than {len(wanted)} queries through the index, and answered them"
+        return self._result(
+            queries, wanted, rows, similarity, Search("certified", scan.rows_read, scan.engine, 1.0, note)
+        )
 
     def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int, recall: float) -> TopK:
         rows, similarity, read = self._approximate_rows(queries, wanted, k, count)
