@@ -49,7 +49,9 @@ SHOWN = 20
     show_default=True,
     help="exact: read every row; certified: the same answer through an index; approx: candidates of the index only.",
 )
-@click.option("--engine", default="auto", show_default=True, help="With exact: auto, numpy, torch, int8 or cuda.")
+@click.option(
+    "--engine", default="auto", show_default=True, help="With exact: auto, numpy, torch, int8, bfloat16 or cuda."
+)
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")

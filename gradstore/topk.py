@@ -37,9 +37,9 @@ def topk(
 ) -> TopK:
     """The k training rows that a kernel finds most similar to each query, over all training rows.
 
-    Blocks of the training store are multiplied in integers or float32 under a rigorous error bound; whatever could
-    be among the k best is scored again in float64. So neither values nor order depend on memory, block size, engine or
-    threads: similarity descending, then row ascending.
+    Blocks of the training store are multiplied in integers, bfloat16 or float32 under a rigorous error bound; whatever
+    could be among the k best is scored again in float64. So neither values nor order depend on memory, block size,
+    engine or threads: similarity descending, then row ascending.
 
     Args:
         train: store of the training split.
@@ -53,7 +53,7 @@ def topk(
         mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
             none; "approx" re-ranks the candidates of that index and says which recall was measured.
         memory: bytes held beside the result, and beside the index where one is used.
-        engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "cuda".
+        engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "bfloat16", "cuda".
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
     Raises:

@@ -183,7 +183,10 @@ def test_combinations_as_text() -> None:
         ),
         ({"classes": "cat - fish"}, "--classes: no such class (expected one of cat, dog, bird, got 'fish')."),
         ({"classes": "cat - cat"}, "--classes: the weights of the classes are unusable"),
-        ({"engine": "abacus"}, "--engine: unknown engine (expected auto, numpy, torch, int8, cuda, got 'abacus')."),
+        (
+            {"engine": "abacus"},
+            "--engine: unknown engine (expected auto, numpy, torch, int8, bfloat16, cuda, got 'abacus').",
+        ),
         ({"memory": 5000}, "--memory: too little memory (expected at least "),
     ],
 )

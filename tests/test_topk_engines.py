@@ -14,18 +14,23 @@ from synthetic import clustered, dense_similarity, rows_of_every_kind, write_sto
 import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
+from gradstore.matrix_unit import product
 from gradstore.search import engines, native
 from gradstore.search.engines import ENGINES, Engine, choose_engine
 from gradstore.search.exact_score import inner_products
 from gradstore.search.float_block import FloatBlock
 from gradstore.search.integer_block import IntegerBlock, RoundedQueries
+from gradstore.search.limb_block import LimbBlock, PackedBatch, PackedQueries
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import query_phis
 from gradstore.search.rounding import add_integer_product, integer_product, integer_products_are_exact, round_rows
 from gradstore.store import FeatureStore
 
 LEVELS = (*native.levels(), "")
-CPU_ENGINES = [name for name in ENGINES if name != "cuda" and (name != "int8" or integer_products_are_exact())]
+MISSING = {"cuda"}  # its tests need a GPU
+MISSING |= set() if integer_products_are_exact() else {"int8"}
+MISSING |= set() if product.available() else {"bfloat16"}
+CPU_ENGINES = [name for name in ENGINES if name not in MISSING]
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,15 +89,22 @@ def test_every_float16_is_read_as_it_is(simd: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (3, 37), (50, 2048), (7, 15)])
-def test_inner_products_have_the_same_bits_at_every_level(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_inner_products_have_the_same_bits_at_every_level(shape: tuple[int, int], dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
-    row, pieces = torch.randn(*shape, generator=rng), torch.randn(shape[0], 9, shape[1], generator=rng)
-    places = np.array([3, 0, 8, 3])
-    found = [inner_products(row, pieces, places, simd) for simd in LEVELS]
+    (segments, K), width = shape, min(shape[1], 23)
+    cut = -(-K // width)  # pieces of a segment, the last one padded
+    queries = torch.zeros(segments, 9, cut * width)
+    queries[..., :K] = torch.randn(segments, 9, K, generator=rng)
+    pieces = queries.view(segments, 9, cut, width).transpose(1, 2).reshape(-1, 9, width)
+    values, factors = torch.randn(3, segments, K, generator=rng).to(dtype), torch.rand(3, segments, generator=rng) + 0.5
+    rows, places = np.array([0, 0, 2, 2, 2]), np.array([3, 0, 8, 3, 3])
+    found = [inner_products(values, factors, pieces, rows, places, simd) for simd in LEVELS]
     for other in found[1:]:
         np.testing.assert_array_equal(found[0], other)
-    exact = (pieces.double() * row.double()[:, None]).sum(dim=(0, 2))[places].numpy()
-    np.testing.assert_allclose(found[0], exact, rtol=0, atol=1e-13 * row.double().norm().item() ** 2)
+    vectors = (values.float() * factors[..., None]).double().numpy()
+    exact = np.einsum("qsk,qsk->q", vectors[rows], queries[..., :K].double().numpy().transpose(1, 0, 2)[places])
+    np.testing.assert_allclose(found[0], exact, rtol=0, atol=1e-13 * float(np.square(vectors).sum()))
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -121,7 +133,7 @@ def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch
     K=st.sampled_from([1, 33, 300]),
     scale=st.sampled_from([1e-25, 1.0, 1e15]),
 )
-@pytest.mark.parametrize("engine", CPU_ENGINES)
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(["bfloat16 refined"] if "bfloat16" in CPU_ENGINES else [])])
 def test_bounds_hold_for_every_pair(
     engine: str, seed: int, dtype: str, kernel: str, K: int, scale: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -137,6 +149,11 @@ def test_bounds_hold_for_every_pair(
     exact = dense_similarity(train, queries, kernel)
     if engine == "int8":
         block = IntegerBlock(train, [RoundedQueries.of(group) for group in groups], 30)
+    elif engine.startswith("bfloat16"):
+        batch = PackedBatch(groups, dtype)
+        if engine.endswith("refined"):
+            batch.refine()
+        block = LimbBlock(train, batch, 30)
     else:
         block = FloatBlock(train, groups, Engine(engine, torch.device("cpu")), 30)
     for start, stop in ((0, 30), (30, 50)):
@@ -146,7 +163,8 @@ def test_bounds_hold_for_every_pair(
         rounding = 1e-13 * np.abs(exact).max()  # of the reference
         assert (error <= spread.numpy() + rounding).all()
         if kernel != "proj-trntk0":
-            assert (spread < 2e-3 * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+            least = 9e-3 if engine == "bfloat16" else 2e-3
+            assert (spread < least * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +201,51 @@ def test_every_engine_gives_the_same_bits(
             np.testing.assert_array_equal(other.similarity, first.similarity)
 
 
-def test_more_candidates_than_may_wait_change_nothing(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_more_candidates_than_may_wait_change_nothing(
+    engine: str, stores: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = gs.topk(*stores, 9)
     monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 1)
-    other = gs.topk(*stores, 9, engine="int8", memory="2MB")
+    other = gs.topk(*stores, 9, engine=engine, memory="2MB")
     np.testing.assert_array_equal(other.indices, expected.indices)
     np.testing.assert_array_equal(other.similarity, expected.similarity)
+
+
+@pytest.mark.skipif("bfloat16" not in CPU_ENGINES, reason="this processor has no matrix unit")
+def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.standard_normal((1, 2, 300)) + 0.02 * rng.standard_normal((600, 2, 300))).astype(np.float32)
+    train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
+    expected = gs.topk(train, queries, 3, engine="torch")
+    monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 50)
+    monkeypatch.setattr("gradstore.search.scan._PACKED_BLOCK_BYTES", 40 * train.schema.row_bytes)
+    seen = []
+    monkeypatch.setattr(PackedQueries, "refined", lambda self, of=PackedQueries.refined: seen.append(1) or of(self))
+    found = gs.topk(train, queries, 3, engine="bfloat16")
+    assert seen == [1], "once, after the first of several blocks"
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.similarity, expected.similarity)
+
+
+def test_the_matrix_unit_is_refused_where_there_is_none(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.matrix_unit.product.available", lambda: False)
+    with pytest.raises(UsageError, match="this processor has no matrix unit"):
+        gs.topk(*stores, 2, engine="bfloat16")
+    engines._fastest.cache_clear()
+    assert choose_engine("auto", 6, 20, 64).name != "bfloat16"
+    engines._fastest.cache_clear()
+
+
+@pytest.mark.skipif("bfloat16" not in CPU_ENGINES, reason="this processor has no matrix unit")
+def test_where_packed_queries_do_not_fit_other_engines_are_used(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.search.scan._WORTH_MEASURING", 0)
+    monkeypatch.setattr("gradstore.search.engines._fastest", lambda every, *sizes: "bfloat16" if every else "torch")
+    assert gs.topk(*stores, 2).search.engine == "bfloat16"
+    small = 30_000
+    assert gs.topk(*stores, 2, memory=small).search.engine == "torch"
+    with pytest.raises(UsageError, match="too little memory"):
+        gs.topk(*stores, 2, memory=small, engine="bfloat16")
 
 
 def test_the_fastest_engine_is_one_of_them_and_int8_needs_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,16 @@ class Best:
         k: rows wanted for each.
         score: exact similarities of (query, row) pairs.
 
+    Attributes:
+        crowded: whether so many rows stayed in question that some had to be settled early: bounds should be closer.
+
     Holds 40·m·k bytes and at most `limit` pending candidates of 24 bytes; beyond that they are settled at once.
     """
 
     def __init__(self, m: int, k: int, score: Score) -> None:
         self.k, self._score = k, score
         self.limit = pending_limit(m, k)
+        self.crowded = False
         self._lower = torch.full((m, k), -torch.inf, dtype=torch.float64)
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._count = 0
@@ -65,6 +69,7 @@ class Best:
             self._drop_beaten()
             if self._count > self.limit // 2:
                 self.settle()
+                self.crowded = True
 
     def settle(self) -> None:
         """Score pending candidates exactly until the k best of each query are known.

@@ -1,6 +1,7 @@
 """Ways to multiply queries and rows, and which is the fastest here.
 
-"numpy", "torch" and "cuda" multiply pieces in float32, "int8" two digits of 8 bits.
+"numpy", "torch" and "cuda" multiply pieces in float32, "int8" two digits of 8 bits, "bfloat16" limbs of rows as they
+are stored, by the processor's matrix unit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gradstore.errors import UsageError
+from gradstore.matrix_unit import product
 from gradstore.search.rounding import add_integer_product, integer_products_are_exact, round_rows
 
 
@@ -25,7 +27,7 @@ class Engine:
     """One way to multiply queries and rows.
 
     Attributes:
-        name: "numpy", "torch", "cuda" or "int8".
+        name: one of `ENGINES`.
         device: where the rows must be.
     """
 
@@ -33,14 +35,14 @@ class Engine:
     device: torch.device
 
     def add_product(self, queries: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add queries [m, w] times rows [B, w] transposed to float32 `out` [m, B]; not of "int8"."""
+        """Add queries [m, w] times rows [B, w] transposed to float32 `out` [m, B]; numpy, torch and cuda."""
         if self.name == "numpy":
             out.add_(torch.from_numpy(np.matmul(queries.numpy(), rows.numpy().T)))
         else:
             out.addmm_(queries, rows.T)
 
 
-ENGINES = ("numpy", "torch", "int8", "cuda")
+ENGINES = ("numpy", "torch", "int8", "bfloat16", "cuda")
 _CPU = torch.device("cpu")
 
 
@@ -48,7 +50,7 @@ def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.d
     """The engine of a name, or the one that a measurement of some milliseconds finds fastest.
 
     Args:
-        name: "numpy", "torch", "int8" or "cuda"; "auto" for the fastest; "float32" for the faster of numpy and torch.
+        name: one of `ENGINES`; "auto" for the fastest; "float32" for the faster of numpy and torch.
         queries: of the products to come.
         rows: a block.
         width: columns of a piece.
@@ -70,6 +72,13 @@ def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.d
             got="'int8'",
             hint="Use --engine auto",
         )
+    if name == "bfloat16" and not product.available():
+        raise UsageError(
+            "this processor has no matrix unit that gradstore was compiled for",
+            where="--engine",
+            got="'bfloat16'",
+            hint="Use --engine auto",
+        )
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     if name in ("auto", "float32"):
@@ -78,7 +87,7 @@ def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.d
 
 
 @lru_cache(maxsize=32)
-def _fastest(integers_too: bool, queries: int, rows: int, width: int, dtype: torch.dtype) -> str:
+def _fastest(rounded_too: bool, queries: int, rows: int, width: int, dtype: torch.dtype) -> str:
     """Measured on one thread, as the workers of a search run it, from rows as stored at the sizes of its products."""
     q, stored = torch.ones(queries, width), torch.ones(rows, width).to(dtype)
     factors, out, piece = torch.ones(rows), torch.zeros(queries, rows), torch.empty(rows, width)
@@ -91,13 +100,20 @@ def _fastest(integers_too: bool, queries: int, rows: int, width: int, dtype: tor
         round_rows(values, factors, *digits)
         add_integer_product(rounded, steps, digits[0], digits[1], factors, out)
 
+    def in_limbs() -> None:
+        values = stored.float() if dtype == torch.int8 else stored
+        product.add_product(values, packed, out.view(rows, queries), left_factors=factors, limbs=(1, 1))
+
+    packed = product.pack(q, 1) if product.available() else q
     digits, rounded = (torch.empty(2, size, width, dtype=torch.int8) for size in (rows, queries))
     steps = torch.from_numpy(round_rows(q, torch.ones(queries), *rounded).step).float()
     calls: dict[str, Callable[[], object]] = {
         name: partial(in_float32, Engine(name, _CPU)) for name in ("torch", "numpy")
     }
-    if integers_too and integer_products_are_exact():
+    if rounded_too and integer_products_are_exact():
         calls["int8"] = in_int8
+    if rounded_too and product.available():
+        calls["bfloat16"] = in_limbs
     with single_threaded():
         return fastest_call(calls)
 

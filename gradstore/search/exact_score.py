@@ -8,9 +8,8 @@ depend neither on block size, nor engine, nor threads, nor processor; a sum is o
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +22,8 @@ from gradstore.store import FeatureStore
 
 # Running sums of an inner product; `dot` in src/kernels.h has as many.
 _LANES = 16
+# Rows that are read before they are scored: they should still be in the cache.
+_BATCH_BYTES = 2 << 20
 
 
 class ExactScore:
@@ -31,7 +32,8 @@ class ExactScore:
     Args:
         train: the training store.
         groups: the queries.
-        workers: threads; each holds 4·D bytes and some rows as stored; where nothing was compiled, 16·D more.
+        workers: threads; each holds two megabytes of rows as stored, or one row; where classes are summed, as many in
+            float32 as well.
 
     Attributes:
         rows_read: rows read so far.
@@ -46,6 +48,7 @@ class ExactScore:
             self._group[group.members] = g
             self._place[group.members] = np.arange(len(group.members))
         self.rows_read = 0
+        self._most = int(np.clip(_BATCH_BYTES // train.schema.row_bytes, 1, 64))
         self._rooms = threading.local()
 
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -55,98 +58,89 @@ class ExactScore:
         ordered = rows[order]
         found = np.unique(ordered)
         self.rows_read += len(found)
-        spans = list(runs(found, most=self._rows_at_once()))
+        batches = [found[i : i + self._most] for i in range(0, len(found), self._most)]
 
-        def score(span: tuple[int, int]) -> None:
-            low, high = np.searchsorted(ordered, span)
-            self._score_run(span, queries, rows, order[low:high], scores)
+        def score(batch: np.ndarray) -> None:
+            low, high = np.searchsorted(ordered, (batch[0], batch[-1] + 1))
+            self._score_batch(batch, queries, rows, order[low:high], scores)
 
-        if len(spans) < 2 or self.workers < 2:
-            for span in spans:
-                score(span)
+        if len(batches) < 2 or self.workers < 2:
+            for batch in batches:
+                score(batch)
         else:
             with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(score, spans))
+                list(pool.map(score, batches))
         return scores
 
-    def _room(self) -> _Room:
-        """This thread's own."""
+    def _read(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of the store, ascending, in this thread's own arrays: new ones would take longer to map than to fill."""
         if not hasattr(self._rooms, "mine"):
-            self._rooms.mine = _Room(self.train.schema.empty(self._rows_at_once()), {})
-        mine: _Room = self._rooms.mine
-        return mine
+            self._rooms.mine = self.train.schema.empty(self._most)
+        columns = {name: column[: len(batch)] for name, column in self._rooms.mine.items()}
+        at = 0
+        for low, high in runs(batch, most=self._most):
+            self.train.read(low, high, out={name: column[at:] for name, column in columns.items()})
+            at += high - low
+        return columns
 
-    def _rows_at_once(self) -> int:
-        return int(np.clip((1 << 20) // self.train.schema.row_bytes, 1, 64))
-
-    def _score_run(
-        self, span: tuple[int, int], queries: np.ndarray, rows: np.ndarray, pairs: np.ndarray, scores: np.ndarray
+    def _score_batch(
+        self, batch: np.ndarray, queries: np.ndarray, rows: np.ndarray, pairs: np.ndarray, scores: np.ndarray
     ) -> None:
-        """Fill in the scores of the pairs, in ascending order of rows, whose rows lie in `span`."""
-        room = self._room()
-        columns = self.train.read(*span, out=room.columns)
+        """Fill in the scores of the pairs, in ascending order of rows, whose rows are those of `batch`."""
+        columns = self._read(batch)
+        features = torch.from_numpy(columns["features"])
         groups = self._group[queries[pairs]]
         for g in np.unique(groups).tolist():
             mine, group = pairs[groups == g], self.groups[g]
             scaled = Scaled.of(group.phi, columns, self.train.path)
-            padded, vector = room.padded(group.phi)
-            for part in np.split(mine, np.flatnonzero(np.diff(rows[mine])) + 1):
-                row = int(rows[part[0]])
-                factor = self._write_row(group.phi, columns, scaled, row - span[0], row, vector)
-                places = self._place[queries[part]]
-                scores[part] = inner_products(padded, group.pieces, places) * group.scale[places] * factor
-
-    def _write_row(
-        self, phi: Phi, columns: Mapping[str, np.ndarray], scaled: Scaled, i: int, row: int, out: Tensor
-    ) -> float:
-        """Write a row, and return what turns an inner product of scaled vectors into its part of a similarity."""
-        phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], out)
-        norm = vector_norm(out) if scaled.norms is None else float(scaled.norms[i])
-        phi.require_direction(np.array([norm]), np.array([row]), self.train.path)
-        return 1 / norm if phi.kernel.normalised else float(np.ldexp(1.0, scaled.exponent[i]))
+            values, factors, norms = _vectors(group.phi, features, scaled)
+            group.phi.require_direction(norms, batch, self.train.path)
+            row_scale = 1 / norms if group.phi.kernel.normalised else np.ldexp(1.0, scaled.exponent)
+            places, at = self._place[queries[mine]], np.searchsorted(batch, rows[mine])
+            products = inner_products(values, factors, group.pieces, at, places)
+            scores[mine] = products * group.scale[places] * row_scale[at]
 
 
-@dataclass(frozen=True)
-class _Room:
-    """What a thread reuses for row after row: new memory for each would take longer to map than to fill.
-
-    Attributes:
-        columns: rows as stored.
-        vectors: for each feature map, what `Phi.padded` gives.
-    """
-
-    columns: dict[str, np.ndarray]
-    vectors: dict[Phi, tuple[Tensor, Tensor]]
-
-    def padded(self, phi: Phi) -> tuple[Tensor, Tensor]:
-        """Room for one vector in pieces, and its view by class; the padding stays zero."""
-        if phi not in self.vectors:
-            self.vectors[phi] = phi.padded()
-        return self.vectors[phi]
+def _vectors(phi: Phi, features: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Values [B, segments, K] and factors float32 [B, segments], whose products are Φ · 2^-e, and their norms."""
+    if phi.weights is None:
+        assert scaled.norms is not None, "known where classes stand side by side"
+        values = features.float() if features.dtype == torch.int8 else features
+        return values, scaled.factors.contiguous(), scaled.norms
+    vectors = torch.empty(len(features), 1, phi.K)
+    for i in range(len(features)):
+        phi.write_row(features[i], scaled.factors[i], vectors[i])
+    return vectors, torch.ones(len(features), 1), np.array([vector_norm(vector) for vector in vectors])
 
 
-def inner_products(row: Tensor, pieces: Tensor, places: np.ndarray, simd: str | None = None) -> np.ndarray:
-    """Inner products of a row and some queries in float64, added up in one fixed order.
+def inner_products(
+    values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, places: np.ndarray, simd: str | None = None
+) -> np.ndarray:
+    """Inner products of pairs of a row and a query in float64, added up in one fixed order.
 
     A piece has 16 running sums, number l of the products l, l + 16, …; the upper half of them is added to the lower
     until one is left; and pieces are added one after another.
 
     Args:
-        row: float32 [pieces, width], contiguous.
-        pieces: float32 [pieces, g, width], contiguous.
+        values: float16 or float32 [B, segments, K], adjacent within a row.
+        factors: float32 [B, segments]; a row is its values times these, in float32.
+        pieces: float32 [pieces, g, width], contiguous: queries, each segment cut into pieces, the last one padded.
+        rows: int64 [q], which of the B rows; equal ones follow one another.
         places: int64 [q], which of the g queries.
-        simd: a level of the compiled loops, or "" for numpy, which holds 16·D bytes; default the fastest there is.
+        simd: a level of the compiled loops, or "" for numpy, which holds 24·D bytes; default the fastest there is.
 
     Returns:
         float64 [q]; the same bits at every level.
     """
     simd = native.level() if simd is None else simd
     if simd:
-        return native.dot(row, pieces, places, simd)
-    return np.array([_by_numpy(row, pieces[:, place]) for place in places.tolist()])
+        return native.dot(values, factors, pieces, rows, places, simd)
+    return np.array([_by_numpy(values[i], factors[i], pieces[:, q]) for i, q in zip(rows, places, strict=True)])
 
 
-def _by_numpy(row: Tensor, query: Tensor) -> float:
+def _by_numpy(values: Tensor, factors: Tensor, query: Tensor) -> float:
+    row = values.float() * factors[:, None]
+    row = torch.nn.functional.pad(row, (0, query.numel() // len(row) - row.shape[1])).view(query.shape)
     padding = -row.shape[1] % _LANES
     products = np.pad((row.double() * query.double()).numpy(), ((0, 0), (0, padding)))
     lanes = np.add.accumulate(products.reshape(len(row), -1, _LANES), axis=1)[:, -1]

@@ -53,7 +53,8 @@ class FloatBlock:
             scaled = Scaled.of(group.phi, columns, self.train.path)
             center, norms = self._product(group, pieces, features, scaled)
             group.phi.require_direction(norms, columns["row"], self.train.path)
-            found.append((group, *_bounds(group, center, norms, scaled.exponent)))
+            error = error_bound(group.phi.width, group.phi.pieces)
+            found.append((group, *bounds_within(group, center, norms, scaled.exponent, error)))
         return found
 
     def _product(
@@ -78,11 +79,21 @@ def error_bound(width: int, pieces: int) -> float:
     return roundings / (1 - roundings)
 
 
-def _bounds(group: QueryGroup, center: Tensor, norms: np.ndarray, exponent: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Similarities and their largest errors, float64 [g, B]; `center` becomes the former."""
-    phi = group.phi
-    row_scale = 1 / norms if phi.kernel.normalised else np.ldexp(1.0, exponent)
-    query_side, row_side = torch.from_numpy(group.scale), torch.from_numpy(row_scale)
-    center.mul_(query_side[:, None]).mul_(row_side)
-    error = error_bound(phi.width, phi.pieces)
-    return center, torch.outer(query_side * torch.from_numpy(group.norms) * error, row_side * torch.from_numpy(norms))
+def bounds_within(
+    group: QueryGroup, center: Tensor, norms: np.ndarray, exponent: np.ndarray, error: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Similarities and their largest errors, float64 [g, B].
+
+    Args:
+        group: the queries.
+        center: float64 [g, B], inner products of scaled vectors; becomes the similarities.
+        norms: float64 [B], of the rows' scaled vectors.
+        exponent: int [B], of the rows.
+        error: of the inner products, in units of ‖q‖ ‖t‖; one for all, or [g, B].
+    """
+    normalised = group.phi.kernel.normalised
+    row_scale = torch.from_numpy(1 / norms if normalised else np.ldexp(1.0, exponent))
+    query_scale = torch.from_numpy(group.scale)
+    center.mul_(query_scale[:, None]).mul_(row_scale)
+    sizes = torch.outer(query_scale * torch.from_numpy(group.norms), row_scale * torch.from_numpy(norms))
+    return center, sizes.mul_(error)

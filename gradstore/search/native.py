@@ -1,22 +1,20 @@
-"""The compiled inner loops of a search: where they are, which SIMD level they use, and the calls.
+"""The compiled inner loops of a search, built from ``src/search.cpp``: the SIMD level in use, and the calls.
 
-The library is built from ``src/search.cpp`` when the package is installed and a C++ compiler is there. Without it torch
-and numpy do the same more slowly. ``GRADSTORE_SIMD`` (avx512, avx2, plain) forces a level.
+Without them torch and numpy do the same more slowly. ``GRADSTORE_SIMD`` (avx512, avx2, plain) forces a level.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_INTERFACE = 1  # of gradstore_search_interface() in src/search.cpp
+from gradstore.compiled import Library, load
+
+_INTERFACE = 2  # of gradstore_search_interface() in src/search.cpp
 
 
 class _RoundJob(ctypes.Structure):
@@ -33,8 +31,9 @@ class _DotJob(ctypes.Structure):
     """Mirror of ``struct DotJob``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("row", "pieces", "places", "out")),
-        *((name, ctypes.c_int64) for name in ("queries", "count", "width", "stride")),
+        *((name, ctypes.c_void_p) for name in ("values", "factors", "pieces", "rows", "places", "room", "out")),
+        *((name, ctypes.c_int64) for name in ("pairs", "classes", "width", "stride", "piece", "apart")),
+        ("half", ctypes.c_int32),
     )
 
 
@@ -49,14 +48,14 @@ class _ScaleJob(ctypes.Structure):
 
 def levels() -> tuple[str, ...]:
     """SIMD levels that this processor can run, fastest first; none where nothing was compiled."""
-    loaded = _load()
-    return tuple(loaded[1]) if loaded else ()
+    library = _library()
+    return tuple(library.levels) if library else ()
 
 
 def level() -> str:
     """The level in use, "" where nothing was compiled."""
-    wanted = os.environ.get("GRADSTORE_SIMD", "")
-    return wanted if wanted in levels() else next(iter(levels()), "")
+    library = _library()
+    return library.level() if library else ""
 
 
 def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
@@ -74,18 +73,20 @@ def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None
     _call("gradstore_round", job, simd)
 
 
-def dot(row: Tensor, pieces: Tensor, places: np.ndarray, simd: str) -> np.ndarray:
-    """Inner products of a row and some queries; see `gradstore.search.exact_score.inner_products`."""
-    out = np.empty(len(places))
+def dot(values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, places: np.ndarray, simd: str) -> np.ndarray:
+    """Inner products of pairs of a row and a query; see `gradstore.search.exact_score.inner_products`."""
+    (_, classes, width), piece = values.shape, pieces.shape[2]
+    room, out = torch.empty(piece), np.empty(len(rows))
     job = _DotJob(
-        row.data_ptr(),
+        values.data_ptr(),
+        factors.data_ptr(),
         pieces.data_ptr(),
+        rows.ctypes.data,
         places.ctypes.data,
+        room.data_ptr(),
         out.ctypes.data,
-        len(places),
-        len(pieces),
-        pieces.shape[2],
-        pieces.stride(0),
+        *(len(rows), classes, width, values.stride(0), piece, pieces.stride(0)),
+        values.dtype == torch.float16,
     )
     _call("gradstore_dot", job, simd)
     return out
@@ -100,28 +101,11 @@ def add_scaled(
 
 
 def _call(name: str, job: ctypes.Structure, simd: str) -> None:
-    loaded = _load()
-    assert loaded, "called only where levels() is not empty"
-    getattr(loaded[0], name)(ctypes.byref(job), loaded[1][simd])
+    library = _library()
+    assert library is not None, "called only where levels() is not empty"
+    getattr(library.file, name)(ctypes.byref(job), library.levels[simd])
 
 
-@cache
-def _load() -> tuple[ctypes.CDLL, dict[str, int]] | None:
-    """The compiled library and the numbers of the levels that this processor has."""
-    folder = Path(__file__).parent
-    path = next((p for p in (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES) if p.exists()), None)
-    if path is None:
-        return None
-    try:
-        file = ctypes.CDLL(str(path))
-        file.gradstore_search_level.restype = ctypes.c_char_p
-        if file.gradstore_search_interface() != _INTERFACE:
-            return None
-    except (OSError, AttributeError):
-        return None
-    found, flag, index = {}, ctypes.c_int(), 0
-    while name := file.gradstore_search_level(index, ctypes.byref(flag)):
-        if flag.value:
-            found[name.decode()] = index
-        index += 1
-    return file, found
+def _library() -> Library | None:
+    library = load(Path(__file__).parent, "gradstore_search", _INTERFACE)
+    return None if isinstance(library, str) else library

@@ -23,14 +23,17 @@ from gradstore.search.engines import Engine, choose_engine, full_float32, single
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.float_block import FloatBlock
 from gradstore.search.integer_block import IntegerBlock, RoundedQueries
+from gradstore.search.limb_block import LimbBlock, PackedBatch
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.rounding import MAX_WIDTH
 from gradstore.search.topk_result import Search
 from gradstore.store import FeatureStore
 
-# A block is large enough for a good matrix product and no larger.
+# A block is large enough for a good matrix product and no larger; the matrix unit is so fast that packed queries should
+# be read from memory seldom.
 _BLOCK_BYTES = 24 << 20
+_PACKED_BLOCK_BYTES = 48 << 20
 _BLOCK_ROWS = 4096
 _BATCH = 512
 _MAX_WORKERS = 16
@@ -55,7 +58,7 @@ class ScanPlan:
     workers: int
 
 
-def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> ScanPlan:
+def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed: int = 0) -> ScanPlan:
     """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
 
     Args:
@@ -64,22 +67,25 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int) -> Sca
         m: queries.
         k: neighbours a query.
         memory: bytes.
+        packed: groups of queries that are packed in limbs, rounded up to 32; 0 for other engines.
 
     Raises:
         UsageError: the budget does not hold one query, one row and what their product takes.
     """
     row = train.schema.row_bytes
     vectors = 4 * phi.length + 3 * row  # of one worker as it scores exactly
-    per_query = 6 * phi.pieces * phi.width + 8 * phi.K + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
-    cap = int(np.clip(_BLOCK_BYTES // row, 1, _BLOCK_ROWS))
+    each = 8 if packed else 6  # bytes a value: float32, and two digits or limbs
+    per_query = each * phi.pieces * phi.width + 8 * phi.K + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
+    fixed = 31 * packed * 4 * phi.length
+    cap = int(np.clip((_PACKED_BLOCK_BYTES if packed else _BLOCK_BYTES) // row, 1, _BLOCK_ROWS))
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
-        left = memory - workers * vectors
+        left = memory - workers * vectors - fixed
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
         per_row = workers * (row + 8 * phi.width + 48 * max(batch, 1))
         block = int(min(cap, len(train), (left - batch * per_query) // per_row))
         if batch >= 1 and block >= (1 if workers == 1 else min(8, cap, len(train))):
             return ScanPlan(batch, block, workers)
-    need = vectors + 2 * max(per_query, row + 8 * phi.width + 48)
+    need = vectors + fixed + 2 * max(per_query, row + 8 * phi.width + 48)
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )
@@ -107,9 +113,20 @@ def scan_all(
     """
     if not len(rows):
         return np.empty((0, k), np.int64), np.empty((0, k)), Search("exact", 0)
-    longest = max(phis, key=lambda phi: phi.length)
-    plan = plan_scan(train, longest, len(rows), k, memory)
-    if engine == "auto" and (2.0 * len(rows) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
+    means, plan = _prepare(train, phis, k, memory, engine)
+    parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
+    with single_threaded():
+        batches = (load_queries(queries, rows[part], phis[part], plan.workers) for part in parts)
+        found = [scan(train, batch, k, means, plan) for batch in batches]
+    search = Search("exact", len(train) * len(parts), means.name)
+    return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
+
+
+def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engine: str) -> tuple[Engine, ScanPlan]:
+    longest, groups = max(phis, key=lambda phi: phi.length), len(set(phis))
+    plan = plan_scan(train, longest, len(phis), k, memory)
+    asked = engine
+    if engine == "auto" and (2.0 * len(phis) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
         engine = "cuda" if torch.cuda.is_available() else "torch"
     if engine == "int8" and longest.K > MAX_WIDTH:
         raise UsageError(
@@ -117,14 +134,19 @@ def scan_all(
         )
     if engine == "auto" and longest.K > MAX_WIDTH and not torch.cuda.is_available():
         engine = "float32"
-    dtype = getattr(torch, train.schema.dtype)
-    means = choose_engine(engine, plan.batch, plan.block, longest.width, dtype)
-    parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
-    with single_threaded():
-        batches = (load_queries(queries, rows[part], phis[part], plan.workers) for part in parts)
-        found = [scan(train, batch, k, means, plan) for batch in batches]
-    search = Search("exact", len(train) * len(parts), means.name)
-    return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
+    sizes = -(-plan.batch // groups), plan.block, longest.width, getattr(torch, train.schema.dtype)
+    means = choose_engine(engine, *sizes)
+    if means.name != "bfloat16":
+        return means, plan
+    try:
+        packed = plan_scan(train, longest, len(phis), k, memory, packed=groups)
+    except UsageError:
+        if asked == "bfloat16":
+            raise
+        packed = None
+    if packed is not None and (asked == "bfloat16" or 2 * packed.batch >= plan.batch):
+        return means, packed
+    return choose_engine("float32", *sizes), plan  # packed queries take too much room
 
 
 def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan) -> Best:
@@ -157,6 +179,7 @@ class _Scan:
     ) -> None:
         self.train, self.groups, self.best, self.engine, self.plan = train, groups, best, engine, plan
         self._rounded = [RoundedQueries.of(group) for group in groups] if engine.name == "int8" else []
+        self._packed = PackedBatch(groups if engine.name == "bfloat16" else [], train.schema.dtype)
         self._starts = count(0, plan.block)
         self._lock = Lock()
         self._errors: list[tuple[int, Exception]] = []
@@ -185,13 +208,17 @@ class _Scan:
             except Exception as error:
                 self._errors.append((start, error))
 
-    def _block(self) -> IntegerBlock | FloatBlock:
+    def _block(self) -> IntegerBlock | LimbBlock | FloatBlock:
         if self.engine.name == "int8":
             return IntegerBlock(self.train, self._rounded, self.plan.block)
+        if self.engine.name == "bfloat16":
+            return LimbBlock(self.train, self._packed, self.plan.block)
         return FloatBlock(self.train, self.groups, self.engine, self.plan.block)
 
-    def _do(self, block: IntegerBlock | FloatBlock, start: int, stop: int) -> None:
+    def _do(self, block: IntegerBlock | LimbBlock | FloatBlock, start: int, stop: int) -> None:
         rows = np.arange(start, stop)
+        if self.best.crowded:
+            self._packed.refine()
         for group, center, spread in block.bounds(start, stop):
             self._require_finite(center, rows)
             with self._lock:

@@ -177,14 +177,39 @@ static double dot(const float* a, const float* b, int64_t width) {
     return lanes[0];
 }
 
-static void dot_pieces(const DotJob& job) {
-    for (int64_t q = 0; q < job.queries; ++q) {
-        const float* query = job.pieces + job.places[q] * job.width;
-        double total = 0;
-        for (int64_t j = 0; j < job.count; ++j) {
-            total += dot(query + j * job.stride, job.row + j * job.width, job.width);
+static inline void write_some(float* to, Floats values) { memcpy(to, &values, sizeof values); }
+
+// to[0 : piece] = the values times the factor, and zeros where there are fewer.
+template <class Value>
+static inline void write_piece(float* to, const Value* from, float factor, int64_t count, int64_t piece) {
+    int64_t i = 0;
+    for (; i + WIDE <= count; i += WIDE) write_some(to + i, read(from + i) * factor);
+    if (i < count) {
+        Value last[WIDE] = {};
+        memcpy(last, from + i, (count - i) * sizeof(Value));
+        const Floats values = read(last) * factor;
+        memcpy(to + i, &values, (count - i) * sizeof(float));
+    }
+    if (count < piece) memset(to + count, 0, (piece - count) * sizeof(float));
+}
+
+// The pairs [first, last) of one row; each of its pieces is written once.
+template <class Value>
+static void dot_row(const DotJob& job, int64_t first, int64_t last) {
+    const Value* row = static_cast<const Value*>(job.values) + job.rows[first] * job.stride;
+    const float *factors = job.factors + job.rows[first] * job.classes, *queries = job.pieces;
+    for (int64_t c = 0; c < job.classes; ++c) {
+        for (int64_t at = 0; at < job.width; at += job.piece, queries += job.apart) {
+            write_piece(job.room, row + c * job.width + at, factors[c], std::min(job.piece, job.width - at), job.piece);
+            for (int64_t i = first; i < last; ++i) job.out[i] += dot(queries + job.places[i] * job.piece, job.room, job.piece);
         }
-        job.out[q] = total;
+    }
+}
+
+static void dot_pairs(const DotJob& job) {
+    for (int64_t first = 0, last; first < job.pairs; first = last) {
+        for (last = first; last < job.pairs && job.rows[last] == job.rows[first]; ++last) job.out[last] = 0;
+        job.half ? dot_row<uint16_t>(job, first, last) : dot_row<float>(job, first, last);
     }
 }
 

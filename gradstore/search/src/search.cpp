@@ -7,9 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "../../matrix_unit/src/simd.h"
 
 namespace {
 
@@ -33,11 +31,15 @@ struct RoundJob {
 };
 
 struct DotJob {
-    const float* row;      // [count * width]
-    const float* pieces;   // [count, any, width], pieces `stride` floats apart
-    const int64_t* places; // [queries], of the middle axis
-    double* out;           // [queries]
-    int64_t queries, count, width, stride;
+    const void* values;    // [any, classes, width] of float16 or float32, rows `stride` values apart
+    const float* factors;  // [any, classes]; values are multiplied by them, in float32
+    const float* pieces;   // [classes, in a class, any, piece]: the queries, padded with zeros; pieces `apart` floats apart
+    const int64_t* rows;   // [pairs]: which row; those of one follow one another
+    const int64_t* places; // [pairs]: which query
+    float* room;           // [piece]
+    double* out;           // [pairs]
+    int64_t pairs, classes, width, stride, piece, apart;
+    int32_t half;          // whether the values are float16
 };
 
 struct ScaleJob {
@@ -63,20 +65,9 @@ inline float half_to_float(uint16_t half) {
     return value;
 }
 
-#define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET _Pragma("clang attribute pop")
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"
-#else
-#define BEGIN_TARGET(features) _Pragma("GCC push_options") PRAGMA(GCC target(features))
-#define END_TARGET _Pragma("GCC pop_options")
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
-#endif
-
 #if defined(__x86_64__)
 #define VECTOR_BYTES 64
-BEGIN_TARGET(AVX512)
+BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c" WHOLE_REGISTERS)
 namespace avx512 {
 #include "kernels.h"
 }  // namespace avx512
@@ -110,19 +101,19 @@ const Level LEVELS[] = {
     {"avx512",
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-     avx512::round_rows, avx512::dot_pieces, avx512::add_scaled},
+     avx512::round_rows, avx512::dot_pairs, avx512::add_scaled},
     // Every processor with AVX2 converts float16.
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::round_rows, avx2::dot_pieces,
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::round_rows, avx2::dot_pairs,
      avx2::add_scaled},
 #endif
-    {"plain", true, baseline::round_rows, baseline::dot_pieces, baseline::add_scaled},
+    {"plain", true, baseline::round_rows, baseline::dot_pairs, baseline::add_scaled},
 };
 
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int gradstore_search_interface() { return 1; }
+EXPORT int gradstore_search_interface() { return 2; }
 
 // The name of a level, fastest first, and whether this processor has it; null past the last.
 EXPORT const char* gradstore_search_level(int index, int* available) {
