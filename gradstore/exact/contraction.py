@@ -119,12 +119,13 @@ def _contract_dense(
         whole = columns.view(m * c, -1)
         if own:
             sums.add(whole, whole)
-            continue
         at = 0
-        for batches in _runs(left[0], room // columns.shape[1]):
+        for batches in _runs(left[0], room // columns.shape[1]) if not own else ():
             rows = formed(left, pieces, batches, workers).view(-1, whole.shape[1])
             sums.add(rows, whole, at)
             at += len(rows)
+            del rows  # its memory is used again
+        del columns, whole
     sums.settle()
     return squares
 
