@@ -89,10 +89,10 @@ def gram(
         arithmetic: how rows are multiplied; the file records which it was.
             "float32": by BLAS, a cosine right to about 1e-6.
             "bfloat16x2": rows as they are stored, on the processor's matrix unit; a cosine is right to 3e-6, at worst
-            to `gradstore.matrix_unit.product.error_bound`. Rows are held in half the memory, and it is several times as
-            fast.
+            to `gradstore.matrix_unit.product.error_bound`. Rows are held in half the memory, and it is some three
+            times as fast.
             "int8": rows rounded to 8 bits, typically 1e-4 off, bounds in `gradstore.rounding`; a row that would
-            lose too much is refused. Twice as fast as float32 where there is no matrix unit, and no faster than
+            lose too much is refused. Twice as fast as float32 where there is no matrix unit, and a fifth faster than
             bfloat16x2 where there is one.
             "auto": bfloat16x2 where this process has a matrix unit, else float32. It is the default since both are as
             right as a float16 feature, whose own rounding moves a cosine by 1e-6, and the projection by 1/sqrt(K). The

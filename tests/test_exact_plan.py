@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -121,3 +126,33 @@ def test_a_weight_that_comes_in_parts_is_joined_where_there_is_room() -> None:
         np.testing.assert_allclose(squares, out.diag(), rtol=1e-6)
         results.append(out.triu())
     np.testing.assert_allclose(results[0], results[1], atol=1e-6 * results[1].max())
+
+
+@pytest.mark.parametrize(("n", "memory"), [(500, 30_000_000), (900, 60_000_000)])
+def test_the_measured_peak_keeps_the_budget(n: int, memory: int) -> None:
+    """In a process of its own: what it takes beyond model, data, libraries and result.
+
+    What the C library keeps of freed memory is in it, so a third more is allowed.
+    """
+    code = f"""
+        import torch, gradstore as gs
+        from cases import SmallCNN
+        from torch.utils.data import TensorDataset
+
+        def status(name):
+            return int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1]) * 1024
+
+        torch.manual_seed(0)
+        torch.set_num_threads(2)
+        images = torch.randn({n}, 1, 8, 8)
+        project = gs.Project(model=SmallCNN(10), splits={{"train": TensorDataset(images, torch.zeros({n}).long())}})
+        gs.exact_gram(project, rows_a=range(40), memory={memory})  # libraries take what they need
+        open("/proc/self/clear_refs", "w").write("5")
+        before = status("VmRSS")
+        gs.exact_gram(project, memory={memory})
+        print(status("VmHWM") - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    taken, result = int(done.stdout), 8 * n * n
+    assert taken - result < memory * 4 // 3, f"{taken / 1e6:.1f} MB of {memory / 1e6:.0f} MB"

@@ -23,6 +23,8 @@ from gradstore.jacobians import DenseBlock, EmbeddingBlock
 from gradstore.matrix_unit import product
 from gradstore.threads import Workers
 
+# Bytes for dense rows beyond which nothing is gained.
+_MOST_SCRATCH = 1 << 27
 # An elementwise pass over products costs about as much as this many multiply-adds of a matrix product.
 _PASS = 30
 
@@ -112,19 +114,22 @@ def _contract_dense(
     squares = [torch.zeros(m, rows_and_classes(b[0])[1], dtype=torch.float64, device=out.device) for b in right]
     sums = Sums(out, own, workers)
     taken = workers.count * product.WORKSPACE_BYTES if workers else 0
-    room = max(scratch - taken, scratch // 2) // (6 if own else 12)  # float32 values, and a third for making them
+    room = min(max(scratch - taken, scratch // 2), _MOST_SCRATCH) // (
+        6 if own else 12
+    )  # float32 values, and a third for making them
     for pieces in slices(right, room // m, joined=not pairs):
         c = rows_and_classes(right[pieces[0].block][0])[1] if pairs else 1
         columns = formed(right, pieces, range(len(right[0])), workers, squares)
         whole = columns.view(m * c, -1)
         if own:
             sums.add(whole, whole)
-            continue
         at = 0
-        for batches in _runs(left[0], room // columns.shape[1]):
+        for batches in _runs(left[0], room // columns.shape[1]) if not own else ():
             rows = formed(left, pieces, batches, workers).view(-1, whole.shape[1])
             sums.add(rows, whole, at)
             at += len(rows)
+            del rows  # its memory is used again
+        del columns, whole
     sums.settle()
     return squares
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradstore.exact.factors import Held, column_slices, count, device_of, rows_and_classes, unit_columns, write_columns
+from gradstore.jacobians.fresh import reused
 from gradstore.matrix_unit import product
 from gradstore.products import equal_shares
 from gradstore.threads import Workers
@@ -142,7 +143,8 @@ def formed(
     starts = [0]
     for k in batches:
         starts.append(starts[-1] + rows_and_classes(first[k])[0])
-    out = torch.empty(starts[-1], sum(piece.width for piece in pieces), device=device_of(first[0]))
+    like = torch.empty((), device=device_of(first[0]))
+    out = reused((starts[-1], sum(piece.width for piece in pieces)), like)
 
     def form(i: int) -> None:
         rows, at = slice(starts[i], starts[i + 1]), 0

@@ -19,8 +19,6 @@ MOST_ROWS = 2048
 # The part of the memory, one in so many, that is left for computing Jacobians and for multiplying them.
 _SPARE = 4
 _BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-# Bytes of intermediate values beyond which nothing is gained.
-_MOST_SCRATCH = 1 << 27
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
 # Where classes come in parts, columns of a tile, in groups: the group is computed again for each.
@@ -115,7 +113,7 @@ def _plan(
         # Jacobians are computed first and multiplied then, so both may take what is left.
         batch = next((size for size in _BATCHES if computing(size, classes) <= left), None)
         if batch is not None:
-            return JacobianPlan(classes, group, span, block, min(batch, group), min(left, _MOST_SCRATCH))
+            return JacobianPlan(classes, group, span, block, min(batch, group), left)
     return None
 
 

@@ -19,6 +19,7 @@ from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.kernels import Kernel
+from gradstore.memory import return_freed_memory
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project
@@ -26,6 +27,7 @@ from gradstore.tiles import Skip, Tile, nothing
 from gradstore.weights import weights_digest
 
 _PROBE = 4
+_MIRRORED = 128  # rows copied together
 
 
 @dataclass
@@ -129,7 +131,9 @@ class JacobianTiles:
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         # Threads that wait for the next small layer would take the cores from those that multiply.
         with uncut_if_small(self.engine.outputs(self.plan.batch)):
-            return self._computed(selection, rows, classes)
+            made = self._computed(selection, rows, classes)
+        return_freed_memory()  # before products need room
+        return made
 
     def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         batches: list[list[tuple[str, Held]]] = []
@@ -155,6 +159,7 @@ class JacobianTiles:
             rows = resident or self._load(self.a, group, classes)
             if own:
                 squares[1] += self._add(rows, rows, out)
+                del rows  # before the next classes are computed
                 continue
             squares[0] += self._squares(rows)
             for start in range(span.start, span.stop, self.plan.block):
@@ -162,6 +167,7 @@ class JacobianTiles:
                 at = slice(start - span.start, block.stop - span.start)
                 places = slice(at.start * self.factor, at.stop * self.factor)
                 squares[1][at] += self._add(rows, self._load(self.b, block, classes), out[:, places])
+            del rows
         return self._finished(out, (squares[1] if own else squares[0], squares[1]), (group, span), own)
 
     def _add(self, a: Jacobians, b: Jacobians, out: Tensor) -> Tensor:
@@ -169,6 +175,7 @@ class JacobianTiles:
         total = torch.zeros(len(b.rows), dtype=torch.float64, device=self.device)
         blocks = [(left, left if a is b else right) for (_, left), (_, right) in zip(a.columns, b.columns, strict=True)]
         squares = contract(blocks, out, pairs=self.kernel.pairs_classes, scratch=self.plan.scratch)
+        return_freed_memory()
         for (name, _), square in zip(b.columns, squares, strict=True):
             require_finite_block(square, b.rows.tolist(), name, self.b.split)
             total += square.sum(dim=1)
@@ -198,7 +205,7 @@ class JacobianTiles:
         if self.kernel.averages:
             out /= self.classes
         if own:
-            out.copy_(out.triu() + out.triu(1).T)  # symmetric to the last bit
+            _mirror(out)
             if self.kernel.normalised:
                 out.fill_diagonal_(1.0)
         return out.cpu().numpy()
@@ -214,3 +221,12 @@ class JacobianTiles:
                 hint="Widen `parameters=`, or use the kernel that is not normalised",
             )
         return norms
+
+
+def _mirror(out: Tensor) -> None:
+    """What is right of the diagonal is copied to its left, so that `out` is symmetric to the last bit; holds little."""
+    for low in range(0, len(out), _MIRRORED):
+        high = low + _MIRRORED
+        square = out[low:high, low:high]
+        square.copy_(square.triu() + square.triu(1).T)
+        out[high:, low:high] = out[low:high, high:].T
