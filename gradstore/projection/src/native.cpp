@@ -17,10 +17,9 @@
 
 #include "job.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define NEON 0
-#elif defined(__ARM_NEON)
+#include "../../matrix_unit/src/amx.h"
+
+#if defined(__ARM_NEON)
 #include <arm_neon.h>
 #define NEON 1
 #else
@@ -44,23 +43,23 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-#define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET _Pragma("clang attribute pop")
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2"
-#else
-#define BEGIN_TARGET(features) _Pragma("GCC push_options") PRAGMA(GCC target(features))
-#define END_TARGET _Pragma("GCC pop_options")
-#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512"
-#endif
-
 #if defined(__x86_64__)
 #define VECTOR_BYTES 64
-BEGIN_TARGET(AVX512)
+#if HAS_AMX
+BEGIN_TARGET(AMX_INT8_TARGET)
+namespace amx {
+#include "../../matrix_unit/src/tiles.h"
+#include "philox.h"
+#include "normals.h"
+#include "gaussian_amx.h"
+}  // namespace amx
+END_TARGET
+#endif
+BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2" WHOLE_REGISTERS)
 namespace avx512 {
 #include "philox.h"
 #include "rademacher.h"
+#include "normals.h"
 #include "gaussian.h"
 #include "shared.h"
 }  // namespace avx512
@@ -71,6 +70,7 @@ BEGIN_TARGET("avx2,fma,bmi,bmi2")
 namespace avx2 {
 #include "philox.h"
 #include "rademacher.h"
+#include "normals.h"
 #include "gaussian.h"
 #include "shared.h"
 }  // namespace avx2
@@ -82,6 +82,7 @@ END_TARGET
 namespace baseline {
 #include "philox.h"
 #include "rademacher.h"
+#include "normals.h"
 #include "gaussian.h"
 #include "shared.h"
 }  // namespace baseline
@@ -90,22 +91,30 @@ namespace baseline {
 struct Level {
     const char* name;
     bool available;
+    int64_t gaussian_k, gaussian_rows;  // the most columns of out and rows that one task of normals takes
     void (*rademacher)(const Job&, Range, Range);
     void (*gaussian)(const Job&, Range, Range);
     void (*shared)(const SharedJob&, Range, Range);
 };
 
+#if defined(__x86_64__)
+bool avx512_available() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = {
+#if HAS_AMX
+        {"amx", avx512_available() && amx_int8_available(), 320, 768, avx512::rademacher, amx::gaussian, avx512::shared},
+#endif
 #if defined(__x86_64__)
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"),
-         avx512::rademacher, avx512::gaussian, avx512::shared},
-        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+        {"avx512", avx512_available(), 64, 4096, avx512::rademacher, avx512::gaussian, avx512::shared},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), 64, 4096,
          avx2::rademacher, avx2::gaussian, avx2::shared},
 #endif
-        {NEON ? "neon" : "plain", true, baseline::rademacher, baseline::gaussian, baseline::shared},
+        {NEON ? "neon" : "plain", true, 64, 4096, baseline::rademacher, baseline::gaussian, baseline::shared},
     };
     return all;
 }
@@ -123,8 +132,12 @@ int64_t even_tile(int64_t count, int64_t largest, int64_t smallest, int64_t row_
     return tiles(tiles(count, k_tiles), 16) * 16;
 }
 
-Tiling tiling(const Job& job, int threads) {
-    if (job.domain % 2 == KIND_GAUSSIAN) return {64, 4096};
+Tiling tiling(const Job& job, const Level& level, int threads) {
+    if (job.domain % 2 == KIND_GAUSSIAN) {
+        const int64_t row_tiles = tiles(job.rows, level.gaussian_rows);
+        const int64_t rows = tiles(tiles(job.rows, row_tiles), 16) * 16;
+        return {even_tile(job.count, level.gaussian_k, 64, row_tiles, threads), rows};
+    }
     return {even_tile(job.count, 2560, 512, tiles(job.rows, 256), threads), 256};
 }
 
@@ -188,7 +201,7 @@ EXPORT const char* gradstore_level(int index, int* available) {
 EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
     threads = useful_threads((double)job->rows * job->columns * job->count, threads);
     const auto kernel = job->domain % 2 == KIND_GAUSSIAN ? levels()[level].gaussian : levels()[level].rademacher;
-    return !run(job->count, job->rows, tiling(*job, threads), threads,
+    return !run(job->count, job->rows, tiling(*job, levels()[level], threads), threads,
                 [&](Range ks, Range rows) { kernel(*job, ks, rows); });
 }
 
