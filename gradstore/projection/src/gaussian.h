@@ -15,7 +15,9 @@ static void make_panel(float* z, uint64_t first, uint64_t stop, uint64_t k, cons
     for (uint64_t b = first; b < stop; ++b) counters[b - first] = of_counter(b, job.domain, keys);
     for (int i = 0; i < PANEL; i += GROUP_K) {
         const OfGroup group(k + i, first, keys);  // the b of a span share their upper half
-        for (uint64_t j = 0; j < stop - first; ++j) make_normals(z + 4 * j * PANEL + i, PANEL, group, counters[j], keys);
+        for (uint64_t j = 0; j < stop - first; ++j) {
+            words_to_normals(z + 4 * j * PANEL + i, PANEL, philox_pair(group.even, group.odd, counters[j], keys));
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 // The product with a matrix of normals by x86's matrix unit (AMX), which multiplies int8 exactly, twice as fast as bfloat16.
 //
-// Normals and gradients become integers of three digits to the base 256, in [-128, 127]: normals in units of 2^-20 (they stay
-// below 6.8), gradients in a unit of the row and DEPTH columns, 2^-22 of the power of two at their largest one. Of the nine
-// products of digits the least is left out, the others make four sums by weight, exact in int32. Relative to the norms of
-// both, roundings are 2.8e-7 for normals and some 1e-7 for gradients, and 2^-24 sqrt(DEPTH / 3) = 6e-7 at the very worst.
+// Normals and gradients become integers of three digits to the base 256, from -128 to 127: normals in units of 2^-20 (they
+// stay below 6.8), gradients in a unit of their row and DEPTH columns, 2^-22 of the power of two at the largest. Products of
+// digits make sums by weight, exact in int32. The least three of nine are left out: with digits as good as random they are
+// worth 2.3e-7 of what the largest of the DEPTH gradients would be if all were as large, and two of them are computed after
+// all where that exceeds UNEVEN times the norm of these gradients. Roundings add 2.8e-7.
 //
-// A panel of normals stays in the second-level cache and meets all rows, two to three thousand cycles for 16 of them. In
-// that time the vector unit makes the normals of the next DEPTH columns.
+// Digits of gradients are made once for all k. A panel of normals stays in the second-level cache and meets all rows; while
+// the matrix unit works, the vector unit makes the normals of the next DEPTH columns.
 
 typedef int8_t Digit;
 
@@ -17,10 +18,14 @@ constexpr int DIGITS = 3;
 constexpr int64_t DEPTH = 256;                // columns whose products are summed in integers
 constexpr int64_t STEPS = DEPTH / STEP;
 constexpr int64_t STRIP = STEPS * DIGITS * TILE;  // digits of 16 rows or k: [STEPS][DIGITS][TILE]
-constexpr int64_t COUNTERS_DEEP = DEPTH / 4;
-constexpr int64_t SPAN = 32 * DEPTH;          // parameters between two additions to the totals
+constexpr int64_t DEEP = DEPTH / 4;           // counters of a strip
+constexpr int64_t SPAN = 64 * DEPTH;          // columns between two additions to out
+constexpr int64_t MOST_ROWS = 768, MOST_K = 320;  // of a task: 1 MB of totals, 0.5 MB of normals
+constexpr int64_t CHUNK_BYTES = 16 << 20;     // digits of gradients that are held, if SPAN columns are no more
 constexpr int WEIGHTS = 4;                    // sums by weight: 1, 2^-8, 2^-16, 2^-24
 constexpr int NORMAL_BITS = 20, GRADIENT_BITS = 22;
+constexpr float UNEVEN = 8;
+constexpr int TOGETHER = 2;                   // counters whose normals are made together
 
 static_assert(GROUP_K == SIDE, "normals are made a strip of k at a time");
 
@@ -28,14 +33,14 @@ struct ByteOrder {  // for permuting two registers of 64 bytes
     alignas(64) uint8_t from[64] = {};
 };
 
-// Of four columns for each of 16 k: the upper two digits of two columns, then with the halves swapped, and the last digit.
+// Of four columns for each of 16 k, in two registers: a digit of both columns, then another.
 constexpr ByteOrder columns_order(int first, int second) {
     ByteOrder order;
     for (int i = 0; i < 64; ++i) order.from[i] = (i % 2 ? 64 : 0) + i / 4 * 4 + (i % 4 < 2 ? first : second);
     return order;
 }
 
-// The same of 16 columns each in two registers: a digit of all of them, then another.
+// Of 32 columns of a row, in two registers: a digit of all of them, then another.
 constexpr ByteOrder row_order(int first, int second) {
     ByteOrder order;
     for (int i = 0; i < 64; ++i) order.from[i] = i % 32 * 4 + (i < 32 ? first : second);
@@ -59,55 +64,70 @@ static inline void store_digits(Digit* to, __m512i first, __m512i second, __m512
     _mm512_store_si512(to + 2 * TILE, _mm512_xor_si512(third, flip));
 }
 
-// Makes the normals of DEPTH columns for a panel, 16 k by 4 columns at each call of next().
+// Makes the normals of DEPTH columns for a panel, little by little.
 class Panel {
 public:
     Panel(const Job& job, Digit* strips, int64_t count, uint64_t base, uint64_t stop, uint64_t k, const Keys& keys)
-        : keys_(keys), strips_(strips), end_(strips + count * STRIP), first_k_(k), first_(std::max(base, job.start) / 4),
-          skipped_((int64_t)(first_ - base / 4)), used_(std::min<int64_t>((int64_t)((stop + 3) / 4 - base / 4), COUNTERS_DEEP)),
-          at_(used_) {
-        for (int64_t i = skipped_; i < used_; ++i) counters_[i] = of_counter(base / 4 + i, job.domain, keys);
-        if (skipped_ >= used_) strips_ = end_;
-        strips_ -= STRIP;
+        : keys_(keys), strip_(strips - STRIP), end_(strips + count * STRIP), k_(k) {
+        const uint64_t first = std::max(base, job.start) - base, last = std::min<uint64_t>(stop - base, DEPTH);
+        first_ = (int64_t)(first / 4) / TOGETHER * TOGETHER;
+        stop_ = at_ = tiles((last + 3) / 4, TOGETHER) * TOGETHER;
+        base_ = base / 4;
+        for (int64_t i = first_; i < stop_; ++i) counters_[i] = of_counter(base_ + i, job.domain, keys);
     }
 
-    int64_t calls() const { return (end_ - strips_ - STRIP) / STRIP * (used_ - skipped_); }
+    // Calls of next() from now to the end.
+    int64_t calls() const { return ((end_ - strip_) / STRIP - 1) * (stop_ - first_) / TOGETHER * 2; }
 
-    bool next() {
-        if (at_ == used_) {
-            if (strips_ + STRIP >= end_) return false;
-            strips_ += STRIP;
-            group_ = OfGroup(first_k_, first_, keys_);  // the counters of a panel share their upper half
-            first_k_ += SIDE;
-            at_ = skipped_;
+    // By turns, words of Philox and the normals from the last ones: they do not wait for each other. False at the end.
+    inline bool next() {
+        if (ready_) {
+#pragma GCC unroll 2
+            for (int i = 0; i < TOGETHER; ++i) store_normals(at_ - TOGETHER + i, words_[i]);
+        } else {
+            if (at_ == stop_) {
+                if (strip_ + STRIP == end_) return false;
+                strip_ += STRIP;
+                group_ = OfGroup(k_, base_, keys_);  // the counters of a panel share their upper half
+                k_ += SIDE;
+                at_ = first_;
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < TOGETHER; ++i) words_[i] = philox_pair(group_.even, group_.odd, counters_[at_ + i], keys_);
+            at_ += TOGETHER;
         }
-        alignas(64) float z[4][SIDE];
-        make_normals(z[0], SIDE, group_, counters_[at_], keys_);
-        __m512i x[4];
-        for (int i = 0; i < 4; ++i) x[i] = digits_of(_mm512_mul_ps(_mm512_load_ps(z[i]), _mm512_set1_ps(1 << NORMAL_BITS)));
-        const __m512i a = merge(x[0], COLUMNS_12, x[1]), b = merge(x[2], COLUMNS_21, x[3]);
-        const __mmask32 upper = 0xAAAAAAAA;
-        store_digits(strips_ + at_ / SIDE * DIGITS * TILE + at_ % SIDE * STEP, _mm512_mask_blend_epi16(upper, a, b),
-                     _mm512_rol_epi32(_mm512_mask_blend_epi16(upper, b, a), 16),
-                     _mm512_mask_blend_epi16(upper, merge(x[0], COLUMNS_3, x[1]), merge(x[2], COLUMNS_3, x[3])));
-        ++at_;
+        ready_ = !ready_;
         return true;
     }
 
 private:
+    void store_normals(int64_t counter, const Random& words) {
+        alignas(64) float z[4][SIDE];
+        words_to_normals(z[0], SIDE, words);
+        __m512i x[4];
+        for (int i = 0; i < 4; ++i) x[i] = digits_of(_mm512_mul_ps(_mm512_load_ps(z[i]), _mm512_set1_ps(1 << NORMAL_BITS)));
+        const __m512i a = merge(x[0], COLUMNS_12, x[1]), b = merge(x[2], COLUMNS_21, x[3]);
+        const __mmask32 upper = 0xAAAAAAAA;
+        store_digits(strip_ + counter / SIDE * DIGITS * TILE + counter % SIDE * STEP, _mm512_mask_blend_epi16(upper, a, b),
+                     _mm512_rol_epi32(_mm512_mask_blend_epi16(upper, b, a), 16),
+                     _mm512_mask_blend_epi16(upper, merge(x[0], COLUMNS_3, x[1]), merge(x[2], COLUMNS_3, x[3])));
+    }
+
     const Keys& keys_;
-    Digit *strips_, *end_;
-    uint64_t first_k_, first_;
-    int64_t skipped_, used_, at_;  // counters of the block: before the first that is needed, to the last, the next
+    Digit *strip_, *end_;
+    uint64_t k_, base_;
+    int64_t first_, stop_, at_;  // counters of the panel that are needed, and the next one
+    bool ready_ = false;
     OfGroup group_;
-    OfCounter counters_[COUNTERS_DEEP];
+    Random words_[TOGETHER];
+    OfCounter counters_[DEEP];
 };
 
-// The columns of a block that the job has: those of the block's register `i` are masks[i].
+// The columns of a block of DEPTH that the job has.
 struct Columns {
-    int64_t first;  // the block's first column in the job; may be negative
-    __mmask16 masks[DEPTH / SIDE];
-    int64_t begin, end;  // steps that have any
+    int64_t first;                   // the block's first column in the job; may be negative
+    int64_t begin, end;              // steps that have any
+    __mmask16 masks[DEPTH / SIDE];   // those of 16 columns
     Columns(const Job& job, uint64_t base) : first((int64_t)(base - job.start)) {
         const int64_t from = std::max<int64_t>(0, -first), to = std::min(DEPTH, job.columns - first);
         for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
@@ -115,65 +135,81 @@ struct Columns {
             masks[i] = (__mmask16)((1u << high) - (1u << std::min(low, high)));
         }
         begin = from / STEP;
-        end = (to + STEP - 1) / STEP;
+        end = tiles(to, STEP);
     }
 };
 
-// Up to 16 rows of gradients as digits, and what each of their sums is worth. NaN where a row is not finite.
-struct Rows {
-    alignas(64) Digit digits[STRIP];
-    alignas(64) float factors[SIDE];
-
-    void take(const Job& job, int64_t row, int64_t count, const Columns& columns) {
-        const float* from = job.block + row * job.block_stride + columns.first;
-        alignas(64) uint32_t largest[SIDE] = {};
-        for (int64_t r = 0; r < count; ++r) largest[r] = largest_bits(from + r * job.block_stride, columns);
-        // The digits end at 127.5 * 2^16: where the largest would reach further, the unit is twice as large.
-        const __m512i bits = _mm512_load_si512(largest);
-        const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x10102)), 23);
-        const __m512 shifts = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(GRADIENT_BITS + 127), exponents));
-        const __mmask16 finite = _mm512_cmplt_epu32_mask(bits, _mm512_set1_epi32(0x7F800000));
-        const __m512 worth = _mm512_sub_ps(_mm512_set1_ps(32 - NORMAL_BITS), shifts);
-        const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000));
-        _mm512_store_ps(factors, _mm512_mask_scalef_ps(nan, finite, _mm512_set1_ps(1), worth));
-        alignas(64) float shift[SIDE];
-        _mm512_store_ps(shift, shifts);
-        for (int64_t r = 0; r < count; ++r) split(digits + r * STEP, from + r * job.block_stride, columns, shift[r]);
-    }
-
-private:
-    static uint32_t largest_bits(const float* from, const Columns& columns) {
-        __m512i largest = _mm512_setzero_si512();
-        const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-        for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
-            const __m512i x = _mm512_maskz_loadu_epi32(columns.masks[i], from + i * SIDE);
-            largest = _mm512_max_epu32(largest, _mm512_and_si512(x, magnitude));
-        }
-        return _mm512_reduce_max_epu32(largest);
-    }
-
-    static void split(Digit* to, const float* from, const Columns& columns, float shift) {
-        for (int64_t step = columns.begin; step < columns.end; ++step) {
-            __m512i x[4];
-            for (int i = 0; i < 4; ++i) {
-                const __m512 some = _mm512_maskz_loadu_ps(columns.masks[4 * step + i], from + step * STEP + i * SIDE);
-                x[i] = digits_of(_mm512_scalef_ps(some, _mm512_set1_ps(shift)));
-            }
-            const __m512i a = merge(x[0], ROW_12, x[1]), b = merge(x[2], ROW_21, x[3]);
-            store_digits(to + step * DIGITS * TILE, _mm512_mask_blend_epi64(0xF0, a, b), _mm512_shuffle_i64x2(a, b, 0x4E),
-                         _mm512_mask_blend_epi64(0xF0, merge(x[0], ROW_3, x[1]), merge(x[2], ROW_3, x[3])));
-        }
-    }
+// What 16 rows of gradients in a block are worth: their sums times `unit` (NaN for a row that is not finite), those of the
+// weight 2^-24 times `rest` before, 2^-8 or 0.
+struct Worth {
+    alignas(64) float unit[SIDE], rest[SIDE];
+    bool uneven;  // whether any `rest` is not 0
 };
 
-// sums[weight][16 rows][16 k], of the products of digits that have the weight, over some steps. Some of the next panel is
-// made at every step.
+// The bits of the largest magnitude of a row, and whether the row is uneven: its magnitudes, where they are not 0, far less
+// than the largest.
+static inline bool measure(const float* from, const Columns& columns, uint32_t* largest) {
+    __m512i most = _mm512_setzero_si512();
+    int64_t count = 0;
+    for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
+        const __m512i x = _mm512_maskz_loadu_epi32(columns.masks[i], from + i * SIDE);
+        const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+        most = _mm512_max_epu32(most, magnitude);
+        count += __builtin_popcount(_mm512_test_epi32_mask(magnitude, magnitude));
+    }
+    *largest = _mm512_reduce_max_epu32(most);
+    const __m512 shift = _mm512_set1_ps(127.0f - (float)(*largest >> 23));
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
+        const __m512 x = _mm512_scalef_ps(_mm512_maskz_loadu_ps(columns.masks[i], from + i * SIDE), shift);
+        squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    return _mm512_reduce_add_ps(squares) < (float)count * (4 / (UNEVEN * UNEVEN));  // the largest counts as 2 here
+}
+
+static inline void split(Digit* to, const float* from, const Columns& columns, float shift) {
+    for (int64_t step = columns.begin; step < columns.end; ++step) {
+        __m512i x[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m512 some = _mm512_maskz_loadu_ps(columns.masks[4 * step + i], from + step * STEP + i * SIDE);
+            x[i] = digits_of(_mm512_scalef_ps(some, _mm512_set1_ps(shift)));
+        }
+        const __m512i a = merge(x[0], ROW_12, x[1]), b = merge(x[2], ROW_21, x[3]);
+        store_digits(to + step * DIGITS * TILE, _mm512_mask_blend_epi64(0xF0, a, b), _mm512_shuffle_i64x2(a, b, 0x4E),
+                     _mm512_mask_blend_epi64(0xF0, merge(x[0], ROW_3, x[1]), merge(x[2], ROW_3, x[3])));
+    }
+}
+
+// Digits and worth of up to 16 rows in a block.
+static void pack(Digit* digits, Worth* worth, const Job& job, int64_t row, int64_t count, const Columns& columns) {
+    const float* from = job.block + row * job.block_stride + columns.first;
+    alignas(64) uint32_t largest[SIDE] = {};
+    alignas(64) float shift[SIDE];
+    unsigned uneven = 0;
+    for (int64_t r = 0; r < count; ++r) uneven |= measure(from + r * job.block_stride, columns, largest + r) << r;
+    const __m512i bits = _mm512_load_si512(largest);
+    // The digits end at 127.5 * 2^16: where the largest would reach further, the unit is twice as large.
+    const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x10102)), 23);
+    const __m512 shifts = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(GRADIENT_BITS + 127), exponents));
+    const __mmask16 some = _mm512_test_epi32_mask(bits, bits);
+    const __mmask16 infinite = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(0x7F800000));
+    const __m512 unit = _mm512_maskz_scalef_ps(some, _mm512_set1_ps(1), _mm512_sub_ps(_mm512_set1_ps(32 - NORMAL_BITS), shifts));
+    const __m512i nan = _mm512_set1_epi32(0x7FC00000);
+    _mm512_store_ps(worth->unit, _mm512_mask_mov_ps(unit, infinite, _mm512_castsi512_ps(nan)));
+    _mm512_store_ps(worth->rest, _mm512_maskz_mov_ps((__mmask16)uneven, _mm512_set1_ps(0x1p-8f)));
+    worth->uneven = uneven != 0;
+    _mm512_store_ps(shift, shifts);
+    for (int64_t r = 0; r < count; ++r) split(digits + r * STEP, from + r * job.block_stride, columns, shift[r]);
+}
+
+// sums[weight][16 rows][16 k], of the products of digits that have the weight. Some of the next panel is made at every step.
+template <bool ALL>
 static inline void multiply(int32_t* sums, const Digit* left, const Digit* right, int64_t steps, Panel& next, int64_t calls) {
     finish_stores(left);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
-    _tile_zero(3);
+    if (ALL) _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step, left += DIGITS * TILE, right += DIGITS * TILE) {
         _tile_loadd(4, left, STEP);
         _tile_loadd(5, left + TILE, STEP);
@@ -183,75 +219,128 @@ static inline void multiply(int32_t* sums, const Digit* left, const Digit* right
         _tile_dpbssd(0, 4, 7);
         _tile_dpbssd(1, 5, 7);
         _tile_loadd(7, right + TILE, STEP);
-        _tile_dpbssd(3, 6, 7);
+        if (ALL) _tile_dpbssd(3, 6, 7);
         _tile_dpbssd(2, 5, 7);
         _tile_dpbssd(1, 4, 7);
         _tile_loadd(7, right + 2 * TILE, STEP);
-        _tile_dpbssd(3, 5, 7);
+        if (ALL) _tile_dpbssd(3, 5, 7);
         _tile_dpbssd(2, 4, 7);
         for (int64_t i = 0; i < calls && next.next(); ++i) continue;
     }
     _tile_stored(0, sums, STEP);
     _tile_stored(1, sums + SIDE * SIDE, STEP);
     _tile_stored(2, sums + 2 * SIDE * SIDE, STEP);
-    _tile_stored(3, sums + 3 * SIDE * SIDE, STEP);
+    if (ALL) _tile_stored(3, sums + 3 * SIDE * SIDE, STEP);
 }
 
 // totals[16 rows][16 k] += what the sums are worth
-static inline void add_sums(float* totals, const int32_t* sums, const float* factors) {
+template <bool ALL>
+static inline void add_sums(float* totals, const int32_t* sums, const Worth& worth) {
     for (int r = 0; r < SIDE; ++r) {
-        __m512 value = _mm512_setzero_ps();
-        for (int weight = WEIGHTS - 1; weight >= 0; --weight) {
-            const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (weight * SIDE + r) * SIDE));
-            value = _mm512_fmadd_ps(value, _mm512_set1_ps(0x1p-8f), sum);
-        }
+        const auto sum = [&](int weight) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums + (weight * SIDE + r) * SIDE)); };
+        const __m512 less = _mm512_set1_ps(0x1p-8f);
+        __m512 value = sum(2);
+        if (ALL) value = _mm512_fmadd_ps(sum(3), _mm512_set1_ps(worth.rest[r]), value);
+        value = _mm512_fmadd_ps(_mm512_fmadd_ps(value, less, sum(1)), less, sum(0));
         float* to = totals + r * SIDE;
-        _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(factors[r]), _mm512_load_ps(to)));
+        _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(worth.unit[r]), _mm512_load_ps(to)));
     }
 }
 
-// One tile: columns `ks` of out for `rows`. For each k it holds two times 768 bytes of digits, and 12 bytes of totals a row.
-static void gaussian(const Job& job, Range ks, Range rows) {
-    const Tiles tiles;
+// Gradients of some rows, from the parameter `begin` to `end`: [blocks][strips of rows].
+struct Chunk {
+    Range rows;
+    uint64_t begin, end;
+    int64_t strips;
+    const Digit* digits;
+    const Worth* worth;
+};
+
+// Adds the totals to out and clears them.
+static void add_totals(const Job& job, float* totals, Range ks, Range rows) {
+    const int64_t k_strips = tiles(ks.end - ks.begin, SIDE);
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+        float* out = job.out + (rows.begin + r) * job.out_stride + ks.begin;
+        const float* from = totals + (r / SIDE * k_strips * SIDE + r % SIDE) * SIDE;
+        for (int64_t i = 0; i < ks.end - ks.begin; ++i) out[i] += from[i / SIDE * SIDE * SIDE + i % SIDE];
+    }
+    memset(totals, 0, tiles(rows.end - rows.begin, SIDE) * k_strips * SIDE * SIDE * sizeof *totals);
+}
+
+// One tile: columns `ks` of out for a chunk. For each k it holds 1.5 KB of digits, and 4 bytes a row.
+static void multiply_chunk(const Job& job, const Chunk& chunk, Range ks) {
+    const Tiles registers;
     const Keys keys(job.seed);
-    const int64_t k_strips = (ks.end - ks.begin + SIDE - 1) / SIDE, row_strips = (rows.end - rows.begin + SIDE - 1) / SIDE;
-    const int64_t outputs = k_strips * row_strips * SIDE * SIDE;
+    const int64_t k_strips = tiles(ks.end - ks.begin, SIDE);
     Buffer<Digit> first(k_strips * STRIP), second(k_strips * STRIP);
-    Buffer<Rows> left(1);
-    Buffer<float> totals(outputs);
-    Buffer<double> exact(outputs);
+    Buffer<float> totals(chunk.strips * k_strips * SIDE * SIDE);
     first.clear();  // what is not made meets zeros
     second.clear();
-    left.clear();
     totals.clear();
-    exact.clear();
     alignas(64) int32_t sums[WEIGHTS * SIDE * SIDE];
-    const uint64_t stop = job.start + job.columns, k = job.first_k + ks.begin;
     Digit *now = first.data, *then = second.data;
-    Panel panel(job, now, k_strips, job.start / DEPTH * DEPTH, stop, k, keys);
+    const uint64_t k = job.first_k + ks.begin;
+    Panel panel(job, now, k_strips, chunk.begin, chunk.end, k, keys);
     while (panel.next()) continue;
-    for (uint64_t base = job.start / DEPTH * DEPTH; base < stop; base += DEPTH, std::swap(now, then)) {
+    const Digit* left = chunk.digits;
+    const Worth* worth = chunk.worth;
+    for (uint64_t base = chunk.begin; base < chunk.end; base += DEPTH, std::swap(now, then)) {
         const Columns columns(job, base);
         const int64_t steps = columns.end - columns.begin, skip = columns.begin * DIGITS * TILE;
-        const bool last = base + DEPTH >= stop;
-        Panel next(job, then, last ? 0 : k_strips, base + DEPTH, stop, k, keys);
-        const int64_t slots = row_strips * k_strips * steps, calls = (next.calls() + slots - 1) / slots;
+        const bool last = base + DEPTH >= chunk.end;
+        Panel next(job, then, last ? 0 : k_strips, last ? base : base + DEPTH, chunk.end, k, keys);
+        const int64_t calls = tiles(next.calls(), chunk.strips * k_strips * steps);
         float* to = totals.data;
-        for (int64_t row = rows.begin; row < rows.end; row += SIDE) {
-            left.data->take(job, row, std::min<int64_t>(SIDE, rows.end - row), columns);
+        for (int64_t i = 0; i < chunk.strips; ++i, left += STRIP, ++worth) {
             for (int64_t strip = 0; strip < k_strips; ++strip, to += SIDE * SIDE) {
-                multiply(sums, left.data->digits + skip, now + strip * STRIP + skip, steps, next, calls);
-                add_sums(to, sums, left.data->factors);
+                const Digit* right = now + strip * STRIP + skip;
+                if (worth->uneven) {
+                    multiply<true>(sums, left + skip, right, steps, next, calls);
+                    add_sums<true>(to, sums, *worth);
+                } else {
+                    multiply<false>(sums, left + skip, right, steps, next, calls);
+                    add_sums<false>(to, sums, *worth);
+                }
             }
         }
         while (next.next()) continue;
-        if (last || (base + DEPTH) % SPAN == 0) {
-            for (int64_t i = 0; i < outputs; ++i) exact.data[i] += totals.data[i], totals.data[i] = 0;
-        }
+        if (last || (base + DEPTH) % SPAN == 0) add_totals(job, totals.data, ks, chunk.rows);
     }
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-        float* out = job.out + r * job.out_stride + ks.begin;
-        const double* from = exact.data + (r - rows.begin) / SIDE * k_strips * SIDE * SIDE + (r - rows.begin) % SIDE * SIDE;
-        for (int64_t i = 0; i < ks.end - ks.begin; ++i) out[i] += (float)from[i / SIDE * SIDE * SIDE + i % SIDE];
+}
+
+static bool gaussian_rows(const Job& job, Range rows, int threads) {
+    const uint64_t stop = job.start + job.columns;
+    const int64_t strips = tiles(rows.end - rows.begin, SIDE);
+    const int64_t spans = std::max<int64_t>(1, CHUNK_BYTES / (strips * STRIP * (SPAN / DEPTH)));
+    const uint64_t whole = job.start / DEPTH * DEPTH, step = spans * SPAN;
+    const int64_t most = tiles((int64_t)(std::min(stop - whole, step)), DEPTH) * strips;
+    Buffer<Digit> digits(most * STRIP);
+    Buffer<Worth> worth(most);
+    digits.clear();
+    for (uint64_t begin = whole, end; begin < stop; begin = end) {
+        end = std::min(stop, (begin / SPAN + spans) * SPAN);
+        const auto pack_strips = [&](Range blocks, Range some) {
+            for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+                const Columns columns(job, begin + block * DEPTH);
+                for (int64_t i = some.begin; i < some.end; ++i) {
+                    const int64_t row = rows.begin + i * SIDE, at = block * strips + i;
+                    pack(digits.data + at * STRIP, worth.data + at, job, row, std::min<int64_t>(SIDE, rows.end - row), columns);
+                }
+            }
+        };
+        const Chunk chunk = {rows, begin, end, strips, digits.data, worth.data};
+        const int64_t k = even_tile(job.count, MOST_K, 64, 1, threads);
+        const int64_t blocks = tiles((int64_t)(end - begin), DEPTH);
+        if (!run(blocks, strips, {blocks, 1}, threads, pack_strips)) return false;
+        if (!run(job.count, 1, {k, 1}, threads, [&](Range ks, Range) { multiply_chunk(job, chunk, ks); })) return false;
     }
+    return true;
+}
+
+static bool gaussian(const Job& job, int threads) {
+    const int64_t rows = tiles(tiles(job.rows, tiles(job.rows, MOST_ROWS)), SIDE) * SIDE;
+    for (int64_t row = 0; row < job.rows; row += rows) {
+        if (!gaussian_rows(job, {row, std::min(row + rows, job.rows)}, threads)) return false;
+    }
+    return true;
 }

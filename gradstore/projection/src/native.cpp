@@ -43,6 +43,49 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
+struct Tiling {
+    int64_t k, rows;  // the most columns of out and rows that one task takes
+};
+
+int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// The largest tile of K up to `largest` that gives every thread the same number of tiles, unless that makes them small.
+int64_t even_tile(int64_t count, int64_t largest, int64_t smallest, int64_t row_tiles, int threads) {
+    int64_t k_tiles = tiles(count, largest);
+    while (k_tiles * row_tiles % threads && count / k_tiles > smallest) ++k_tiles;
+    return tiles(tiles(count, k_tiles), 16) * 16;
+}
+
+// Calls compute(ks, rows) for every tile, on up to `threads` threads; false where memory ran out.
+template <class Compute>
+bool run(int64_t count, int64_t rows, Tiling tile, int threads, const Compute& compute) {
+    const int64_t k_tiles = tiles(count, tile.k), tasks = k_tiles * tiles(rows, tile.rows);
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    const auto work = [&] {
+        fenv_t environment;
+        feholdexcept(&environment);
+        fesetenv(FE_DFL_ENV);  // a caller that flushes subnormals must not change the result
+        try {
+            for (int64_t task; !failed && (task = next++) < tasks;) {
+                const int64_t k = task % k_tiles * tile.k, row = task / k_tiles * tile.rows;
+                compute(Range{k, std::min(k + tile.k, count)}, Range{row, std::min(row + tile.rows, rows)});
+            }
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+        fesetenv(&environment);
+    };
+    std::vector<std::thread> others;
+    try {
+        while ((int64_t)others.size() + 1 < std::min<int64_t>(threads, tasks)) others.emplace_back(work);
+    } catch (const std::exception&) {  // fewer threads than asked for: the rest of the work is done here
+    }
+    work();
+    for (std::thread& thread : others) thread.join();
+    return !failed;
+}
+
 #if defined(__x86_64__)
 #define VECTOR_BYTES 64
 #if HAS_AMX
@@ -88,12 +131,16 @@ namespace baseline {
 }  // namespace baseline
 #undef VECTOR_BYTES
 
+template <void (*compute)(const Job&, Range, Range), int PANEL>
+bool by_panels(const Job& job, int threads) {
+    return run(job.count, job.rows, {PANEL, 4096}, threads, [&](Range ks, Range rows) { compute(job, ks, rows); });
+}
+
 struct Level {
     const char* name;
     bool available;
-    int64_t gaussian_k, gaussian_rows;  // the most columns of out and rows that one task of normals takes
     void (*rademacher)(const Job&, Range, Range);
-    void (*gaussian)(const Job&, Range, Range);
+    bool (*gaussian)(const Job&, int threads);  // false where memory ran out
     void (*shared)(const SharedJob&, Range, Range);
 };
 
@@ -107,78 +154,30 @@ bool avx512_available() {
 const std::vector<Level>& levels() {
     static const std::vector<Level> all = {
 #if HAS_AMX
-        {"amx", avx512_available() && amx_int8_available(), 320, 768, avx512::rademacher, amx::gaussian, avx512::shared},
+        {"amx", avx512_available() && amx_int8_available(), avx512::rademacher, amx::gaussian, avx512::shared},
 #endif
 #if defined(__x86_64__)
-        {"avx512", avx512_available(), 64, 4096, avx512::rademacher, avx512::gaussian, avx512::shared},
-        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), 64, 4096,
-         avx2::rademacher, avx2::gaussian, avx2::shared},
+        {"avx512", avx512_available(), avx512::rademacher, by_panels<avx512::gaussian, avx512::PANEL>, avx512::shared},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+         avx2::rademacher, by_panels<avx2::gaussian, avx2::PANEL>, avx2::shared},
 #endif
-        {NEON ? "neon" : "plain", true, 64, 4096, baseline::rademacher, baseline::gaussian, baseline::shared},
+        {NEON ? "neon" : "plain", true, baseline::rademacher, by_panels<baseline::gaussian, baseline::PANEL>, baseline::shared},
     };
     return all;
 }
 
-struct Tiling {
-    int64_t k, rows;  // the most columns of out and rows that one task takes
-};
-
-int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
-// The largest tile of K up to `largest` that gives every thread the same number of tiles, unless that makes them small.
-int64_t even_tile(int64_t count, int64_t largest, int64_t smallest, int64_t row_tiles, int threads) {
-    int64_t k_tiles = tiles(count, largest);
-    while (k_tiles * row_tiles % threads && count / k_tiles > smallest) ++k_tiles;
-    return tiles(tiles(count, k_tiles), 16) * 16;
-}
-
-Tiling tiling(const Job& job, const Level& level, int threads) {
-    if (job.domain % 2 == KIND_GAUSSIAN) {
-        const int64_t row_tiles = tiles(job.rows, level.gaussian_rows);
-        const int64_t rows = tiles(tiles(job.rows, row_tiles), 16) * 16;
-        return {even_tile(job.count, level.gaussian_k, 64, row_tiles, threads), rows};
-    }
+Tiling rademacher_tiling(const Job& job, int threads) {
     return {even_tile(job.count, 2560, 512, tiles(job.rows, 256), threads), 256};
 }
 
 // Up to 16 MB of float64 totals (more for thousands of classes), 4 MB of sign words and of projected activations a task.
-Tiling tiling(const SharedJob& job, int threads) {
+Tiling shared_tiling(const SharedJob& job, int threads) {
     const int64_t lanes = job.classes > 128 ? 16 : 64, outputs = outputs_at_a_time(job);
     const int64_t examples = std::max<int64_t>(1, lanes / job.positions);
     const int64_t totals = examples * job.positions * job.classes * 8, words = outputs * job.inputs / 8 + 64;
     const int64_t fitting = std::min({(16 << 20) / totals, (4 << 20) / words, (4 << 20) / (outputs * 64)});
     const int64_t largest = std::max<int64_t>(64, std::min<int64_t>(1024, fitting));
     return {even_tile(job.weight.count, largest, 256, tiles(job.examples, examples), threads), examples};
-}
-
-// Calls compute(ks, rows) for every tile, on up to `threads` threads; false where memory ran out.
-template <class Compute>
-bool run(int64_t count, int64_t rows, Tiling tile, int threads, const Compute& compute) {
-    const int64_t k_tiles = tiles(count, tile.k), tasks = k_tiles * tiles(rows, tile.rows);
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    const auto work = [&] {
-        fenv_t environment;
-        feholdexcept(&environment);
-        fesetenv(FE_DFL_ENV);  // a caller that flushes subnormals must not change the result
-        try {
-            for (int64_t task; !failed && (task = next++) < tasks;) {
-                const int64_t k = task % k_tiles * tile.k, row = task / k_tiles * tile.rows;
-                compute(Range{k, std::min(k + tile.k, count)}, Range{row, std::min(row + tile.rows, rows)});
-            }
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
-        fesetenv(&environment);
-    };
-    std::vector<std::thread> others;
-    try {
-        while ((int64_t)others.size() + 1 < std::min<int64_t>(threads, tasks)) others.emplace_back(work);
-    } catch (const std::exception&) {  // fewer threads than asked for: the rest of the work is done here
-    }
-    work();
-    for (std::thread& thread : others) thread.join();
-    return !failed;
 }
 
 int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1e7 ? 1 : std::max(threads, 1); }
@@ -200,15 +199,19 @@ EXPORT const char* gradstore_level(int index, int* available) {
 // Adds block @ P.T to out. Returns 0, or 1 where memory ran out.
 EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
     threads = useful_threads((double)job->rows * job->columns * job->count, threads);
-    const auto kernel = job->domain % 2 == KIND_GAUSSIAN ? levels()[level].gaussian : levels()[level].rademacher;
-    return !run(job->count, job->rows, tiling(*job, levels()[level], threads), threads,
-                [&](Range ks, Range rows) { kernel(*job, ks, rows); });
+    try {
+        if (job->domain % 2 == KIND_GAUSSIAN) return !levels()[level].gaussian(*job, threads);
+        return !run(job->count, job->rows, rademacher_tiling(*job, threads), threads,
+                    [&](Range ks, Range rows) { levels()[level].rademacher(*job, ks, rows); });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 // Adds the projected gradients of a linear layer's weight to out, for signs only. Returns 0, or 1 where memory ran out.
 EXPORT int gradstore_accumulate_shared(const SharedJob* job, int level, int threads) {
     threads = useful_threads((double)job->weight.rows * job->inputs * job->outputs * job->weight.count, threads);
     const auto kernel = levels()[level].shared;
-    return !run(job->weight.count, job->examples, tiling(*job, threads), threads,
+    return !run(job->weight.count, job->examples, shared_tiling(*job, threads), threads,
                 [&](Range ks, Range examples) { kernel(*job, ks, examples); });
 }

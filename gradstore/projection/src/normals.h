@@ -49,11 +49,10 @@ struct OfGroup {  // what GROUP_K neighbouring k contribute to their words
         : even(of_lanes(lanes_from(k, 2), b, keys)), odd(of_lanes(lanes_from(k + 1, 2), b, keys)) {}
 };
 
-// Entries P[k : k + GROUP_K, 4 b : 4 b + 4] to z[4][GROUP_K], rows `stride` apart.
-static inline void make_normals(float* z, int64_t stride, const OfGroup& group, const OfCounter& counter, const Keys& keys) {
+// Entries P[k : k + GROUP_K, 4 b : 4 b + 4] from their words to z[4][GROUP_K], rows `stride` apart.
+static inline void words_to_normals(float* z, int64_t stride, const Random& random) {
     uint32_t words[4][GROUP_K];
     float normals[4][GROUP_K];
-    const Random random = philox_pair(group.even, group.odd, counter, keys);
     memcpy(words, &random, sizeof words);
     for (int pair = 0; pair < 4; pair += 2) {
         for (int i = 0; i < GROUP_K; ++i) {
