@@ -20,12 +20,12 @@ constexpr int64_t STEPS = DEPTH / STEP;
 constexpr int64_t STRIP = STEPS * DIGITS * TILE;  // digits of 16 rows or k: [STEPS][DIGITS][TILE]
 constexpr int64_t DEEP = DEPTH / 4;           // counters of a strip
 constexpr int64_t SPAN = 64 * DEPTH;          // columns between two additions to out
-constexpr int64_t MOST_ROWS = 768, MOST_K = 320;  // of a task: 1 MB of totals, 0.5 MB of normals
+constexpr int64_t MOST_ROWS = 768, MOST_K = 256;  // of a task: 0.8 MB of totals, twice 0.2 MB of normals
 constexpr int64_t CHUNK_BYTES = 16 << 20;     // digits of gradients that are held, if SPAN columns are no more
 constexpr int WEIGHTS = 4;                    // sums by weight: 1, 2^-8, 2^-16, 2^-24
 constexpr int NORMAL_BITS = 20, GRADIENT_BITS = 22;
 constexpr float UNEVEN = 8;
-constexpr int TOGETHER = 2;                   // counters whose normals are made together
+constexpr int64_t MOST_CALLS = 4, LINE = 64;
 
 static_assert(GROUP_K == SIDE, "normals are made a strip of k at a time");
 
@@ -69,46 +69,58 @@ class Panel {
 public:
     Panel(const Job& job, Digit* strips, int64_t count, uint64_t base, uint64_t stop, uint64_t k, const Keys& keys)
         : keys_(keys), strip_(strips - STRIP), end_(strips + count * STRIP), k_(k) {
-        const uint64_t first = std::max(base, job.start) - base, last = std::min<uint64_t>(stop - base, DEPTH);
-        first_ = (int64_t)(first / 4) / TOGETHER * TOGETHER;
-        stop_ = at_ = tiles((last + 3) / 4, TOGETHER) * TOGETHER;
         base_ = base / 4;
+        first_ = (int64_t)((std::max(base, job.start) - base) / 4);
+        stop_ = at_ = (int64_t)((std::min<uint64_t>(stop - base, DEPTH) + 3) / 4);
         for (int64_t i = first_; i < stop_; ++i) counters_[i] = of_counter(base_ + i, job.domain, keys);
     }
 
-    // Calls of next() from now to the end.
-    int64_t calls() const { return ((end_ - strip_) / STRIP - 1) * (stop_ - first_) / TOGETHER * 2; }
+    // Calls of next() from the beginning to the end.
+    int64_t calls() const { return ((end_ - strip_) / STRIP - 1) * (stop_ - first_) * 2; }
 
     // By turns, words of Philox and the normals from the last ones: they do not wait for each other. False at the end.
-    inline bool next() {
+    bool next() {
         if (ready_) {
-#pragma GCC unroll 2
-            for (int i = 0; i < TOGETHER; ++i) store_normals(at_ - TOGETHER + i, words_[i]);
+            store_normals(strip_, at_++, words_);
         } else {
-            if (at_ == stop_) {
-                if (strip_ + STRIP == end_) return false;
-                strip_ += STRIP;
-                group_ = OfGroup(k_, base_, keys_);  // the counters of a panel share their upper half
-                k_ += SIDE;
-                at_ = first_;
-            }
-#pragma GCC unroll 2
-            for (int i = 0; i < TOGETHER; ++i) words_[i] = philox_pair(group_.even, group_.odd, counters_[at_ + i], keys_);
-            at_ += TOGETHER;
+            if (at_ == stop_ && !next_strip()) return false;
+            words_ = philox_pair(group_.even, group_.odd, counters_[at_], keys_);
         }
         ready_ = !ready_;
         return true;
     }
 
+    // All that is left.
+    void finish() {
+        if (ready_) next();
+        do {
+            const OfGroup group = group_;  // in registers
+            Digit* const strip = strip_;
+            Random words[DEEP];
+            for (int64_t i = at_; i < stop_; ++i) words[i] = philox_pair(group.even, group.odd, counters_[i], keys_);
+            for (int64_t i = at_; i < stop_; ++i) store_normals(strip, i, words[i]);
+            at_ = stop_;
+        } while (next_strip());
+    }
+
 private:
-    void store_normals(int64_t counter, const Random& words) {
+    bool next_strip() {
+        if (strip_ + STRIP == end_) return false;
+        strip_ += STRIP;
+        group_ = OfGroup(k_, base_, keys_);  // the counters of a panel share their upper half
+        k_ += SIDE;
+        at_ = first_;
+        return true;
+    }
+
+    static void store_normals(Digit* strip, int64_t counter, const Random& words) {
         alignas(64) float z[4][SIDE];
         words_to_normals(z[0], SIDE, words);
         __m512i x[4];
         for (int i = 0; i < 4; ++i) x[i] = digits_of(_mm512_mul_ps(_mm512_load_ps(z[i]), _mm512_set1_ps(1 << NORMAL_BITS)));
         const __m512i a = merge(x[0], COLUMNS_12, x[1]), b = merge(x[2], COLUMNS_21, x[3]);
         const __mmask32 upper = 0xAAAAAAAA;
-        store_digits(strip_ + counter / SIDE * DIGITS * TILE + counter % SIDE * STEP, _mm512_mask_blend_epi16(upper, a, b),
+        store_digits(strip + counter / SIDE * DIGITS * TILE + counter % SIDE * STEP, _mm512_mask_blend_epi16(upper, a, b),
                      _mm512_rol_epi32(_mm512_mask_blend_epi16(upper, b, a), 16),
                      _mm512_mask_blend_epi16(upper, merge(x[0], COLUMNS_3, x[1]), merge(x[2], COLUMNS_3, x[3])));
     }
@@ -119,7 +131,7 @@ private:
     int64_t first_, stop_, at_;  // counters of the panel that are needed, and the next one
     bool ready_ = false;
     OfGroup group_;
-    Random words_[TOGETHER];
+    Random words_;
     OfCounter counters_[DEEP];
 };
 
@@ -256,6 +268,13 @@ struct Chunk {
     const Worth* worth;
 };
 
+// Part `part` of `parts` of a strip of gradients, to the second-level cache.
+static inline void prefetch(const Digit* strip, int64_t part, int64_t parts) {
+    for (int64_t line = STRIP / LINE * part / parts; line < STRIP / LINE * (part + 1) / parts; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(strip + line * LINE), _MM_HINT_T1);
+    }
+}
+
 // Adds the totals to out and clears them.
 static void add_totals(const Job& job, float* totals, Range ks, Range rows) {
     const int64_t k_strips = tiles(ks.end - ks.begin, SIDE);
@@ -281,7 +300,7 @@ static void multiply_chunk(const Job& job, const Chunk& chunk, Range ks) {
     Digit *now = first.data, *then = second.data;
     const uint64_t k = job.first_k + ks.begin;
     Panel panel(job, now, k_strips, chunk.begin, chunk.end, k, keys);
-    while (panel.next()) continue;
+    panel.finish();
     const Digit* left = chunk.digits;
     const Worth* worth = chunk.worth;
     for (uint64_t base = chunk.begin; base < chunk.end; base += DEPTH, std::swap(now, then)) {
@@ -289,11 +308,13 @@ static void multiply_chunk(const Job& job, const Chunk& chunk, Range ks) {
         const int64_t steps = columns.end - columns.begin, skip = columns.begin * DIGITS * TILE;
         const bool last = base + DEPTH >= chunk.end;
         Panel next(job, then, last ? 0 : k_strips, last ? base : base + DEPTH, chunk.end, k, keys);
-        const int64_t calls = tiles(next.calls(), chunk.strips * k_strips * steps);
+        // Where rows are few it is faster to make the next panel after them, than to interrupt that again and again.
+        const int64_t wanted = tiles(next.calls(), chunk.strips * k_strips * steps), calls = wanted > MOST_CALLS ? 0 : wanted;
         float* to = totals.data;
         for (int64_t i = 0; i < chunk.strips; ++i, left += STRIP, ++worth) {
             for (int64_t strip = 0; strip < k_strips; ++strip, to += SIDE * SIDE) {
                 const Digit* right = now + strip * STRIP + skip;
+                prefetch(left + STRIP, strip, k_strips);
                 if (worth->uneven) {
                     multiply<true>(sums, left + skip, right, steps, next, calls);
                     add_sums<true>(to, sums, *worth);
@@ -303,7 +324,7 @@ static void multiply_chunk(const Job& job, const Chunk& chunk, Range ks) {
                 }
             }
         }
-        while (next.next()) continue;
+        next.finish();
         if (last || (base + DEPTH) % SPAN == 0) add_totals(job, totals.data, ks, chunk.rows);
     }
 }
