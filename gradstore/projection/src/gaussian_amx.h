@@ -20,7 +20,7 @@ constexpr int64_t STEPS = DEPTH / STEP;
 constexpr int64_t STRIP = STEPS * DIGITS * TILE;  // digits of 16 rows or k: [STEPS][DIGITS][TILE]
 constexpr int64_t DEEP = DEPTH / 4;           // counters of a strip
 constexpr int64_t SPAN = 64 * DEPTH;          // columns between two additions to out
-constexpr int64_t MOST_ROWS = 768, MOST_K = 256;  // of a task: 0.8 MB of totals, twice 0.2 MB of normals
+constexpr int64_t MOST_ROWS = 768, MOST_K = 320;  // of a task: 1 MB of totals, twice 0.2 MB of normals
 constexpr int64_t CHUNK_BYTES = 16 << 20;     // digits of gradients that are held, if SPAN columns are no more
 constexpr int WEIGHTS = 4;                    // sums by weight: 1, 2^-8, 2^-16, 2^-24
 constexpr int NORMAL_BITS = 20, GRADIENT_BITS = 22;
@@ -214,9 +214,9 @@ static void pack(Digit* digits, Worth* worth, const Job& job, int64_t row, int64
     for (int64_t r = 0; r < count; ++r) split(digits + r * STEP, from + r * job.block_stride, columns, shift[r]);
 }
 
-// sums[weight][16 rows][16 k], of the products of digits that have the weight. Some of the next panel is made at every step.
-template <bool ALL>
-static inline void multiply(int32_t* sums, const Digit* left, const Digit* right, int64_t steps, Panel& next, int64_t calls) {
+// sums[weight][16 rows][16 k], of the products of digits that have the weight. `between` is called at every step.
+template <bool ALL, class Between>
+static inline void multiply(int32_t* sums, const Digit* left, const Digit* right, int64_t steps, const Between& between) {
     finish_stores(left);
     _tile_zero(0);
     _tile_zero(1);
@@ -237,7 +237,7 @@ static inline void multiply(int32_t* sums, const Digit* left, const Digit* right
         _tile_loadd(7, right + 2 * TILE, STEP);
         if (ALL) _tile_dpbssd(3, 5, 7);
         _tile_dpbssd(2, 4, 7);
-        for (int64_t i = 0; i < calls && next.next(); ++i) continue;
+        between();
     }
     _tile_stored(0, sums, STEP);
     _tile_stored(1, sums + SIDE * SIDE, STEP);
@@ -311,15 +311,18 @@ static void multiply_chunk(const Job& job, const Chunk& chunk, Range ks) {
         // Where rows are few it is faster to make the next panel after them, than to interrupt that again and again.
         const int64_t wanted = tiles(next.calls(), chunk.strips * k_strips * steps), calls = wanted > MOST_CALLS ? 0 : wanted;
         float* to = totals.data;
+        const auto make_some = [&] {
+            for (int64_t i = 0; i < calls && next.next(); ++i) continue;
+        };
         for (int64_t i = 0; i < chunk.strips; ++i, left += STRIP, ++worth) {
             for (int64_t strip = 0; strip < k_strips; ++strip, to += SIDE * SIDE) {
                 const Digit* right = now + strip * STRIP + skip;
                 prefetch(left + STRIP, strip, k_strips);
                 if (worth->uneven) {
-                    multiply<true>(sums, left + skip, right, steps, next, calls);
+                    multiply<true>(sums, left + skip, right, steps, make_some);
                     add_sums<true>(to, sums, *worth);
                 } else {
-                    multiply<false>(sums, left + skip, right, steps, next, calls);
+                    multiply<false>(sums, left + skip, right, steps, make_some);
                     add_sums<false>(to, sums, *worth);
                 }
             }
