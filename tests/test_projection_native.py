@@ -104,6 +104,9 @@ def uneven_rows() -> dict[str, torch.Tensor]:
         "spikes": spikes + normal * 2**-9,
         "lesser spikes": spikes + normal * 2**-14,
         "spikes alone": spikes * normal,
+        "lower digits at their ends": torch.where(spikes > 0, 1.9, (34 * 2**16 - 2**15 - 2**7) / 2**22),
+        "as large as the matrix unit permits": torch.where(spikes > 0, 1.9, 0.26 * normal.clamp(-7, 7)),
+        "constant": torch.full((6, 5000), 0.7),
         "ramp": normal * torch.exp2(torch.linspace(-120, 120, 5000)),
     }
 

@@ -2,9 +2,9 @@
 //
 // Normals and gradients become integers of three digits to the base 256, from -128 to 127: normals in units of 2^-20 (they
 // stay below 6.8), gradients in a unit of their row and DEPTH columns, 2^-22 of the power of two at the largest. Products of
-// digits make sums by weight, exact in int32. The least three of nine are left out: with digits as good as random they are
-// worth 2.3e-7 of what the largest of the DEPTH gradients would be if all were as large, and two of them are computed after
-// all where that exceeds UNEVEN times the norm of these gradients. Roundings add 2.8e-7.
+// digits make sums by weight, exact in int32. The least three of nine are left out; what that costs relative to the norms is
+// known from the gradients' lower digits, as those of normals are random: some 1e-6. Of rows where it would exceed UNEVEN,
+// two of the three are computed after all. Rounding normals adds 2.8e-7.
 //
 // Digits of gradients are made once for all k. A panel of normals stays in the second-level cache and meets all rows; while
 // the matrix unit works, the vector unit makes the normals of the next DEPTH columns.
@@ -24,7 +24,7 @@ constexpr int64_t MOST_ROWS = 768, MOST_K = 320;  // of a task: 1 MB of totals, 
 constexpr int64_t CHUNK_BYTES = 16 << 20;     // digits of gradients that are held, if SPAN columns are no more
 constexpr int WEIGHTS = 4;                    // sums by weight: 1, 2^-8, 2^-16, 2^-24
 constexpr int NORMAL_BITS = 20, GRADIENT_BITS = 22;
-constexpr float UNEVEN = 8;
+constexpr float UNEVEN = 1.75e-6f;
 constexpr int64_t MOST_CALLS = 4, LINE = 64;
 
 static_assert(GROUP_K == SIDE, "normals are made a strip of k at a time");
@@ -152,44 +152,58 @@ struct Columns {
 };
 
 // What 16 rows of gradients in a block are worth: their sums times `unit` (NaN for a row that is not finite), those of the
-// weight 2^-24 times `rest` before, 2^-8 or 0.
+// weight 2^-24 times `rest` before, 2^-8 or 0, with `missing` added to those of the weight 2^-16.
 struct Worth {
-    alignas(64) float unit[SIDE], rest[SIDE];
+    alignas(64) float unit[SIDE], rest[SIDE], missing[SIDE];
     bool uneven;  // whether any `rest` is not 0
 };
 
-// The bits of the largest magnitude of a row, and whether the row is uneven: its magnitudes, where they are not 0, far less
-// than the largest.
-static inline bool measure(const float* from, const Columns& columns, uint32_t* largest) {
+// The bits of the largest magnitude of a row.
+static inline uint32_t largest_bits(const float* from, const Columns& columns) {
     __m512i most = _mm512_setzero_si512();
-    int64_t count = 0;
     for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
         const __m512i x = _mm512_maskz_loadu_epi32(columns.masks[i], from + i * SIDE);
-        const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
-        most = _mm512_max_epu32(most, magnitude);
-        count += __builtin_popcount(_mm512_test_epi32_mask(magnitude, magnitude));
+        most = _mm512_max_epu32(most, _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF)));
     }
-    *largest = _mm512_reduce_max_epu32(most);
-    const __m512 shift = _mm512_set1_ps(127.0f - (float)(*largest >> 23));
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < DEPTH / SIDE; ++i) {
-        const __m512 x = _mm512_scalef_ps(_mm512_maskz_loadu_ps(columns.masks[i], from + i * SIDE), shift);
-        squares = _mm512_fmadd_ps(x, x, squares);
-    }
-    return _mm512_reduce_add_ps(squares) < (float)count * (4 / (UNEVEN * UNEVEN));  // the largest counts as 2 here
+    return _mm512_reduce_max_epu32(most);
 }
 
-static inline void split(Digit* to, const float* from, const Columns& columns, float shift) {
+// Adds digits up, and their squares.
+static inline void add_digits(__m512i& sum, __m512i& squares, __m512i digits) {
+    const __m512i ones = _mm512_set1_epi16(1);
+    for (const __m256i half : {_mm512_castsi512_si256(digits), _mm512_extracti64x4_epi64(digits, 1)}) {
+        const __m512i wide = _mm512_cvtepi8_epi16(half);
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(wide, ones));
+        squares = _mm512_add_epi32(squares, _mm512_madd_epi16(wide, wide));
+    }
+}
+
+// A row times 2^shift to digits. Whether it is uneven: the sums that are left out, of its lower digits with random lower
+// digits of normals, would be worth more than UNEVEN of all. `missing` is their mean otherwise, in units of the third
+// weight: digits from -128 to 127 have the mean -1/2.
+static inline bool split(Digit* to, float* missing, const float* from, const Columns& columns, float shift) {
+    __m512i sum = _mm512_setzero_si512(), lower = sum;
+    __m512 squares = _mm512_setzero_ps();
     for (int64_t step = columns.begin; step < columns.end; ++step) {
         __m512i x[4];
         for (int i = 0; i < 4; ++i) {
             const __m512 some = _mm512_maskz_loadu_ps(columns.masks[4 * step + i], from + step * STEP + i * SIDE);
-            x[i] = digits_of(_mm512_scalef_ps(some, _mm512_set1_ps(shift)));
+            const __m512 scaled = _mm512_scalef_ps(some, _mm512_set1_ps(shift));
+            squares = _mm512_fmadd_ps(scaled, scaled, squares);
+            x[i] = digits_of(scaled);
         }
-        const __m512i a = merge(x[0], ROW_12, x[1]), b = merge(x[2], ROW_21, x[3]);
-        store_digits(to + step * DIGITS * TILE, _mm512_mask_blend_epi64(0xF0, a, b), _mm512_shuffle_i64x2(a, b, 0x4E),
-                     _mm512_mask_blend_epi64(0xF0, merge(x[0], ROW_3, x[1]), merge(x[2], ROW_3, x[3])));
+        const __m512i a = merge(x[0], ROW_12, x[1]), b = merge(x[2], ROW_21, x[3]), flip = _mm512_set1_epi8((char)0x80);
+        const __m512i second = _mm512_shuffle_i64x2(a, b, 0x4E);
+        const __m512i third = _mm512_mask_blend_epi64(0xF0, merge(x[0], ROW_3, x[1]), merge(x[2], ROW_3, x[3]));
+        store_digits(to + step * DIGITS * TILE, _mm512_mask_blend_epi64(0xF0, a, b), second, third);
+        add_digits(sum, lower, _mm512_xor_si512(second, flip));
+        add_digits(sum, lower, _mm512_xor_si512(third, flip));
     }
+    constexpr float digit = (256 * 256 - 1) / 12.0f;  // mean square of a random one; those of normals count 2^8 at most
+    const float left_out = 0x1p16f * digit * (float)_mm512_reduce_add_epi32(lower);
+    const bool uneven = left_out > UNEVEN * UNEVEN * 0x1p40f * _mm512_reduce_add_ps(squares);
+    *missing = uneven ? 0 : -0.5f * 0x1p-8f * (float)_mm512_reduce_add_epi32(sum);
+    return uneven;
 }
 
 // Digits and worth of up to 16 rows in a block.
@@ -197,8 +211,7 @@ static void pack(Digit* digits, Worth* worth, const Job& job, int64_t row, int64
     const float* from = job.block + row * job.block_stride + columns.first;
     alignas(64) uint32_t largest[SIDE] = {};
     alignas(64) float shift[SIDE];
-    unsigned uneven = 0;
-    for (int64_t r = 0; r < count; ++r) uneven |= measure(from + r * job.block_stride, columns, largest + r) << r;
+    for (int64_t r = 0; r < count; ++r) largest[r] = largest_bits(from + r * job.block_stride, columns);
     const __m512i bits = _mm512_load_si512(largest);
     // The digits end at 127.5 * 2^16: where the largest would reach further, the unit is twice as large.
     const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x10102)), 23);
@@ -208,10 +221,14 @@ static void pack(Digit* digits, Worth* worth, const Job& job, int64_t row, int64
     const __m512 unit = _mm512_maskz_scalef_ps(some, _mm512_set1_ps(1), _mm512_sub_ps(_mm512_set1_ps(32 - NORMAL_BITS), shifts));
     const __m512i nan = _mm512_set1_epi32(0x7FC00000);
     _mm512_store_ps(worth->unit, _mm512_mask_mov_ps(unit, infinite, _mm512_castsi512_ps(nan)));
+    _mm512_store_ps(shift, shifts);
+    unsigned uneven = 0;
+    _mm512_store_ps(worth->missing, _mm512_setzero_ps());
+    for (int64_t r = 0; r < count; ++r) {
+        uneven |= split(digits + r * STEP, worth->missing + r, from + r * job.block_stride, columns, shift[r]) << r;
+    }
     _mm512_store_ps(worth->rest, _mm512_maskz_mov_ps((__mmask16)uneven, _mm512_set1_ps(0x1p-8f)));
     worth->uneven = uneven != 0;
-    _mm512_store_ps(shift, shifts);
-    for (int64_t r = 0; r < count; ++r) split(digits + r * STEP, from + r * job.block_stride, columns, shift[r]);
 }
 
 // sums[weight][16 rows][16 k], of the products of digits that have the weight. `between` is called at every step.
@@ -251,7 +268,7 @@ static inline void add_sums(float* totals, const int32_t* sums, const Worth& wor
     for (int r = 0; r < SIDE; ++r) {
         const auto sum = [&](int weight) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums + (weight * SIDE + r) * SIDE)); };
         const __m512 less = _mm512_set1_ps(0x1p-8f);
-        __m512 value = sum(2);
+        __m512 value = _mm512_add_ps(sum(2), _mm512_set1_ps(worth.missing[r]));
         if (ALL) value = _mm512_fmadd_ps(sum(3), _mm512_set1_ps(worth.rest[r]), value);
         value = _mm512_fmadd_ps(_mm512_fmadd_ps(value, less, sum(1)), less, sum(0));
         float* to = totals + r * SIDE;
