@@ -1,7 +1,7 @@
 // The product with a matrix of normals by x86's matrix unit (AMX), which multiplies int8 exactly, twice as fast as bfloat16.
 //
 // Normals and gradients become integers of three digits to the base 256, from -128 to 127: normals in units of 2^-20 (they
-// stay below 6.8), gradients in a unit of their row and DEPTH columns, 2^-22 of the power of two at the largest. Products of
+// stay below 6.8), gradients in a unit of their row and DEPTH columns, so that the largest fills its digits. Products of
 // digits make sums by weight, exact in int32. The least three of nine are left out; what that costs relative to the norms is
 // known from the gradients' lower digits, as those of normals are random: some 1e-6. Of rows where it would exceed UNEVEN,
 // two of the three are computed after all. Rounding normals adds 2.8e-7.
@@ -178,17 +178,18 @@ static inline void add_digits(__m512i& sum, __m512i& squares, __m512i digits) {
     }
 }
 
-// A row times 2^shift to digits. Whether it is uneven: the sums that are left out, of its lower digits with random lower
+// A row times 2^shift and the factor to digits. Whether it is uneven: the sums that are left out, of its lower digits with random lower
 // digits of normals, would be worth more than UNEVEN of all. `missing` is their mean otherwise, in units of the third
 // weight: digits from -128 to 127 have the mean -1/2.
-static inline bool split(Digit* to, float* missing, const float* from, const Columns& columns, float shift) {
+static inline bool split(Digit* to, float* missing, const float* from, const Columns& columns, float shift,
+                         float factor) {
     __m512i sum = _mm512_setzero_si512(), lower = sum;
     __m512 squares = _mm512_setzero_ps();
     for (int64_t step = columns.begin; step < columns.end; ++step) {
         __m512i x[4];
         for (int i = 0; i < 4; ++i) {
             const __m512 some = _mm512_maskz_loadu_ps(columns.masks[4 * step + i], from + step * STEP + i * SIDE);
-            const __m512 scaled = _mm512_scalef_ps(some, _mm512_set1_ps(shift));
+            const __m512 scaled = _mm512_mul_ps(_mm512_scalef_ps(some, _mm512_set1_ps(shift)), _mm512_set1_ps(factor));
             squares = _mm512_fmadd_ps(scaled, scaled, squares);
             x[i] = digits_of(scaled);
         }
@@ -210,22 +211,29 @@ static inline bool split(Digit* to, float* missing, const float* from, const Col
 static void pack(Digit* digits, Worth* worth, const Job& job, int64_t row, int64_t count, const Columns& columns) {
     const float* from = job.block + row * job.block_stride + columns.first;
     alignas(64) uint32_t largest[SIDE] = {};
-    alignas(64) float shift[SIDE];
+    alignas(64) float shift[SIDE], factor[SIDE];
     for (int64_t r = 0; r < count; ++r) largest[r] = largest_bits(from + r * job.block_stride, columns);
     const __m512i bits = _mm512_load_si512(largest);
-    // The digits end at 127.5 * 2^16: where the largest would reach further, the unit is twice as large.
-    const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x10102)), 23);
-    const __m512 shifts = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(GRADIENT_BITS + 127), exponents));
+    // The digits end at 127.5 * 2^16. Where the largest would reach further, the unit is twice as large; where it stays far
+    // below, 1.5 times smaller, if what it is worth then is a normal number.
+    const auto exponents = [](__m512i x) { return _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x10102)), 23); };
+    const __m512 larger = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(1.5f));
+    const __mmask16 normal = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(16 << 23));
+    const __mmask16 far = _mm512_mask_cmpeq_epi32_mask(normal, exponents(bits), exponents(_mm512_castps_si512(larger)));
+    const __m512 factors = _mm512_mask_mov_ps(_mm512_set1_ps(1), far, _mm512_set1_ps(1.5f));
+    const __m512 shifts = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(GRADIENT_BITS + 127), exponents(bits)));
     const __mmask16 some = _mm512_test_epi32_mask(bits, bits);
     const __mmask16 infinite = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(0x7F800000));
-    const __m512 unit = _mm512_maskz_scalef_ps(some, _mm512_set1_ps(1), _mm512_sub_ps(_mm512_set1_ps(32 - NORMAL_BITS), shifts));
+    const __m512 inverse = _mm512_mask_mov_ps(_mm512_set1_ps(1), far, _mm512_set1_ps(1 / 1.5f));
+    const __m512 unit = _mm512_maskz_scalef_ps(some, inverse, _mm512_sub_ps(_mm512_set1_ps(32 - NORMAL_BITS), shifts));
     const __m512i nan = _mm512_set1_epi32(0x7FC00000);
     _mm512_store_ps(worth->unit, _mm512_mask_mov_ps(unit, infinite, _mm512_castsi512_ps(nan)));
     _mm512_store_ps(shift, shifts);
+    _mm512_store_ps(factor, factors);
     unsigned uneven = 0;
     _mm512_store_ps(worth->missing, _mm512_setzero_ps());
     for (int64_t r = 0; r < count; ++r) {
-        uneven |= split(digits + r * STEP, worth->missing + r, from + r * job.block_stride, columns, shift[r]) << r;
+        uneven |= split(digits + r * STEP, worth->missing + r, from + r * job.block_stride, columns, shift[r], factor[r]) << r;
     }
     _mm512_store_ps(worth->rest, _mm512_maskz_mov_ps((__mmask16)uneven, _mm512_set1_ps(0x1p-8f)));
     worth->uneven = uneven != 0;
