@@ -109,9 +109,7 @@ def compare(p: int, repeats: int) -> list[dict[str, object]]:
     results = []
     for kind in ("rademacher", "gaussian"):
         for rows in (64, 640):
-            size = p if kind == "rademacher" else p // 16
-            if rows == 640:
-                size //= 8  # the work is linear in p, as the growth rows show
+            size = p if rows == 64 else p // 8  # the work is linear in p, as the growth rows show
             found = speeds(rivals(kind, rows, size), repeats)
             for name, speed in found.items():
                 results.append(record(f"speed of {name}", kind, rows, size, K, speed / 1e9, "GFLOP/s"))
@@ -152,17 +150,22 @@ def basic_projector(kind: str, gradients: torch.Tensor, columns: int = 200) -> t
 
 
 def errors() -> list[dict[str, object]]:
-    """Relative error of features against the float64 product with the entries of P, over 1 M parameters."""
+    """Relative error of features against the float64 product with the entries of P, over 1 M parameters.
+
+    Of normal gradients, and of uneven ones, whose magnitudes have a normal logarithm of standard deviation 3.
+    """
     results = []
-    for kind in ("rademacher", "gaussian"):
+    for kind, uneven in (("rademacher", False), ("gaussian", False), ("gaussian", True)):
         p, k = 1 << 20, 16
         block, projection = torch.randn(4, p), Projection(kind, k, SEED)
+        if uneven:
+            block *= torch.exp(3 * torch.randn(4, p))
         exact = torch.zeros(4, k, dtype=torch.float64)
         for begin in range(0, p, 1 << 16):
             entries = projection.entries(torch.arange(k)[:, None], torch.arange(begin, begin + (1 << 16)))
             exact += block[:, begin : begin + (1 << 16)].double() @ entries.T
         error = (projection.project(block).double() / projection.scale - exact).norm() / exact.norm()
-        results.append(record("relative error", kind, 4, p, k, float(error), ""))
+        results.append(record("relative error" + ", uneven" * uneven, kind, 4, p, k, float(error), ""))
     return results
 
 

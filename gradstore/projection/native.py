@@ -2,8 +2,10 @@
 
 The library is built from ``src/native.cpp`` when the package is installed and a C++ compiler is there. Its interface is
 plain C, so one build serves every Python and needs no Python header. Without it the reference is used, with results
-that agree to float32 rounding. ``GRADSTORE_SIMD`` (avx512, avx2, neon, plain) forces a level, for tests and for
-comparison: the bits of a dense Rademacher product are the same at every level.
+that agree to float32 rounding. ``GRADSTORE_SIMD`` (amx, avx512, avx2, neon, plain) forces a level, for tests and for
+comparison: the bits of a dense Rademacher product are the same at every level. Those of a Gaussian product are not:
+"amx", the matrix unit of some x86 processors, takes normals to the nearest multiple of 2^-20 and gradients as integers,
+with a relative error of features of 1e-6 (below 2e-6 for uneven gradients too) where the other levels have 4e-7.
 """
 
 from __future__ import annotations
@@ -11,13 +13,12 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gradstore.compiled import Library, load
 from gradstore.errors import UsageError
 from gradstore.projection.entries import KINDS, Entries
 
@@ -69,13 +70,6 @@ class _SharedJob(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class _Library:
-    file: ctypes.CDLL
-    path: str
-    levels: dict[str, int]  # name -> number, those that this processor has, fastest first
-
-
 def status() -> Status:
     """Which path and SIMD level the CPU projection uses here, and why."""
     library = _load()
@@ -88,7 +82,7 @@ def status() -> Status:
 
 def available() -> bool:
     """Whether the compiled projection can be used."""
-    return isinstance(_load(), _Library)
+    return isinstance(_load(), Library)
 
 
 def accumulate(
@@ -97,7 +91,8 @@ def accumulate(
     """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place, without the interpreter lock.
 
     Uses at most ``torch.get_num_threads()`` threads. Each holds up to 6 MB for signs (words of 2560 x 4096 entries and
-    float64 totals of 256 rows), 2 MB for normals. Blocks that are not float32 with adjacent columns are copied first.
+    float64 totals of 256 rows), 2 MB for normals. The level "amx" also holds gradients as digits, 3 bytes for each of
+    up to 768 rows x 16384 columns. Blocks that are not float32 with adjacent columns are copied first.
 
     Args:
         entries: the matrix P.
@@ -181,7 +176,7 @@ def _job(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int)
     )
 
 
-def _library_and_level(level: str | None) -> tuple[_Library, int]:
+def _library_and_level(level: str | None) -> tuple[Library, int]:
     library = _load()
     if isinstance(library, str):
         raise UsageError("no compiled projection", where="backend", got=library, hint=_REBUILD)
@@ -192,7 +187,7 @@ def _adjacent(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
-def _level(library: _Library, level: str | None) -> str:
+def _level(library: Library, level: str | None) -> str:
     name = level or os.environ.get("GRADSTORE_SIMD") or next(iter(library.levels))
     if name not in library.levels:
         raise UsageError(
@@ -204,29 +199,6 @@ def _level(library: _Library, level: str | None) -> str:
     return name
 
 
-@cache
-def _load() -> _Library | str:
+def _load() -> Library | str:
     """The compiled library, or why there is none."""
-    folder = Path(__file__).parent
-    built = [folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
-    path = next((str(path) for path in built if path.exists()), None)
-    if path is None:
-        return "it was not built: no C++ compiler worked when gradstore was installed"
-    try:
-        file = ctypes.CDLL(path)
-        file.gradstore_level.restype = ctypes.c_char_p
-        interface = file.gradstore_interface()
-    except (OSError, AttributeError) as error:
-        return f"it does not load: {error}"
-    if interface != _INTERFACE:
-        return f"it was built from another version of gradstore: interface {interface}, not {_INTERFACE}"
-    return _Library(file, path, _levels(file))
-
-
-def _levels(file: ctypes.CDLL) -> dict[str, int]:
-    found, flag, index = {}, ctypes.c_int(), 0
-    while name := file.gradstore_level(index, ctypes.byref(flag)):
-        if flag.value:
-            found[name.decode()] = index
-        index += 1
-    return found
+    return load(Path(__file__).parent, "gradstore", _INTERFACE)

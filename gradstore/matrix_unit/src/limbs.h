@@ -15,25 +15,7 @@ constexpr int64_t PANEL = RIGHT_ROWS + SIDE;  // from one row of sums to the nex
 
 #if MATRIX_UNIT
 
-// Some compilers do not see that loading tiles or their shape reads memory, and would leave out what was stored there.
-static inline void finish_stores(const void* read) { __asm__ volatile("" : : "r"(read) : "memory"); }
-
-// Must live on a thread while it multiplies tiles.
-struct Tiles {
-    Tiles() {
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } shape;
-        for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = SIDE;
-        finish_stores(&shape);
-        _tile_loadconfig(&shape);
-    }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-};
+#include "tiles.h"
 
 // panel[32][32], rows PANEL apart, = or += the product of two strips `left_strip` limbs apart and two strips `right_strip`
 // limbs apart, over `steps`: upper limbs with upper limbs, and upper with lower ones where a side has them; lower with

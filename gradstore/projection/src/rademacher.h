@@ -95,9 +95,14 @@ static void add_pass(Sum* sums, const Sum* x, Sum* tables, const uint64_t* words
 
 // Sign words of passes [first, first + passes) for k tile [k, k + count): words[pass * count + k].
 static void make_words(uint64_t* words, uint64_t first, int64_t passes, uint64_t k, int64_t count, const Job& job) {
-    for (int64_t pass = 0; pass < passes; pass += 2) {
-        for (int64_t i = 0; i < count; i += COUNTERS) {
-            const Random random = philox((first + pass) / 2, k + i, job);
+    const Keys keys(job.seed);
+    for (int64_t i = 0; i < count; i += COUNTERS) {
+        const Words lanes = lanes_from(k + i, 1);
+        OfLanes of_k = of_lanes(lanes, first / 2, keys);
+        for (int64_t pass = 0; pass < passes; pass += 2) {
+            const uint64_t b = (first + pass) / 2;
+            if (!(b & LOW_WORD)) of_k = of_lanes(lanes, b, keys);
+            const Random random = philox(of_k, of_counter(b, job.domain, keys), keys);
             const Words even = random.word[0] | random.word[1] << 32, odd = random.word[2] | random.word[3] << 32;
             memcpy(words + pass * count + i, &even, sizeof even);
             memcpy(words + (pass + 1) * count + i, &odd, sizeof odd);
