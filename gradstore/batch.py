@@ -18,7 +18,8 @@ from torch import Tensor
 from gradstore.audit import require_finite, require_preserved
 from gradstore.examples import Inputs
 from gradstore.grow import SmallerStore
-from gradstore.jacobians import DenseBlock, JacobianBlock, join_blocks
+from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
+from gradstore.jacobians.fresh import reused
 from gradstore.plan import Plan, one_row, slice_rows, to_device
 from gradstore.previews import preview_table
 from gradstore.projection import Projection
@@ -166,10 +167,14 @@ def _project(
     shape = (len(rows), plan.manifest.schema.c)
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+
+    def room(columns: int) -> Tensor:
+        return reused((len(rows), plan.classes if mixed else plan.manifest.schema.c, columns), features)
+
     for blocks in zip(*streams, strict=True):
-        name, part = blocks[0].name, torch.cat([block.sq_norm() for block in blocks])
+        dense = mixed or _is_dense(projection, blocks[0])
+        name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None)
         parts[name] = parts[name] + part if name in parts else part
-        block = _joined(blocks, dense=mixed or route(projection, blocks[0], projection.dim) == "dense")
         # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
         sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
         watch.lap("jacobians")
@@ -181,11 +186,28 @@ def _project(
     return _Sums(rows, features, sq_norm, parts, logits, Handover(logits.device))
 
 
-def _joined(blocks: Sequence[JacobianBlock], dense: bool) -> JacobianBlock:
-    """The same columns of several groups; values are formed a group at a time, since their bits depend on it."""
-    if dense and len(blocks) > 1:
-        return join_blocks([DenseBlock(block.name, block.start, block.dense()) for block in blocks])
-    return join_blocks(blocks)
+def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
+    """Whether the values of all rows are needed at once; an embedding matrix is projected in parts."""
+    return route(projection, block, projection.dim) == "dense" and not isinstance(block, EmbeddingBlock)
+
+
+def _joined(blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None) -> tuple[JacobianBlock, Tensor]:
+    """The same columns of several groups, and their squared norms float64 [n, c].
+
+    Args:
+        blocks: of the groups.
+        room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
+            Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
+    """
+    if room is None or len(blocks) == 1:
+        return join_blocks(blocks), torch.cat([block.sq_norm() for block in blocks])
+    values, norms, at = room(blocks[0].size), [], 0
+    for block in blocks:
+        norms.append(block.sq_norm())
+        values[at : at + len(norms[-1])] = block.dense()
+        at += len(norms[-1])
+        block.forget()
+    return DenseBlock(blocks[0].name, blocks[0].start, values), torch.cat(norms)
 
 
 def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:

@@ -38,6 +38,10 @@ class JacobianBlock:
             self._dense = self._values().float().contiguous()
         return self._dense
 
+    def forget(self) -> None:
+        """Keep the values no longer."""
+        self._dense = None
+
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
         # Some rows at a time, because torch widens all that it is given before it adds up.

@@ -23,6 +23,8 @@ from gradstore.errors import UsageError
 from gradstore.projection.entries import KINDS, Entries
 
 _INTERFACE = 2  # of gradstore_interface() in src/native.cpp
+# Gradients held as digits: so many columns, or so many bytes if more. SPAN and CHUNK_BYTES in src/gaussian_amx.h
+_DIGIT_COLUMNS, _DIGIT_BYTES = 1 << 14, 16 << 20
 _LANE_PADDING = 16  # a group of lanes may reach beyond the last
 _REBUILD = "install a C++ compiler (g++ or clang++), then install gradstore again"
 
@@ -83,6 +85,19 @@ def status() -> Status:
 def available() -> bool:
     """Whether the compiled projection can be used."""
     return isinstance(_load(), Library)
+
+
+def working_bytes(kind: str, rows: int, columns: int) -> int:
+    """What `accumulate` holds for its rows at any level, beside its arguments and a few megabytes a thread.
+
+    Args:
+        kind: "rademacher" or "gaussian", whose gradients are held as digits where there is a matrix unit.
+        rows: of the block.
+        columns: of the block.
+    """
+    if kind != "gaussian":
+        return 0
+    return 3 * rows * min(columns, max(_DIGIT_COLUMNS, _DIGIT_BYTES // (3 * rows)))
 
 
 def accumulate(

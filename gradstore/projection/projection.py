@@ -130,6 +130,13 @@ class Projection:
             device = cuda.device(block.device.index)
             cuda.accumulate(device, self._entries, out, source, start, first_k, self.precision)
 
+    def working_bytes(self, rows: int, columns: int) -> int:
+        """Bytes that projecting a block holds on a CPU beside gradients and features, whatever the processor.
+
+        A few megabytes a thread come to that; GPUs hold less than 256 MB.
+        """
+        return native.working_bytes(self.kind, rows, columns)
+
     def path(self, device: torch.device) -> str:
         """What multiplies by P on a device: "native", "cuda fast", "cuda exact" or "reference".
 
