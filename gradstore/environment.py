@@ -104,7 +104,7 @@ def _projection_path() -> str:
 
 def _matrix_unit() -> str:
     if product.available():
-        return "AMX in bfloat16, for Gram matrices and searches"
+        return "AMX, for Gaussian projections, kernels and searches"
     forbidden = "amx" in product.levels()
     return "not used: GRADSTORE_SIMD names another level" if forbidden else "none that can be used; products by BLAS"
 
