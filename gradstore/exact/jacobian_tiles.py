@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.audit import require_finite_block
-from gradstore.device import choose_device
+from gradstore.device import choose_device, full_float32
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
 from gradstore.exact.factors import Held, held, joined_rows, tensors_of
@@ -87,7 +87,8 @@ class JacobianTiles:
             whole = len(self._parts()) == 1 and bool(wanted)
             resident = self._load(self.a, group, self._parts()[0]) if whole else None
             for span in wanted:
-                values = self._tile(group, span, resident)
+                with full_float32(self.device):
+                    values = self._tile(group, span, resident)
                 yield Tile(group.start * self.factor, span.start * self.factor, values)
 
     def attributes(self) -> dict[str, str | int]:

@@ -151,20 +151,6 @@ def single_threaded() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def full_float32(engine: Engine) -> Iterator[None]:
-    """CUDA products in float32 rather than TF32, whose error the bound does not cover."""
-    if engine.device.type != "cuda":
-        yield
-        return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 def _round_up(size: int, steps: Sequence[int] = (1, 8, 32, 128, 512)) -> int:
     """Few distinct sizes, so that a session measures seldom."""
     return next((step for step in steps if size <= step), steps[-1])

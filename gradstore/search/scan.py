@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.device import full_float32
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.memory import format_bytes
 from gradstore.search.best import Best, pending_limit
-from gradstore.search.engines import Engine, choose_engine, full_float32, single_threaded
+from gradstore.search.engines import Engine, choose_engine, single_threaded
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.float_block import FloatBlock
 from gradstore.search.integer_block import IntegerBlock, RoundedQueries
@@ -165,7 +166,7 @@ def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engi
     """
     m = sum(len(group.members) for group in groups)
     best = Best(m, k, ExactScore(train, groups, plan.workers))
-    with full_float32(engine):
+    with full_float32(engine.device):
         _Scan(train, groups, best, engine, plan).run()
         best.settle()
     return best
