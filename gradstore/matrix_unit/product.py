@@ -130,6 +130,9 @@ def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
         rows: float16 or float32 [n, D] on the CPU, adjacent within a row.
         limbs: 1 or 2.
         level: one of `levels()`.
+
+    Returns:
+        A copy of 2 · limbs bytes a value, n rounded up to 32 and D to 32; nothing else is held.
     """
     library = _require(level)
     described = _describe(rows, None, limbs)

@@ -11,6 +11,7 @@
 #include <new>
 
 #include "amx.h"
+#include "half.h"
 
 namespace {
 
@@ -47,22 +48,6 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 };
-
-inline float half_to_float(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
-    uint32_t bits = rest << 13;
-    float value;
-    if (rest >= 0x7C00) {  // infinity or NaN
-        bits += 0x70000000u;
-    } else {               // a denormal number becomes normal, as the factor is exact
-        memcpy(&value, &bits, sizeof value);
-        value *= 0x1p112f;
-        memcpy(&bits, &value, sizeof bits);
-    }
-    bits |= sign;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 #if HAS_AMX
 #define MATRIX_UNIT 1

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../matrix_unit/src/half.h"
 #include "../../matrix_unit/src/simd.h"
 
 namespace {
@@ -48,22 +49,6 @@ struct ScaleJob {
     float* out;                 // [rows, columns]
     int64_t rows, columns;
 };
-
-inline float half_to_float(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
-    uint32_t bits = rest << 13;
-    float value;
-    if (rest >= 0x7C00) {  // infinity or NaN
-        bits += 0x70000000u;
-    } else {               // a denormal number becomes normal, as the factor is exact
-        memcpy(&value, &bits, sizeof value);
-        value *= 0x1p112f;
-        memcpy(&bits, &value, sizeof bits);
-    }
-    bits |= sign;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 #if defined(__x86_64__)
 #define VECTOR_BYTES 64
