@@ -1,10 +1,13 @@
-"""Byte counts as people write them."""
+"""Byte counts as people write them; memory in large pages, and freed memory given back."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 from contextlib import suppress
+
+import numpy as np
 
 from gradstore.errors import UsageError
 
@@ -49,6 +52,19 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
     return f"{int(count)} bytes"
+
+
+def pages(size: int) -> np.ndarray:
+    """Zeroed bytes, uint8, of their own mapping, in huge pages where there are any.
+
+    They begin at a page, and are gone to the last page when they are dropped. From the C library they would leave holes
+    that it keeps, many times a block, between pieces that are still in use.
+    """
+    mapped = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)
 
 
 def return_freed_memory() -> None:

@@ -85,9 +85,10 @@ class Schema:
         """The dataset of a name."""
         return next(column for column in self.columns if column.name == name)
 
-    def empty(self, rows: int) -> dict[str, np.ndarray]:
-        """Uninitialised arrays for every dataset of some rows."""
-        return {c.name: np.empty((rows, *c.shape), c.dtype) for c in self.columns}
+    def empty(self, rows: int, *, features: bool = True) -> dict[str, np.ndarray]:
+        """Uninitialised arrays for every dataset of some rows, or for all but the features."""
+        wanted = [column for column in self.columns if features or column.name != "features"]
+        return {c.name: np.empty((rows, *c.shape), c.dtype) for c in wanted}
 
 
 def raw(array: np.ndarray) -> memoryview:

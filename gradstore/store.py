@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from gradstore.errors import CorruptError, UsageError
 from gradstore.hashing import NAMES
 from gradstore.memory import format_bytes
 from gradstore.schema import Schema
-from gradstore.storage.digests import THREADS
+from gradstore.storage.digests import THREADS, PartedDigests, row_digests
 from gradstore.storage.disk import Disk, MissingFileError
 from gradstore.storage.encoding import decode
 from gradstore.storage.manifest import Manifest
@@ -179,10 +180,7 @@ class FeatureStore:
         Raises:
             CorruptError: a row does not match its digest, or a shard its manifest; names the rows.
         """
-        if not 0 <= start <= stop <= len(self):
-            raise UsageError(
-                "rows out of range", where=self.path, expected=f"within 0:{len(self)}", got=f"{start}:{stop}"
-            )
+        self._require_range(start, stop)
         new = self.schema.empty(stop - start) if out is None else out
         data = {name: array[: stop - start] for name, array in new.items()}
         step = max(1, _SPAN_BYTES // self.schema.row_bytes)
@@ -198,6 +196,39 @@ class FeatureStore:
             with ThreadPoolExecutor(THREADS + 1) as pool:
                 list(pool.map(lambda job: self._read_span(*job), jobs))
         return data
+
+    def stream(
+        self, start: int, stop: int, columns: Mapping[str, np.ndarray], room: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Features of rows start:stop as stored, a few rows at a time, digests checked, by the calling thread.
+
+        For whoever is done with some rows before the next are read: these are still in the processor's cache, and a
+        block of many rows is never held.
+
+        Args:
+            start: first row.
+            stop: one past the last row.
+            columns: arrays of at least stop - start rows for every dataset but the features, such as `schema.empty`
+                makes; those of a row are filled before its features are given.
+            room: array [r, c, K] in the stored dtype, overwritten by up to r rows after others.
+
+        Yields:
+            (first row, features [≤ r, c, K], a view of `room`).
+
+        Raises:
+            CorruptError: a row does not match its digest, or a shard its manifest; names the row.
+        """
+        self._require_range(start, stop)
+        for index, low, high in self._spans(start, stop, max(1, stop - start)):
+            first = index * self.manifest.shard_rows
+            views = {name: array[first + low - start : first + high - start] for name, array in columns.items()}
+            with self._shard(index) as file:
+                checked: PartedDigests | None = None
+                for at, features in file.stream(low, high, views, room):
+                    checked = checked or PartedDigests(self.schema, views)
+                    if self.verify:
+                        self._require_digests(file, at, checked.of(at - low, features))
+                    yield first + at, features
 
     def blocks(self, rows: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(first row, columns) over the whole store, `rows` at a time; holds one block.
@@ -231,26 +262,38 @@ class FeatureStore:
             at += high - low
 
     def _read_span(self, index: int, low: int, views: Mapping[str, np.ndarray]) -> None:
+        with self._shard(index) as file:
+            file.fill(low, views)
+        if self.verify:
+            self._require_digests(file, low, row_digests(self.schema, views, threads=1))
+
+    @contextmanager
+    def _shard(self, index: int) -> Iterator[ShardFile]:
+        """A shard whose digests are known; where it is gone meanwhile, that is explained."""
         file = self.shard_file(index)
         try:
             if index not in self._digests:
                 self._digests[index] = file.check()
-            file.fill(low, views)
+            yield file
         except MissingFileError:
             self._require_unchanged()
             raise
-        if self.verify:
-            self._require_digests(file, low, views)
 
-    def _require_digests(self, file: ShardFile, low: int, views: Mapping[str, np.ndarray]) -> None:
-        rows = len(views["row"])
-        bad = file.damaged(views, self._digests[file.index][low : low + rows])
+    def _require_digests(self, file: ShardFile, low: int, found: np.ndarray) -> None:
+        """Digests uint8 [rows, 16] of the rows from `low` of the shard on are those that were written."""
+        bad = np.flatnonzero((found != self._digests[file.index][low : low + len(found)]).any(axis=1))
         if bad.size:
             raise CorruptError(
                 f"row {file.index * self.manifest.shard_rows + low + bad[0]} does not match its digest",
                 where=file.path,
-                got=f"{bad.size} damaged of {rows} rows read",
+                got=f"{bad.size} damaged of {len(found)} rows read",
                 hint=VERIFY,
+            )
+
+    def _require_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self):
+            raise UsageError(
+                "rows out of range", where=self.path, expected=f"within 0:{len(self)}", got=f"{start}:{stop}"
             )
 
     def _require_unchanged(self) -> None:
@@ -264,14 +307,8 @@ class FeatureStore:
             return self.schema.empty(0)[name]
         parts = []
         for index in range(-(-len(self) // self.manifest.shard_rows)):
-            file = self.shard_file(index)
-            try:
-                if index not in self._digests:
-                    self._digests[index] = file.check()
+            with self._shard(index) as file:
                 parts.append(file.column(name))
-            except MissingFileError:
-                self._require_unchanged()
-                raise
         return np.concatenate(parts)
 
     # -- manners -------------------------------------------------------------------------------------------------

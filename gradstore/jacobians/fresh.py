@@ -8,14 +8,14 @@ each other.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 import weakref
-from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gradstore.memory import pages
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NOTHING = np.empty(0, np.uint8)
@@ -47,17 +47,7 @@ class _Spare:
 
 
 def _pages(size: int) -> np.ndarray:
-    """Zeroed bytes of their own mapping, huge pages where there are any; gone to the last page when they are dropped.
-
-    From the C library they would leave holes that it keeps, many times a block, between pieces that are still in use.
-    """
-    if size < _MAPPED:
-        return np.empty(size, np.uint8)
-    pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
+    return np.empty(size, np.uint8) if size < _MAPPED else pages(size)
 
 
 _spare = _Spare()

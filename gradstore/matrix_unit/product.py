@@ -15,14 +15,17 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradstore.compiled import Library, load
+from gradstore.memory import pages
 
-_INTERFACE = 3  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
+_INTERFACE = 4  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
 _UNIT = 2.0**-24
 LIMB = 2.0**-8
 """The most that one limb leaves of a value; two leave at most `LIMB`² / 2, and nothing of a float16."""
@@ -53,12 +56,25 @@ class _ProductJob(ctypes.Structure):
     _fields_ = (
         ("left", _Rows),
         ("right", _Rows),
+        ("packed_left", ctypes.c_void_p),
         ("packed_right", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("left_rests", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
+        ("packed_rows", ctypes.c_int64),
         ("diagonal", ctypes.c_int64),
+    )
+
+
+class _PlaceJob(ctypes.Structure):
+    """Mirror of ``struct PlaceJob``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "strips", "rests")),
+        *((name, ctypes.c_int64) for name in ("count", "segments", "width", "stride", "capacity", "at")),
+        ("half", ctypes.c_int32),
+        ("limbs", ctypes.c_int32),
     )
 
 
@@ -77,6 +93,61 @@ class Packed:
     rows: int
     width: int
     limbs: int
+
+
+class Strips:
+    """Rows made ready to be the left side of products, some at a time, while they are in the processor's cache.
+
+    They are written past the cache, which leaves it to what is read next.
+
+    Args:
+        segments: parts of a row that are multiplied by themselves.
+        width: values of a segment.
+        capacity: rows.
+        limbs: of a value, 1 or 2.
+        room: memory to use, at least `bytes_needed` in uint8, aligned to 64 bytes; it must outlive the strips.
+        level: one of `levels()`.
+
+    Attributes:
+        rests: float64 [segments, capacity], ‖x − h‖² of each segment of the rows that were placed, h being its values'
+            first limbs; within `REST_ERROR` of it, and 2^-126 a value.
+    """
+
+    def __init__(
+        self, segments: int, width: int, capacity: int, limbs: int, room: np.ndarray, *, level: str = "amx"
+    ) -> None:
+        assert room.nbytes >= self.bytes_needed(segments, width, capacity, limbs), room.nbytes
+        assert room.ctypes.data % 64 == 0, "vectors are stored whole"
+        self.segments, self.width, self.capacity, self.limbs, self.level = segments, width, capacity, limbs, level
+        self.rests = torch.zeros(segments, capacity, dtype=torch.float64)
+        self._room = room
+
+    @staticmethod
+    def bytes_needed(segments: int, width: int, capacity: int, limbs: int) -> int:
+        """Bytes: 2 · limbs a value, the width and the capacity rounded up to 32."""
+        return 2 * limbs * segments * _round_up(width) * _round_up(capacity)
+
+    def place(self, at: int, values: Tensor) -> None:
+        """Make rows from place `at` on ready: float16 or float32 [n, segments, width] on the CPU, adjacent in a row."""
+        n, *shape = values.shape
+        assert shape == [self.segments, self.width], (shape, self.segments, self.width)
+        assert 0 <= at <= at + n <= self.capacity, (at, n, self.capacity)
+        assert values.dtype in (torch.float16, torch.float32), values.dtype
+        assert values[:1].is_contiguous()
+        pointers = values.data_ptr(), self._room.ctypes.data, self.rests.data_ptr()
+        sizes = n, self.segments, self.width, values.stride(0), self.capacity, at
+        job = _PlaceJob(*pointers, *sizes, values.dtype == torch.float16, self.limbs)
+        library = _require(self.level)
+        library.file.gradstore_place(ctypes.byref(job), library.levels[self.level])
+
+    def add_product(
+        self, segment: int, count: int, right: Packed, out: Tensor, *, left_factors: Tensor | None = None
+    ) -> None:
+        """As `add_product`, of one segment of the first `count` rows; the same bits."""
+        start = segment * self.bytes_needed(1, self.width, self.capacity, self.limbs)
+        left = _Rows(None, _pointer(left_factors), count, 0, 0, self.limbs)
+        packed = self._room.ctypes.data + start, self.capacity
+        _multiply(left, (count, self.width), packed, right, None, right.limbs, out, None, None, self.level)
 
 
 def workspace_bytes(width: int, limbs: int = 2) -> tuple[int, int]:
@@ -137,7 +208,8 @@ def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
     library = _require(level)
     described = _describe(rows, None, limbs)
     width = ctypes.c_int64(rows.shape[1])
-    strips = torch.empty(library.file.gradstore_packed_size(ctypes.byref(described), width), dtype=torch.int16)
+    size = library.file.gradstore_packed_size(ctypes.byref(described), width)
+    strips = torch.from_numpy(pages(2 * max(size, 1)).view(np.int16)[:size])
     pointer = ctypes.c_void_p(strips.data_ptr())
     library.file.gradstore_pack(pointer, ctypes.byref(described), width, library.levels[level])
     return Packed(strips, len(rows), rows.shape[1], limbs)
@@ -175,23 +247,41 @@ def add_product(
     Raises:
         MemoryError: they could not be had.
     """
+    first = _describe(left, left_factors, limbs[0])
+    assert left_rests is None or (left_rests.dtype == torch.float64 and left_rests.shape == (len(left),))
+    shape = left.shape[0], left.shape[1]
+    _multiply(first, shape, (None, 0), right, right_factors, limbs[1], out, left_rests, diagonal, level)
+
+
+def _multiply(
+    left: _Rows,
+    shape: tuple[int, int],
+    packed_left: tuple[int | None, int],
+    right: Tensor | Packed,
+    right_factors: Tensor | None,
+    right_limbs: int,
+    out: Tensor,
+    left_rests: Tensor | None,
+    diagonal: int | None,
+    level: str,
+) -> None:
     library = _require(level)
     columns, width = (right.rows, right.width) if isinstance(right, Packed) else right.shape
-    assert left.shape[1] == width, (left.shape, width)
-    assert out.shape == (len(left), columns), (out.shape, len(left), columns)
+    assert shape[1] == width, (shape, width)
+    assert out.shape == (shape[0], columns), (out.shape, shape, columns)
     assert out.dtype == torch.float32, out.dtype
     assert out.shape[1] <= 1 or out.stride(1) == 1, out.stride()
     if isinstance(right, Packed):
         packed, second = right.strips.data_ptr(), _Rows(None, _pointer(right_factors), columns, 0, 0, right.limbs)
     else:
-        packed, second = None, _describe(right, right_factors, limbs[1])
-    first = _describe(left, left_factors, limbs[0])
-    diagonal = -len(left) if diagonal is None else diagonal
-    assert left_rests is None or (left_rests.dtype == torch.float64 and left_rests.shape == (len(left),))
+        packed, second = None, _describe(right, right_factors, right_limbs)
+    strips, capacity = packed_left
     rests = None if left_rests is None else left_rests.data_ptr()
-    job = _ProductJob(first, second, packed, out.data_ptr(), rests, width, out.stride(0), diagonal)
+    diagonal = -shape[0] if diagonal is None else diagonal
+    pointers = strips, packed, out.data_ptr(), rests
+    job = _ProductJob(left, second, *pointers, width, out.stride(0), capacity, diagonal)
     if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
-        raise MemoryError(f"multiplying {list(left.shape)} by {[columns, width]} values")
+        raise MemoryError(f"multiplying {list(shape)} by {[columns, width]} values")
 
 
 def _describe(rows: Tensor, factors: Tensor | None, limbs: int) -> _Rows:
@@ -199,6 +289,10 @@ def _describe(rows: Tensor, factors: Tensor | None, limbs: int) -> _Rows:
     assert rows.shape[1] <= 1 or rows.stride(1) == 1, rows.stride()
     half = rows.dtype == torch.float16
     return _Rows(rows.data_ptr(), _pointer(factors), len(rows), rows.stride(0), half, limbs)
+
+
+def _round_up(count: int) -> int:
+    return -(-count // 32) * 32
 
 
 def _pointer(factors: Tensor | None) -> int | None:
@@ -209,6 +303,7 @@ def _pointer(factors: Tensor | None) -> int | None:
     return factors.data_ptr()
 
 
+@cache
 def _library() -> Library | None:
     library = load(Path(__file__).parent, "gradstore_matrix_unit", _INTERFACE)
     if isinstance(library, str):

@@ -12,7 +12,7 @@ and lets more rows through to exact scoring; so one is taken until too many get 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -20,66 +20,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.matrix_unit.product import LIMB, REST_ERROR, Packed, add_product, pack, rounding_bound
+from gradstore.matrix_unit.product import LIMB, REST_ERROR, Packed, Strips, pack, rounding_bound
+from gradstore.memory import pages
+from gradstore.schema import Schema
 from gradstore.search.float_block import bounds_within
-from gradstore.search.integer_block import span_rows
-from gradstore.search.phi import Scaled
+from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store import FeatureStore
 
 # Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
 _EXTRA = 2.0**-20
+# Bytes of features that are read together: half of a second-level cache.
+_PIECE_BYTES = 1 << 20
+STRIPS = 64
+"""A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
 
 @dataclass(frozen=True)
 class PackedQueries:
-    """A group of queries, ready to be multiplied by rows as stored or, where these must be written first, by pieces.
+    """A group of queries, ready to be multiplied by rows, a segment at a time.
 
     Attributes:
         group: the queries.
-        as_stored: whether rows are multiplied as they are stored, a class at a time.
-        high: the first limbs of each class, or of each piece.
+        packed: of each segment.
         rest: float64 [g], what the limbs leave of each query at most, in units of its norm.
-        low: the second limbs; empty where one is taken.
+        exact: whether two limbs leave nothing of a row.
     """
 
     group: QueryGroup
-    as_stored: bool
-    high: tuple[Packed, ...]
+    packed: tuple[Packed, ...]
     rest: np.ndarray
-    low: tuple[Packed, ...] = ()
+    exact: bool
+
+    @property
+    def limbs(self) -> int:
+        """Limbs of a value."""
+        return self.packed[0].limbs
 
     @classmethod
     def of(cls, group: QueryGroup, dtype: str) -> PackedQueries:
-        """With one limb: holds 2 bytes a value, queries rounded up to 32, and 4·K more a query while packing.
+        """With one limb: holds 2 bytes a value, queries rounded up to 32, and 8·K more a query while packing.
 
         Args:
             group: the queries.
             dtype: of the training store's features.
         """
-        stored, high = dtype == "float16" and group.phi.weights is None, []
-        squares = np.zeros(len(group.members))
-        for part in _parts(group, stored):
-            high.append(pack(part, 1))
-            squares += torch.linalg.vector_norm(_lower(part), dim=1, dtype=torch.float64).square_().numpy()
-        return cls(group, stored, tuple(high), _relative(squares, group.norms))
+        packed, squares = [], np.zeros(len(group.members))
+        for s in range(group.phi.segments):
+            part = group.segment(s)
+            packed.append(pack(part, 1))
+            lower = part - part.bfloat16().float()  # `part` may be the queries themselves
+            squares += torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
+        exact = dtype != "float32" and group.phi.weights is None
+        return cls(group, tuple(packed), _relative(squares, group.norms), exact)
 
     def refined(self) -> PackedQueries:
-        """With two limbs: holds as much again."""
-        lower = tuple(pack(_lower(part), 1) for part in _parts(self.group, self.as_stored))
-        return replace(self, low=lower, rest=np.full(len(self.rest), LIMB**2 / 2))
-
-    def add_product(self, index: int, rows: Tensor, factors: Tensor | None, out: Tensor, squares: Tensor) -> None:
-        """Add the products of part `index` with rows [B, w] times float32 [B] to `out` [B, g].
-
-        What first limbs leave of the rows, squared, is added to float64 `squares` [B], where no second ones are taken.
-        """
-        if not self.low:
-            add_product(rows, self.high[index], out, left_factors=factors, limbs=(1, 1), left_rests=squares)
-            return
-        add_product(rows, self.high[index], out, left_factors=factors, limbs=(2, 1))
-        add_product(rows, self.low[index], out, left_factors=factors, limbs=(1, 1))
+        """With two limbs: holds 4 bytes a value."""
+        packed = tuple(pack(self.group.segment(s), 2) for s in range(self.group.phi.segments))
+        return replace(self, packed=packed, rest=np.full(len(self.rest), LIMB**2 / 2))
 
     def error(self, row_rest: np.ndarray) -> Tensor:
         """What similarities are off at most, in units of ‖q‖ ‖t‖, float64 [g, B].
@@ -87,9 +86,10 @@ class PackedQueries:
         Args:
             row_rest: float64 [B], what first limbs leave of the rows, in units of their norms.
         """
-        if self.low:
-            row_rest = np.full(len(row_rest), 0 if self.as_stored else LIMB**2 / 2)
-        added = rounding_bound(self.high[0].width, len(self.high) + len(self.low)) + (LIMB**2 if self.low else 0)
+        added = rounding_bound(self.packed[0].width, len(self.packed))
+        if self.limbs == 2:
+            row_rest = np.full(len(row_rest), 0 if self.exact else LIMB**2 / 2)
+            added += LIMB**2
         return limb_error(torch.from_numpy(self.rest), torch.from_numpy(row_rest), added)
 
 
@@ -108,81 +108,131 @@ class PackedBatch:
     def refine(self) -> None:
         """Take two limbs from the next block on."""
         with self._lock:
-            if any(not part.low for part in self.parts):
+            if any(part.limbs == 1 for part in self.parts):
                 self.parts = tuple(part.refined() for part in self.parts)
 
 
 class LimbBlock:
     """What a worker reuses to bound block after block of rows.
 
+    Rows are cut into limbs while they are in the cache after reading and checking; they are multiplied when a whole
+    block of them is there, since the packed queries come from memory for every block.
+
     Args:
         train: the training store.
         queries: shared by all workers.
         block: rows of a block.
 
-    Holds the block as stored, 32 bytes a row and query, and where features are not float16 or classes are summed, two
-    pieces of the block in float32.
+    Holds `block_bytes`, and 32 bytes a row and query.
     """
 
     def __init__(self, train: FeatureStore, queries: PackedBatch, block: int) -> None:
-        self.train, self.queries, self._span = train, queries, span_rows(train, block)
-        self._columns = train.schema.empty(block)
-        written = [part.group.phi for part in queries.parts if not part.as_stored]
-        size = block * max((phi.width for phi in written), default=0)
-        self._piece = torch.empty(size)
-        self._spare = torch.empty(size if any(phi.weights is not None for phi in written) else 0)
+        self.train, self.queries, self._rows = train, queries, strip_rows(block)
+        schema = train.schema
+        self._columns = schema.empty(self._rows, features=False)
+        self._features = np.empty((_piece_rows(schema), schema.c, schema.K), schema.dtype)
+        self._rooms = {
+            phi: pages(Strips.bytes_needed(phi.segments, phi.K, self._rows, 1))
+            for phi in {part.group.phi for part in queries.parts}
+        }
 
     def bounds(self, start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
         """As `IntegerBlock.bounds`."""
-        columns = self._read(start, stop)
-        features = torch.from_numpy(columns["features"])
-        found = []
-        for part in self.queries.parts:
-            phi = part.group.phi
-            scaled = Scaled.of(phi, columns, self.train.path)
-            out = torch.zeros(len(features), len(part.group.members))
-            add = _add_stored if part.as_stored else self._add
-            norms, rest = add(part, features, scaled, out)
-            phi.require_direction(norms, columns["row"], self.train.path)
-            error = part.error(_relative(rest, norms))
-            found.append((part.group, *bounds_within(part.group, out.T.double(), norms, scaled.exponent, error)))
-        return found
+        parts = self.queries.parts
+        step = self._rows // max(part.limbs for part in parts)
+        found = [self._bounds(parts, low, min(low + step, stop)) for low in range(start, stop, step)]
+        if len(found) == 1:
+            return found[0]
+        return [
+            (part.group, torch.cat([bound[i][1] for bound in found], 1), torch.cat([bound[i][2] for bound in found], 1))
+            for i, part in enumerate(parts)
+        ]
 
-    def _read(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Rows start:stop, some at a time, so that they stay in the cache between reading and checking."""
-        for low in range(start, stop, self._span):
-            part = {name: column[low - start :] for name, column in self._columns.items()}
-            self.train.read(low, min(low + self._span, stop), out=part)
-        return {name: column[: stop - start] for name, column in self._columns.items()}
-
-    def _add(
-        self, queries: PackedQueries, features: Tensor, scaled: Scaled, out: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Add inner products of scaled vectors to `out` [B, g], a piece at a time.
-
-        Returns:
-            The rows' norms float64 [B], and squares of what first limbs leave of them.
-        """
-        phi = queries.group.phi
-        squares, rest = torch.zeros(2, len(features), dtype=torch.float64)
-        for j in range(phi.pieces):
-            piece = phi.write_piece(j, features, scaled.factors, self._piece, self._spare)
-            queries.add_product(j, piece, None, out, rest)
-            if scaled.norms is None:
-                squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square_()
-        return squares.sqrt_().numpy() if scaled.norms is None else scaled.norms, rest.numpy()
+    def _bounds(self, parts: Sequence[PackedQueries], start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
+        limbs = max(part.limbs for part in parts)
+        placed = {phi: _Placed(phi, self._rows // limbs, limbs, room) for phi, room in self._rooms.items()}
+        for first, features in self.train.stream(start, stop, self._columns, self._features):
+            at = first - start
+            columns = {name: column[at : at + len(features)] for name, column in self._columns.items()}
+            for rows in placed.values():
+                rows.place(at, torch.from_numpy(features), columns, self.train.path)
+        columns = {name: column[: stop - start] for name, column in self._columns.items()}
+        for rows in placed.values():
+            rows.finish(columns, self.train.path)
+        return [(part.group, *placed[part.group.phi].bounds(part)) for part in parts]
 
 
-def _add_stored(queries: PackedQueries, features: Tensor, scaled: Scaled, out: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """As `LimbBlock._add`, of features [B, c, K] as they are: their factors are applied to products."""
-    assert scaled.norms is not None, "known where classes stand side by side"
-    factors = scaled.factors.T.contiguous()
-    rest = torch.zeros(len(features), dtype=torch.float64)
-    for s in range(queries.group.phi.segments):
-        squares = torch.zeros(len(features), dtype=torch.float64)
-        queries.add_product(s, features[:, s], factors[s], out, squares)
-        rest += squares * factors[s].double().square()
-    return scaled.norms, rest.numpy()
+class _Placed:
+    """Rows of a block under one feature map.
+
+    Args:
+        phi: the feature map.
+        capacity: rows.
+        limbs: of a value.
+        room: memory for them.
+    """
+
+    def __init__(self, phi: Phi, capacity: int, limbs: int, room: np.ndarray) -> None:
+        self.phi, self._strips = phi, Strips(phi.segments, phi.K, capacity, limbs, room)
+        self._norms = np.zeros(capacity)
+
+    def place(self, at: int, features: Tensor, columns: Mapping[str, np.ndarray], where: object) -> None:
+        """Some rows from place `at` on, as stored."""
+        if self.phi.weights is None:  # factors are applied to products
+            self._strips.place(at, features.float() if features.dtype == torch.int8 else features)
+            return
+        scaled, vectors = Scaled.of(self.phi, columns, where), torch.empty(len(features), 1, self.phi.K)
+        for i in range(len(features)):
+            self.phi.write_row(features[i], scaled.factors[i], vectors[i])
+        norms = torch.linalg.vector_norm(vectors[:, 0], dim=1, dtype=torch.float64)
+        self._norms[at : at + len(features)] = norms.numpy()
+        self._strips.place(at, vectors)
+
+    def finish(self, columns: Mapping[str, np.ndarray], where: object) -> None:
+        """All rows are placed; `columns` are theirs."""
+        scaled = Scaled.of(self.phi, columns, where)
+        self._exponent, self._factors = scaled.exponent, scaled.factors.T.contiguous()
+        if scaled.norms is not None:
+            self._norms = scaled.norms
+        self._norms = self._norms[: len(self._exponent)]
+        self.phi.require_direction(self._norms, columns["row"], where)
+
+    def bounds(self, queries: PackedQueries) -> tuple[Tensor, Tensor]:
+        """Similarities float64 [g, B] and their largest errors."""
+        group, count = queries.group, len(self._norms)
+        out, squares = torch.zeros(count, len(group.members)), torch.zeros(count, dtype=torch.float64)
+        for s, packed in enumerate(queries.packed):
+            factors = self._factors[s] if self.phi.weights is None else None
+            self._strips.add_product(s, count, packed, out, left_factors=factors)
+            rests = self._strips.rests[s, :count]
+            squares += rests if factors is None else rests * factors.double().square()
+        error = queries.error(_relative(squares.numpy(), self._norms))
+        return bounds_within(group, out.T.double(), self._norms, self._exponent, error)
+
+
+def strip_rows(block: int) -> int:
+    """Rows that a block has room for: whole strips, and with two limbs half of them."""
+    return -(-block // STRIPS) * STRIPS
+
+
+def block_bytes(schema: Schema, phis: Sequence[Phi], block: int) -> int:
+    """Bytes that a worker holds for a block, beside those a row and query.
+
+    Args:
+        schema: of the training store.
+        phis: the feature maps of the queries.
+        block: rows.
+    """
+    piece, small = _piece_rows(schema), schema.row_bytes - schema.column("features").row_bytes
+    decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K
+    strips = sum(Strips.bytes_needed(phi.segments, phi.K, strip_rows(block), 1) for phi in set(phis))
+    # A copy of the small columns is hashed.
+    return piece * (schema.column("features").row_bytes + decoded) + strip_rows(block) * 2 * small + strips
+
+
+def _piece_rows(schema: Schema) -> int:
+    """Rows that are read together: they should stay in the cache until they are cut."""
+    return int(np.clip(_PIECE_BYTES // schema.column("features").row_bytes, 1, 256))
 
 
 def limb_error(query_rest: Tensor, row_rest: Tensor, added: float) -> Tensor:
@@ -201,16 +251,3 @@ def _relative(squares: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """Measured rests in units of norms, rounded up; 0 for a vector that is zero."""
     rests = np.sqrt(squares) * (1 + REST_ERROR)
     return np.divide(rests, norms, out=np.zeros_like(rests), where=norms > 0)
-
-
-def _lower(values: Tensor) -> Tensor:
-    """What the first limb leaves."""
-    return values - values.bfloat16().float()
-
-
-def _parts(group: QueryGroup, as_stored: bool) -> Iterator[Tensor]:
-    """The queries' values float32 [g, w] of each class, or of each piece."""
-    if as_stored:
-        return (group.segment(s) for s in range(group.phi.segments))
-    spans = (group.phi.span(j) for j in range(group.phi.pieces))
-    return (piece[:, : at.stop - at.start] for piece, at in zip(group.pieces, spans, strict=True))

@@ -42,7 +42,7 @@ class QueryGroup:
         return self.pieces.transpose(0, 1).reshape(count, phi.segments, -1)[..., : phi.K].reshape(count, phi.length)
 
     def segment(self, index: int) -> Tensor:
-        """Stretch `index` of K of every query, float32 [g, K], a copy."""
+        """Stretch `index` of K of every query, float32 [g, K]; a copy where it is more than one piece."""
         each = len(self.pieces) // self.phi.segments
         part = self.pieces[index * each : (index + 1) * each]
         return part.transpose(0, 1).reshape(len(self.members), -1)[:, : self.phi.K].contiguous()

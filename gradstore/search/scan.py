@@ -24,7 +24,7 @@ from gradstore.search.engines import Engine, choose_engine, single_threaded
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.float_block import FloatBlock
 from gradstore.search.integer_block import IntegerBlock, RoundedQueries
-from gradstore.search.limb_block import LimbBlock, PackedBatch
+from gradstore.search.limb_block import STRIPS, LimbBlock, PackedBatch, block_bytes
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.rounding import MAX_WIDTH
@@ -34,7 +34,7 @@ from gradstore.store import FeatureStore
 # A block is large enough for a good matrix product and no larger; the matrix unit is so fast that packed queries should
 # be read from memory seldom.
 _BLOCK_BYTES = 24 << 20
-_PACKED_BLOCK_BYTES = 48 << 20
+_PACKED_BLOCK_BYTES = 80 << 20
 _BLOCK_ROWS = 4096
 _BATCH = 512
 _MAX_WORKERS = 16
@@ -59,7 +59,7 @@ class ScanPlan:
     workers: int
 
 
-def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed: int = 0) -> ScanPlan:
+def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed: Sequence[Phi] = ()) -> ScanPlan:
     """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
 
     Args:
@@ -68,28 +68,46 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed
         m: queries.
         k: neighbours a query.
         memory: bytes.
-        packed: groups of queries that are packed in limbs, rounded up to 32; 0 for other engines.
+        packed: the distinct feature maps of queries that are packed in limbs, each rounded up to 32 queries; none for
+            other engines.
 
     Raises:
         UsageError: the budget does not hold one query, one row and what their product takes.
     """
     row = train.schema.row_bytes
     vectors = 4 * phi.length + 3 * row  # of one worker as it scores exactly
-    each = 8 if packed else 6  # bytes a value: float32, and two digits or limbs
+    each = 10 if packed else 6  # bytes a value: float32, and two digits or limbs, which follow one limb
     per_query = each * phi.pieces * phi.width + 8 * phi.K + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
-    fixed = 31 * packed * 4 * phi.length
-    cap = int(np.clip((_PACKED_BLOCK_BYTES if packed else _BLOCK_BYTES) // row, 1, _BLOCK_ROWS))
+    fixed = sum(31 * 4 * each.length for each in packed)
+    blocks = _packed_blocks(train, packed) if packed else _blocks(train, phi)
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
         left = memory - workers * vectors - fixed
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
-        per_row = workers * (row + 8 * phi.width + 48 * max(batch, 1))
-        block = int(min(cap, len(train), (left - batch * per_query) // per_row))
-        if batch >= 1 and block >= (1 if workers == 1 else min(8, cap, len(train))):
+        if batch < 1:
+            continue
+        room = (left - batch * per_query) // workers
+        block = next((size for size, held in blocks if held + 48 * batch * size <= room), 0)
+        if block >= (1 if workers == 1 else min(8, blocks[0][0])):
             return ScanPlan(batch, block, workers)
-    need = vectors + fixed + 2 * max(per_query, row + 8 * phi.width + 48)
+    need = vectors + fixed + 2 * max(per_query, blocks[-1][1] + 48)
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )
+
+
+def _blocks(train: FeatureStore, phi: Phi) -> list[tuple[int, int]]:
+    """(rows, bytes) of the blocks that a worker may use, the largest first."""
+    row = train.schema.row_bytes
+    cap = int(np.clip(_BLOCK_BYTES // row, 1, min(_BLOCK_ROWS, max(1, len(train)))))
+    return [(size, size * (row + 8 * phi.width)) for size in range(cap, 0, -1)]
+
+
+def _packed_blocks(train: FeatureStore, phis: Sequence[Phi]) -> list[tuple[int, int]]:
+    """The same of rows in strips, whole ones."""
+    row = sum(2 * phi.length for phi in phis)
+    cap = int(np.clip(_PACKED_BLOCK_BYTES // row, 1, min(_BLOCK_ROWS, max(1, len(train)))))
+    sizes = range(max(STRIPS, cap // STRIPS * STRIPS), 0, -STRIPS)
+    return [(size, block_bytes(train.schema, phis, size)) for size in sizes]
 
 
 def scan_all(
@@ -124,7 +142,7 @@ def scan_all(
 
 
 def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engine: str) -> tuple[Engine, ScanPlan]:
-    longest, groups = max(phis, key=lambda phi: phi.length), len(set(phis))
+    longest, maps = max(phis, key=lambda phi: phi.length), tuple(dict.fromkeys(phis))
     plan = plan_scan(train, longest, len(phis), k, memory)
     asked = engine
     if engine == "auto" and (2.0 * len(phis) + _READING) * len(train) * longest.length < _WORTH_MEASURING:
@@ -135,12 +153,12 @@ def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engi
         )
     if engine == "auto" and longest.K > MAX_WIDTH and not torch.cuda.is_available():
         engine = "float32"
-    sizes = -(-plan.batch // groups), plan.block, longest.width, getattr(torch, train.schema.dtype)
+    sizes = -(-plan.batch // len(maps)), plan.block, longest.width, getattr(torch, train.schema.dtype)
     means = choose_engine(engine, *sizes)
     if means.name != "bfloat16":
         return means, plan
     try:
-        packed = plan_scan(train, longest, len(phis), k, memory, packed=groups)
+        packed = plan_scan(train, longest, len(phis), k, memory, packed=maps)
     except UsageError:
         if asked == "bfloat16":
             raise

@@ -43,12 +43,37 @@ def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int 
     return out
 
 
+class PartedDigests:
+    """Digests of rows whose features come some at a time, and whose other datasets are at hand; the same.
+
+    Args:
+        schema: of the rows.
+        columns: every dataset but `features` and `digest`, of all rows. Holds a copy of the small ones.
+    """
+
+    def __init__(self, schema: Schema, columns: Mapping[str, np.ndarray]) -> None:
+        # Features come first in a row.
+        self._rest = [(raw(part), part.shape[1]) for part in _parts(schema, columns)]
+        self._new, self._size = hash_of(schema.version), schema.column("features").row_bytes
+
+    def of(self, low: int, features: np.ndarray) -> np.ndarray:
+        """uint8 [r, 16] of the r rows from number `low` on, whose features [r, c, K] these are."""
+        data, size, digests = raw(features), self._size, bytearray()
+        for i in range(len(features)):
+            row = self._new()
+            row.update(data[i * size : (i + 1) * size])
+            for part, width in self._rest:
+                row.update(part[(low + i) * width : (low + i + 1) * width])
+            digests += row.digest()[:BYTES]
+        return np.frombuffer(digests, np.uint8).reshape(-1, BYTES)
+
+
 def _parts(schema: Schema, columns: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """The bytes of all rows, uint8 [n, size]: large datasets as they are, small ones side by side.
+    """The bytes of all rows in these datasets, uint8 [n, size]: large ones as they are, small ones side by side.
 
     A row is hashed in as many calls as there are parts, and a call costs as much as a kilobyte.
     """
-    hashed = [column for column in schema.columns if column.name != "digest"]
+    hashed = [column for column in schema.columns if column.name != "digest" and column.name in columns]
     for bulk, group in groupby(hashed, lambda column: column.name if column.name in BULK else ""):
         views = [np.ascontiguousarray(columns[c.name]).reshape(-1, 1) for c in group]
         flat = [view.view(np.uint8).reshape(len(columns["row"]), -1) for view in views]

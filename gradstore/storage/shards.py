@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,35 @@ class ShardFile:
         return data
 
     def fill(self, low: int, views: Mapping[str, np.ndarray]) -> None:
-        """Read every column from row `low` of the shard into arrays, nothing checked."""
+        """Read columns from row `low` of the shard into arrays, nothing checked."""
         with self.disk.open(self.path) as fd:
-            for column in self.schema.columns:
-                offset = self.shard.offsets[column.name] + low * column.row_bytes
-                self.disk.read_into(fd, raw(views[column.name]), offset, self.path)
+            self._fill(fd, low, views)
+
+    def stream(
+        self, low: int, high: int, views: Mapping[str, np.ndarray], room: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read columns of rows low:high into arrays, then the features of some rows after others; nothing checked.
+
+        Args:
+            low: first row in the shard.
+            high: one past the last.
+            views: arrays of high - low rows for other columns, filled before the first features are given.
+            room: [r, c, K], overwritten by the features of up to r rows again and again.
+
+        Yields:
+            (first row, features [≤ r, c, K]).
+        """
+        with self.disk.open(self.path) as fd:
+            self._fill(fd, low, views)
+            for at in range(low, high, len(room)):
+                features = room[: high - at]
+                self._fill(fd, at, {"features": features})
+                yield at, features
+
+    def _fill(self, fd: int, low: int, views: Mapping[str, np.ndarray]) -> None:
+        for name, view in views.items():
+            offset = self.shard.offsets[name] + low * self.schema.column(name).row_bytes
+            self.disk.read_into(fd, raw(view), offset, self.path)
 
     def damaged(self, views: Mapping[str, np.ndarray], digests: np.ndarray) -> np.ndarray:
         """Positions in `views` whose bytes do not match their checked digests."""

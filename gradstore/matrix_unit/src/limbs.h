@@ -96,24 +96,31 @@ struct Squares {
     Squares() : sums(_mm512_setzero_ps()) {}
     void add(Pair rest) { sums = _mm512_fmadd_ps(rest.low, rest.low, _mm512_fmadd_ps(rest.high, rest.high, sums)); }
     double total() const {
-        alignas(64) float each[16];
-        _mm512_store_ps(each, sums);
-        double sum = 0;
-        for (float value : each) sum += value;
-        return sum;
+        const __m512i bits = _mm512_castps_si512(sums);
+        const __m256 low = _mm256_castsi256_ps(_mm512_castsi512_si256(bits));
+        const __m256 high = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(bits, 1));
+        return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high)));
     }
 };
 
+// FAR memory is not read before it is written, nor kept in the cache; it is aligned to 64 bytes.
+template <bool FAR>
+static inline void store_limbs(Limb* to, __m512i limbs) {
+    FAR ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), limbs) : _mm512_storeu_si512(to, limbs);
+}
+
+static inline void finish_places() { _mm_sfence(); }
+
 // 32 values of a row to one row of a tile, or of one tile for each limb.
-template <int LIMBS, bool MEASURE, class Value>
+template <int LIMBS, bool MEASURE, bool FAR, class Value>
 static inline void split(Limb* upper, Limb* lower, const Value* from, __mmask32 some, Squares& left) {
     const Pair x = load_pair(from, some);
     const __m512i first = round_pair(x);
-    _mm512_storeu_si512(upper, first);
+    store_limbs<FAR>(upper, first);
     if (LIMBS == 1 && !MEASURE) return;
     const Pair rest = rest_of(x, first);
     if (MEASURE) left.add(rest);
-    if (LIMBS == 2) _mm512_storeu_si512(lower, round_pair(rest));
+    if (LIMBS == 2) store_limbs<FAR>(lower, round_pair(rest));
 }
 
 static inline __mmask32 first_columns(int64_t count) { return count >= STEP ? ~0u : (1u << count) - 1; }
@@ -213,7 +220,9 @@ struct Squares {
     double total() const { return sum; }
 };
 
-template <int LIMBS, bool MEASURE, class Value>
+static inline void finish_places() {}
+
+template <int LIMBS, bool MEASURE, bool FAR, class Value>
 static inline void split(Limb* upper, Limb* lower, const Value* from, int64_t some, Squares& left) {
     for (int64_t i = 0; i < STEP; ++i) {
         const float x = i < some ? as_float(from[i]) : 0;
@@ -241,7 +250,7 @@ static inline void pack_strip(Limb* strip, const Value* rows, int64_t stride, in
     for (int64_t at = 0; at < width; at += STEP, strip += LIMBS * TILE) {
         const auto some = first_columns(width - at);
         for (int64_t i = 0; i < std::min<int64_t>(count, SIDE); ++i) {
-            split<LIMBS, MEASURE>(strip + i * STEP, strip + TILE + i * STEP, rows + i * stride + at, some, left[i]);
+            split<LIMBS, MEASURE, false>(strip + i * STEP, strip + TILE + i * STEP, rows + i * stride + at, some, left[i]);
         }
         for (int limb = 0; limb < LIMBS; ++limb) {
             Limb* tile = strip + limb * TILE;

@@ -24,12 +24,24 @@ struct Rows {
 
 struct ProductJob {
     Rows left, right;
+    const uint16_t* packed_left;   // strips that gradstore_place wrote `left` to; null to pack it on the way
     const uint16_t* packed_right;  // what gradstore_pack made of `right`; null to pack it on the way
     float* out;                    // [left rows, right rows], rows `out_stride` apart, added to
     double* left_rests;            // [left rows], squares of what first limbs leave of each are added to; or null
     int64_t width, out_stride;
+    int64_t packed_rows;           // for how many rows `packed_left` has room
     int64_t diagonal;              // left row i is right row i + diagonal, and only values at columns from there on are
                                    // wanted, of a symmetric product; at most minus the left rows where all are
+};
+
+// Rows that are written to strips of left rows, some at a time.
+struct PlaceJob {
+    const void* values;    // [count, segments, width] of float16 or float32, rows `stride` values apart
+    uint16_t* strips;      // of each segment in turn, with room for `capacity` rows
+    double* rests;         // [segments, capacity], squares of what first limbs leave; overwritten
+    int64_t count, segments, width, stride, capacity;
+    int64_t at;            // the place of the first row
+    int32_t half, limbs;
 };
 
 constexpr int64_t DEPTH = 512, RIGHT_ROWS = 512;  // of a packed chunk of the right operand: 1 MB with two limbs
@@ -72,14 +84,15 @@ struct Level {
     bool available;
     void (*multiply)(const ProductJob&);
     void (*pack)(uint16_t*, const Rows&, int64_t);
+    void (*place)(const PlaceJob&);
 };
 
 const Level* levels(int* count) {
     static const Level all[] = {
 #if HAS_AMX
-        {"amx", amx_available(), amx::multiply_rows, amx::pack_right},
+        {"amx", amx_available(), amx::multiply_rows, amx::pack_right, amx::place_rows},
 #endif
-        {"plain", true, plain::multiply_rows, plain::pack_right},
+        {"plain", true, plain::multiply_rows, plain::pack_right, plain::place_rows},
     };
     *count = sizeof(all) / sizeof(Level);
     return all;
@@ -94,7 +107,7 @@ const Level& level_at(int index) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int gradstore_matrix_unit_interface() { return 3; }
+EXPORT int gradstore_matrix_unit_interface() { return 4; }
 
 // The name of a level, fastest first, and whether this process may use it; null past the last.
 EXPORT const char* gradstore_matrix_unit_level(int index, int* available) {
@@ -123,3 +136,5 @@ EXPORT int64_t gradstore_packed_size(const Rows* rows, int64_t width) {
 EXPORT void gradstore_pack(uint16_t* strips, const Rows* rows, int64_t width, int level) {
     level_at(level).pack(strips, *rows, width);
 }
+
+EXPORT void gradstore_place(const PlaceJob* job, int level) { level_at(level).place(*job); }

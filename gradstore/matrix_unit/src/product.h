@@ -4,10 +4,18 @@
 // are packed, two after two, and meet them, INNER columns at a time. Further right rows follow before further columns do, so
 // that the left ones come from memory once. The unit adds up DEPTH columns; their sums are scaled and added to the result.
 // All that in the order of columns, so a value's bits depend on its two rows alone.
+//
+// Either side may be packed before, as one chunk of DEPTH columns after another, each with the strips of all rows: so what a
+// product reads lies one after another in memory.
 
 typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width, double* rests);
 typedef void (*Multiply)(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
                          int64_t right_strip, int64_t steps);
+
+// Where the chunk that begins at `column` starts, of so many rows.
+static inline int64_t chunk_at(int64_t column, int64_t rows, int32_t limbs) {
+    return column / STEP * (round_up(rows, BLOCK) / SIDE) * limbs * TILE;
+}
 
 template <int LIMBS, bool RIGHT_SIDE, class Value>
 static void pack_some(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width, double* rests) {
@@ -65,15 +73,21 @@ static void add_panel(const ProductJob& job, const float* panel, int64_t row, in
 
 // The columns [column, column + width) of all left rows with `count` right rows from `first` on, whose strips are given.
 static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int64_t first, int64_t count,
-                           const Limb* right, int64_t right_strip, int64_t column, int64_t width) {
+                           const Limb* right, int64_t column, int64_t width) {
     const Multiply multiply = multiplying(job.left.limbs, job.right.limbs);
-    const int64_t steps = steps_of(width), left_strip = steps * job.left.limbs * TILE;
+    const int64_t steps = steps_of(width);
+    const int64_t left_strip = steps * job.left.limbs * TILE, right_strip = steps * job.right.limbs * TILE;
     for (int64_t row = 0; row < job.left.count; row += BLOCK) {
         const int64_t from = std::max<int64_t>(0, row + job.diagonal - first) / BLOCK * BLOCK;
         if (from >= count) return;
-        pack_rows<false>(left, job.left, row, BLOCK, column, width, first == 0 ? job.left_rests : nullptr);
+        const Limb* strips = left;
+        if (job.packed_left) {
+            strips = job.packed_left + chunk_at(column, job.packed_rows, job.left.limbs) + row / SIDE * left_strip;
+        } else {
+            pack_rows<false>(left, job.left, row, BLOCK, column, width, first == 0 ? job.left_rests : nullptr);
+        }
         for (int64_t step = 0; step < steps; step += INNER / STEP) {
-            const Limb *some = left + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
+            const Limb *some = strips + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
             for (int64_t j = from; j < count; j += BLOCK) {
                 multiply(panel + j, step == 0, some, left_strip, with + j / SIDE * right_strip, right_strip,
                          std::min<int64_t>(INNER / STEP, steps - step));
@@ -85,9 +99,10 @@ static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int6
 
 static void multiply_rows(const ProductJob& job) {
     const Tiles tiles;
-    const int64_t all_steps = steps_of(job.width);
-    const int64_t depth = std::min(all_steps * STEP, DEPTH), together = std::min(round_up(job.right.count, BLOCK), RIGHT_ROWS);
-    Buffer<Limb> left(BLOCK * depth * job.left.limbs), room(job.packed_right ? 0 : together * depth * job.right.limbs);
+    const int64_t depth = std::min(steps_of(job.width) * STEP, DEPTH);
+    const int64_t together = std::min(round_up(job.right.count, BLOCK), RIGHT_ROWS);
+    Buffer<Limb> left(job.packed_left ? 0 : BLOCK * depth * job.left.limbs);
+    Buffer<Limb> room(job.packed_right ? 0 : together * depth * job.right.limbs);
     Buffer<float> panel(BLOCK * PANEL);
     for (int64_t column = 0; column < job.width; column += depth) {
         const int64_t width = std::min(depth, job.width - column);
@@ -95,18 +110,58 @@ static void multiply_rows(const ProductJob& job) {
             const int64_t count = round_up(std::min(together, job.right.count - first), BLOCK);
             if (first + count <= job.diagonal) continue;  // all left of the diagonal
             const Limb* right = room.data;
-            int64_t strip = steps_of(width) * job.right.limbs * TILE;
             if (job.packed_right) {
-                strip = all_steps * job.right.limbs * TILE;
-                right = job.packed_right + first / SIDE * strip + column / STEP * job.right.limbs * TILE;
+                right = job.packed_right + chunk_at(column, job.right.count, job.right.limbs);
+                right += first / SIDE * steps_of(width) * job.right.limbs * TILE;
             } else {
                 pack_rows<true>(room.data, job.right, first, count, column, width);
             }
-            multiply_chunk(job, left.data, panel.data, first, count, right, strip, column, width);
+            multiply_chunk(job, left.data, panel.data, first, count, right, column, width);
         }
     }
 }
 
 static void pack_right(Limb* strips, const Rows& rows, int64_t width) {
-    pack_rows<true>(strips, rows, 0, round_up(rows.count, BLOCK), 0, width);
+    for (int64_t column = 0; column < width; column += DEPTH) {
+        Limb* chunk = strips + chunk_at(column, rows.count, rows.limbs);
+        pack_rows<true>(chunk, rows, 0, round_up(rows.count, BLOCK), column, std::min(DEPTH, width - column));
+    }
+}
+
+// One row to its place in strips of left rows.
+template <int LIMBS, class Value>
+static void place_row(const PlaceJob& job, Limb* strips, int64_t at, const Value* row, double& rest) {
+    rest = 0;
+    for (int64_t column = 0; column < job.width; column += DEPTH) {
+        Squares left;
+        const int64_t width = std::min(DEPTH, job.width - column), strip = steps_of(width) * LIMBS * TILE;
+        Limb* to = strips + chunk_at(column, job.capacity, LIMBS) + at / SIDE * strip + at % SIDE * STEP;
+        int64_t i = 0;
+        for (; i + STEP <= width; i += STEP, to += LIMBS * TILE) {
+            split<LIMBS, true, true>(to, to + TILE, row + column + i, first_columns(STEP), left);
+        }
+        if (i < width) split<LIMBS, true, true>(to, to + TILE, row + column + i, first_columns(width - i), left);
+        rest += left.total();
+    }
+}
+
+template <int LIMBS, class Value>
+static void place_some(const PlaceJob& job) {
+    const int64_t segment = chunk_at(round_up(job.width, STEP), job.capacity, LIMBS);
+    for (int64_t i = 0; i < job.count; ++i) {
+        const Value* row = static_cast<const Value*>(job.values) + i * job.stride;
+        for (int64_t s = 0; s < job.segments; ++s) {
+            const int64_t at = job.at + i;
+            place_row<LIMBS>(job, job.strips + s * segment, at, row + s * job.width, job.rests[s * job.capacity + at]);
+        }
+    }
+    finish_places();
+}
+
+static void place_rows(const PlaceJob& job) {
+    if (job.half) {
+        job.limbs == 2 ? place_some<2, uint16_t>(job) : place_some<1, uint16_t>(job);
+    } else {
+        job.limbs == 2 ? place_some<2, float>(job) : place_some<1, float>(job);
+    }
 }
