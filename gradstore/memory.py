@@ -60,7 +60,7 @@ def pages(size: int) -> np.ndarray:
     They begin at a page, and are gone to the last page when they are dropped. From the C library they would leave holes
     that it keeps, many times a block, between pieces that are still in use.
     """
-    mapped = mmap.mmap(-1, size)
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no large pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE)

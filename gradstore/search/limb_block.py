@@ -31,8 +31,8 @@ from gradstore.store import FeatureStore
 # Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
 _EXTRA = 2.0**-20
-# Bytes of features that are read together: half of a second-level cache.
-_PIECE_BYTES = 1 << 20
+# Bytes of features that are read together: what they are copied from takes as much of the second-level cache.
+_PIECE_BYTES = 1 << 19
 STRIPS = 64
 """A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
@@ -130,7 +130,10 @@ class LimbBlock:
         self.train, self.queries, self._rows = train, queries, strip_rows(block)
         schema = train.schema
         self._columns = schema.empty(self._rows, features=False)
-        self._features = np.empty((_piece_rows(schema), schema.c, schema.K), schema.dtype)
+        piece = _piece_rows(schema)
+        self._features = (
+            pages(piece * schema.column("features").row_bytes).view(schema.dtype).reshape(piece, schema.c, schema.K)
+        )
         self._rooms = {
             phi: pages(Strips.bytes_needed(phi.segments, phi.K, self._rows, 1))
             for phi in {part.group.phi for part in queries.parts}

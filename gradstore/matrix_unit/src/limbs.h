@@ -19,11 +19,12 @@ constexpr int64_t PANEL = RIGHT_ROWS + SIDE;  // from one row of sums to the nex
 
 // panel[32][32], rows PANEL apart, = or += the product of two strips `left_strip` limbs apart and two strips `right_strip`
 // limbs apart, over `steps`: upper limbs with upper limbs, and upper with lower ones where a side has them; lower with
-// lower ones are left out.
-template <int LEFT, int RIGHT>
+// lower ones are left out. Where not BOTH, the second right strip is left out, and its part of the panel is not written.
+template <int LEFT, int RIGHT, bool BOTH>
 static inline void multiply_block(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
                                   int64_t right_strip, int64_t steps) {
     finish_stores(left);
+    float* below = panel + SIDE * PANEL;
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -31,40 +32,40 @@ static inline void multiply_block(float* panel, bool first, const Limb* left, in
         _tile_zero(3);
     } else {
         _tile_loadd(0, panel, PANEL * 4);
-        _tile_loadd(1, panel + SIDE, PANEL * 4);
-        _tile_loadd(2, panel + SIDE * PANEL, PANEL * 4);
-        _tile_loadd(3, panel + SIDE * PANEL + SIDE, PANEL * 4);
+        _tile_loadd(2, below, PANEL * 4);
+        if (BOTH) _tile_loadd(1, panel + SIDE, PANEL * 4);
+        if (BOTH) _tile_loadd(3, below + SIDE, PANEL * 4);
     }
     for (int64_t step = 0; step < steps; ++step, left += LEFT * TILE, right += RIGHT * TILE) {
         _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + right_strip, 64);
+        if (BOTH) _tile_loadd(7, right + right_strip, 64);
         if (LEFT == 2) {
             _tile_loadd(4, left + TILE, 64);
             _tile_loadd(5, left + left_strip + TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
+            if (BOTH) _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            if (BOTH) _tile_dpbf16ps(3, 5, 7);
         }
         _tile_loadd(4, left, 64);
         _tile_loadd(5, left + left_strip, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        if (BOTH) _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (BOTH) _tile_dpbf16ps(3, 5, 7);
         if (RIGHT == 2) {
             _tile_loadd(6, right + TILE, 64);
-            _tile_loadd(7, right + right_strip + TILE, 64);
+            if (BOTH) _tile_loadd(7, right + right_strip + TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
+            if (BOTH) _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            if (BOTH) _tile_dpbf16ps(3, 5, 7);
         }
     }
     _tile_stored(0, panel, PANEL * 4);
-    _tile_stored(1, panel + SIDE, PANEL * 4);
-    _tile_stored(2, panel + SIDE * PANEL, PANEL * 4);
-    _tile_stored(3, panel + SIDE * PANEL + SIDE, PANEL * 4);
+    _tile_stored(2, below, PANEL * 4);
+    if (BOTH) _tile_stored(1, panel + SIDE, PANEL * 4);
+    if (BOTH) _tile_stored(3, below + SIDE, PANEL * 4);
 }
 
 struct Pair {
@@ -191,13 +192,13 @@ static inline void multiply_tiles(float* out, const Limb* left, const Limb* righ
     }
 }
 
-template <int LEFT, int RIGHT>
+template <int LEFT, int RIGHT, bool BOTH>
 static inline void multiply_block(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,
                                   int64_t right_strip, int64_t steps) {
     for (int i = 0; first && i < BLOCK; ++i) memset(panel + i * PANEL, 0, BLOCK * sizeof *panel);
     for (int64_t step = 0; step < steps; ++step, left += LEFT * TILE, right += RIGHT * TILE) {
         for (int i = 0; i < 2; ++i) {
-            for (int j = 0; j < 2; ++j) {
+            for (int j = 0; j < (BOTH ? 2 : 1); ++j) {
                 float* to = panel + SIDE * (i * PANEL + j);
                 const Limb *a = left + i * left_strip, *b = right + j * right_strip;
                 if (LEFT == 2) multiply_tiles(to, a + TILE, b);

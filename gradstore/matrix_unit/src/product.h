@@ -33,9 +33,10 @@ static Pack packing(bool half, int32_t limbs) {
     return limbs == 2 ? pack_some<2, RIGHT_SIDE, float> : pack_some<1, RIGHT_SIDE, float>;
 }
 
+template <bool BOTH>
 static Multiply multiplying(int32_t left_limbs, int32_t right_limbs) {
-    if (left_limbs == 2) return right_limbs == 2 ? multiply_block<2, 2> : multiply_block<2, 1>;
-    return right_limbs == 2 ? multiply_block<1, 2> : multiply_block<1, 1>;
+    if (left_limbs == 2) return right_limbs == 2 ? multiply_block<2, 2, BOTH> : multiply_block<2, 1, BOTH>;
+    return right_limbs == 2 ? multiply_block<1, 2, BOTH> : multiply_block<1, 1, BOTH>;
 }
 
 // `count` rows, or as many as there are, to strips one after another.
@@ -74,7 +75,9 @@ static void add_panel(const ProductJob& job, const float* panel, int64_t row, in
 // The columns [column, column + width) of all left rows with `count` right rows from `first` on, whose strips are given.
 static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int64_t first, int64_t count,
                            const Limb* right, int64_t column, int64_t width) {
-    const Multiply multiply = multiplying(job.left.limbs, job.right.limbs);
+    const Multiply both = multiplying<true>(job.left.limbs, job.right.limbs);
+    const Multiply one = multiplying<false>(job.left.limbs, job.right.limbs);
+    const int64_t rows = job.right.count - first;
     const int64_t steps = steps_of(width);
     const int64_t left_strip = steps * job.left.limbs * TILE, right_strip = steps * job.right.limbs * TILE;
     for (int64_t row = 0; row < job.left.count; row += BLOCK) {
@@ -89,7 +92,7 @@ static void multiply_chunk(const ProductJob& job, Limb* left, float* panel, int6
         for (int64_t step = 0; step < steps; step += INNER / STEP) {
             const Limb *some = strips + step * job.left.limbs * TILE, *with = right + step * job.right.limbs * TILE;
             for (int64_t j = from; j < count; j += BLOCK) {
-                multiply(panel + j, step == 0, some, left_strip, with + j / SIDE * right_strip, right_strip,
+                (j + SIDE < rows ? both : one)(panel + j, step == 0, some, left_strip, with + j / SIDE * right_strip, right_strip,
                          std::min<int64_t>(INNER / STEP, steps - step));
             }
         }
