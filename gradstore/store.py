@@ -197,6 +197,28 @@ class FeatureStore:
                 list(pool.map(lambda job: self._read_span(*job), jobs))
         return data
 
+    def gather(self, rows: np.ndarray, *, out: Mapping[str, np.ndarray]) -> None:
+        """Every column of scattered rows as stored, digests checked, by the calling thread.
+
+        Args:
+            rows: int64 [r], distinct, ascending.
+            out: arrays of at least r rows to read into, such as `schema.empty` makes.
+
+        Raises:
+            CorruptError: a row does not match its digest, or a shard its manifest; names the row.
+        """
+        if len(rows):
+            self._require_range(int(rows[0]), int(rows[-1]) + 1)
+        shards = rows // self.manifest.shard_rows
+        for index in np.unique(shards).tolist():
+            at = slice(*np.searchsorted(shards, (index, index + 1)))
+            views = {name: array[at] for name, array in out.items()}
+            here = rows[at] - index * self.manifest.shard_rows
+            with self._shard(index) as file:
+                file.gather(here, views)
+            if self.verify:
+                self._require_digests(file, here, row_digests(self.schema, views, threads=1))
+
     def stream(
         self, start: int, stop: int, columns: Mapping[str, np.ndarray], room: np.ndarray
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -227,7 +249,8 @@ class FeatureStore:
                 for at, features in file.stream(low, high, views, room):
                     checked = checked or PartedDigests(self.schema, views)
                     if self.verify:
-                        self._require_digests(file, at, checked.of(at - low, features))
+                        found = checked.of(at - low, features)
+                        self._require_digests(file, slice(at, at + len(found)), found)
                     yield first + at, features
 
     def blocks(self, rows: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -265,7 +288,8 @@ class FeatureStore:
         with self._shard(index) as file:
             file.fill(low, views)
         if self.verify:
-            self._require_digests(file, low, row_digests(self.schema, views, threads=1))
+            found = row_digests(self.schema, views, threads=1)
+            self._require_digests(file, slice(low, low + len(found)), found)
 
     @contextmanager
     def _shard(self, index: int) -> Iterator[ShardFile]:
@@ -279,12 +303,13 @@ class FeatureStore:
             self._require_unchanged()
             raise
 
-    def _require_digests(self, file: ShardFile, low: int, found: np.ndarray) -> None:
-        """Digests uint8 [rows, 16] of the rows from `low` of the shard on are those that were written."""
-        bad = np.flatnonzero((found != self._digests[file.index][low : low + len(found)]).any(axis=1))
+    def _require_digests(self, file: ShardFile, rows: slice | np.ndarray, found: np.ndarray) -> None:
+        """Digests uint8 [rows, 16] of these rows of the shard are those that were written."""
+        bad = np.flatnonzero((found != self._digests[file.index][rows]).any(axis=1))
         if bad.size:
+            row = np.arange(self.manifest.shard_rows)[rows][bad[0]]
             raise CorruptError(
-                f"row {file.index * self.manifest.shard_rows + low + bad[0]} does not match its digest",
+                f"row {file.index * self.manifest.shard_rows + row} does not match its digest",
                 where=file.path,
                 got=f"{bad.size} damaged of {len(found)} rows read",
                 hint=VERIFY,

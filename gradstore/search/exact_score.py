@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradstore.search import native
 from gradstore.search.phi import Phi, Scaled
-from gradstore.search.query_batch import QueryGroup, runs, vector_norm
+from gradstore.search.query_batch import QueryGroup, vector_norm
 from gradstore.store import FeatureStore
 
 # Running sums of an inner product; `dot` in src/kernels.h has as many.
@@ -77,10 +77,7 @@ class ExactScore:
         if not hasattr(self._rooms, "mine"):
             self._rooms.mine = self.train.schema.empty(self._most)
         columns = {name: column[: len(batch)] for name, column in self._rooms.mine.items()}
-        at = 0
-        for low, high in runs(batch, most=self._most):
-            self.train.read(low, high, out={name: column[at:] for name, column in columns.items()})
-            at += high - low
+        self.train.gather(batch, out=columns)
         return columns
 
     def _score_batch(
