@@ -15,12 +15,12 @@ import pytest
 from blake3 import blake3
 from gradstore_cli import main
 from small_store import GROUP, N, columns, data, files, plan, row, write, wrong_rows
-from synthetic import write_store
+from synthetic import clustered, write_store
 from test_store_growth import project
 
 import gradstore as gs
 from gradstore import plan as planning
-from gradstore.errors import UsageError
+from gradstore.errors import CorruptError, UsageError
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 from gradstore.writer import open_writer
@@ -123,3 +123,23 @@ def test_without_blake3_a_store_of_version_2_says_what_to_install(
 def test_importing_gradstore_needs_no_blake3() -> None:
     code = "import sys; sys.modules['blake3'] = None; import gradstore as gs; gs.open; gs.Projection"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_scattered_rows_are_those_that_are_read_and_each_is_checked(dtype: str, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a", clustered(50, 2, 30), dtype=dtype, shard_rows=20)
+    rows = np.array([0, 3, 4, 5, 19, 20, 41, 49])
+    found = store.gather(rows, store.schema.empty(11))
+    whole = store.read(0, 50)
+    for name, column in found.items():
+        np.testing.assert_array_equal(column, whole[name][rows], err_msg=name)
+    assert len(store.gather(rows[:0], store.schema.empty(1))["row"]) == 0
+    file = store.shard_file(1)
+    for name in ("features", "scale", "norm", "label"):
+        good = file.path.read_bytes()
+        at = file.shard.offsets[name] + store.schema.column(name).row_bytes  # of row 21
+        file.path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        store.gather(rows, store.schema.empty(8))
+        with pytest.raises(CorruptError, match=r"row 21 does not match its digest .*1 damaged of 3 rows read"):
+            store.gather(np.array([3, 20, 21, 39]), store.schema.empty(4))
+        file.path.write_bytes(good)

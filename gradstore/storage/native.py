@@ -1,9 +1,9 @@
 """The compiled digests of rows, built from ``src/digests.cpp``: BLAKE3 of many rows in one call.
 
 The `blake3` package hashes as fast, but has no call for many rows, and its objects give up and take back the
-interpreter lock at each of them: two threads that read and hash rows of 205 KB, 0.03 ms each, wait for one another a
-third of the time, and a row of 1 KB costs more in calls than in hashing. On the processor and in the units of
-``benchmarks/bench_digests.py`` one thread hashes rows of 1 KB ten times as fast in one call, and long ones as fast.
+interpreter lock at each of them: two threads wait for one another, and a row of 1 KB costs more in calls than in
+hashing. With AVX-512, in one call, rows of 1 KB took an eighth of the time with one thread and a sixteenth with two;
+those of 205 KB 1.08 and 0.95 of it in cache, 0.94 and 0.88 from memory (``benchmarks/bench_digests.py``).
 
 Without the compiled part the package does the same. ``GRADSTORE_SIMD`` (avx512, avx2, plain) forces a level.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def hash_rows(parts: Sequence[np.ndarray], out: np.ndarray, simd: str) -> None:
         raise MemoryError(f"hashing {len(out)} rows")
 
 
+@cache
 def _library() -> Library | None:
     library = load(Path(__file__).parent, "gradstore_digests", _INTERFACE)
     return None if isinstance(library, str) else library
