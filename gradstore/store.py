@@ -197,27 +197,32 @@ class FeatureStore:
                 list(pool.map(lambda job: self._read_span(*job), jobs))
         return data
 
-    def gather(self, rows: np.ndarray, *, out: Mapping[str, np.ndarray]) -> None:
+    def gather(self, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every column of scattered rows as stored, digests checked, by the calling thread.
 
         Args:
             rows: int64 [r], distinct, ascending.
             out: arrays of at least r rows to read into, such as `schema.empty` makes.
 
+        Returns:
+            name of the dataset -> the first r rows of its array. Some rows' small datasets more are held meanwhile.
+
         Raises:
             CorruptError: a row does not match its digest, or a shard its manifest; names the row.
         """
+        data = {name: array[: len(rows)] for name, array in out.items()}
         if len(rows):
             self._require_range(int(rows[0]), int(rows[-1]) + 1)
         shards = rows // self.manifest.shard_rows
         for index in np.unique(shards).tolist():
             at = slice(*np.searchsorted(shards, (index, index + 1)))
-            views = {name: array[at] for name, array in out.items()}
+            views = {name: array[at] for name, array in data.items()}
             here = rows[at] - index * self.manifest.shard_rows
             with self._shard(index) as file:
                 file.gather(here, views)
             if self.verify:
                 self._require_digests(file, here, row_digests(self.schema, views, threads=1))
+        return data
 
     def stream(
         self, start: int, stop: int, columns: Mapping[str, np.ndarray], room: np.ndarray

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradstore.matrix_unit import product
-from gradstore.matrix_unit.product import REST_ERROR, add_product, error_bound, pack
+from gradstore.matrix_unit.product import REST_ERROR, Strips, add_product, error_bound, pack
+from gradstore.memory import pages
 
 LEVELS = product.levels()
 SHAPES = [(1, 1, 1), (3, 5, 33), (16, 16, 32), (33, 70, 1100), (40, 520, 70)]
@@ -94,6 +95,31 @@ def test_bits_depend_on_two_rows_alone(level: str) -> None:
     assert torch.equal(multiply(a, pack(b, level=level), level), whole)
     assert torch.equal(multiply(a[7:24], b[31:33], level), whole[7:24, 31:33])
     assert torch.equal(multiply(a[:, :].clone()[[49, 0]], b, level), whole[[49, 0]])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limbs", [1, 2])
+@pytest.mark.parametrize(
+    XX, 5, 1, 1), (40, 9, 2, 33), (70, 200, 2, 1100), (20, 32, 3, 90)]
+)
+def test_rows_placed_some_at_a_time_give_the_same_bits(
+    n: int, m: int, segments: int, K: int, limbs: int, dtype: torch.dtype, level: str
+) -> None:
+    values, queries = rows(n * segments, K, dtype, 13).view(n, segments, K), rows(m, K, torch.float32, 14)
+    room = pages(Strips.bytes_needed(segments, K, n + 9, limbs))
+    strips, packed = Strips(segments, K, n + 9, limbs, room, level=level), pack(queries, limbs, level=level)
+    for at in (3, 0, *range(6, n, 3)):  # in any order
+        strips.place(at, values[at : at + 3])
+    factors = torch.rand(n) + 0.5
+    for s in range(segments):
+        found, expected = torch.ones(2, n, m)
+        rests = torch.zeros(n, dtype=torch.float64)
+        strips.add_product(s, n, packed, found, left_factors=factors)
+        settings = {"left_factors": factors, "left_rests": rests, "limbs": (limbs, limbs), "level": level}
+        add_product(values[:, s], queries, expected, **settings)
+        assert torch.equal(found, expected)
+        assert torch.allclose(strips.rests[s, :n], rests, rtol=2 * REST_ERROR, atol=0)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -143,3 +143,25 @@ def test_scattered_rows_are_those_that_are_read_and_each_is_checked(dtype: str, 
         with pytest.raises(CorruptError, match=r"row 21 does not match its digest .*1 damaged of 3 rows read"):
             store.gather(np.array([3, 20, 21, 39]), store.schema.empty(4))
         file.path.write_bytes(good)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_streamed_rows_are_those_that_are_read_and_each_is_checked(piece: int, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a", clustered(50, 2, 30), shard_rows=20)
+    columns, room = store.schema.empty(46, features=False), np.empty((piece, 2, 30), np.float16)
+    whole, seen = store.read(3, 49), []
+    for first, features in store.stream(3, 49, columns, room):
+        at = slice(first - 3, first - 3 + len(features))
+        np.testing.assert_array_equal(features, whole["features"][at])
+        for name, column in columns.items():
+            np.testing.assert_array_equal(column[at], whole[name][at], err_msg=name)
+        seen += range(first, first + len(features))
+    assert seen == list(range(3, 49))
+    file = store.shard_file(1)
+    for name in ("features", "scale", "norm", "label"):
+        good = file.path.read_bytes()
+        at = file.shard.offsets[name] + store.schema.column(name).row_bytes  # of row 21
+        file.path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(CorruptError, match="row 21 does not match its digest"):
+            list(store.stream(3, 49, columns, room))
+        file.path.write_bytes(good)

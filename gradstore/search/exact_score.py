@@ -76,9 +76,7 @@ class ExactScore:
         """Rows of the store, ascending, in this thread's own arrays: new ones would take longer to map than to fill."""
         if not hasattr(self._rooms, "mine"):
             self._rooms.mine = self.train.schema.empty(self._most)
-        columns = {name: column[: len(batch)] for name, column in self._rooms.mine.items()}
-        self.train.gather(batch, out=columns)
-        return columns
+        return self.train.gather(batch, self._rooms.mine)
 
     def _score_batch(
         self, batch: np.ndarray, queries: np.ndarray, rows: np.ndarray, pairs: np.ndarray, scores: np.ndarray
