@@ -101,7 +101,7 @@ def test_bits_depend_on_two_rows_alone(level: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("limbs", [1, 2])
 @pytest.mark.parametrize(
-    XX, 5, 1, 1), (40, 9, 2, 33), (70, 200, 2, 1100), (20, 32, 3, 90)]
+    ("n", "m", "segments", "K"), [(3, 5, 1, 1), (40, 9, 2, 33), (70, 200, 2, 1100), (20, 32, 3, 90)]
 )
 def test_rows_placed_some_at_a_time_give_the_same_bits(
     n: int, m: int, segments: int, K: int, limbs: int, dtype: torch.dtype, level: str
