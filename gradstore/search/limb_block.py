@@ -32,7 +32,7 @@ from gradstore.store import FeatureStore
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
 _EXTRA = 2.0**-20
 # Bytes of features that are read together: what they are copied from takes as much of the second-level cache.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
 STRIPS = 64
 """A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
