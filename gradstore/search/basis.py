@@ -18,9 +18,10 @@ from torch import Tensor
 
 from gradstore.search.engines import single_threaded
 from gradstore.search.phi import Phi, Scaled
-from gradstore.search.query_batch import QueryGroup, runs
+from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded, integer_product, round_rows
+from gradstore.search.streamed import piece_rows
 from gradstore.store import FeatureStore
 
 # Covers float64 roundings of coordinates.
@@ -95,7 +96,7 @@ def fit_basis(store: FeatureStore, phi: Phi, rows: np.ndarray, size: int) -> Bas
         rows: int64 [s], distinct, ascending, of which `size` directions are taken.
         size: r; fewer where the sample does not span as many.
 
-    Holds D bytes a row of the sample and for each direction, 20·s² and 8·r·K bytes.
+    Holds D bytes a row of the sample and for each direction, 20·s² and 8·r·K bytes, and some rows as stored.
     """
     sample = _Sample.of(store, phi, rows)
     gram = sample.gram()
@@ -119,17 +120,18 @@ class _Sample:
     def of(cls, store: FeatureStore, phi: Phi, rows: np.ndarray) -> _Sample:
         digits = torch.empty(phi.segments, len(rows), phi.K, dtype=torch.int8)
         found = np.empty((phi.segments, len(rows), 4))
-        places = {int(row): i for i, row in enumerate(rows)}
+        workers, piece = min(torch.get_num_threads(), 16), piece_rows(store.schema)
 
-        def read(span: tuple[int, int]) -> None:
-            columns, at = store.read(*span), places[span[0]]
-            here = slice(at, at + span[1] - span[0])
-            scaled = Scaled.of(phi, columns, store.path)
-            round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, here], None, found[:, here])
+        def read(places: np.ndarray) -> None:
+            room = store.schema.empty(min(piece, len(places)))
+            for low in range(0, len(places), piece):
+                at = slice(places[low], places[low : low + piece][-1] + 1)
+                columns = store.gather(rows[at], room)
+                scaled = Scaled.of(phi, columns, store.path)
+                round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, at], None, found[:, at])
 
-        workers = min(torch.get_num_threads(), 16)
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(read, runs(rows)))
+            list(pool.map(read, np.array_split(np.arange(len(rows)), workers)))
         return cls(digits, Rounded.of(found, phi.K, two=False).step)
 
     def gram(self) -> np.ndarray:

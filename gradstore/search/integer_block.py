@@ -22,11 +22,10 @@ from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded, add_integer_product, round_stretches
+from gradstore.search.streamed import Streamed
 from gradstore.store import FeatureStore
 
 _UNIT = 2.0**-24
-# Rows read and rounded at a time: they should stay in the cache between reading, checking and rounding.
-_SPAN_BYTES = 4 << 20
 # Covers float64 roundings of bounds, and of norms that were summed in float64.
 _ROUNDED = 1e-9
 
@@ -76,8 +75,7 @@ class IntegerBlock:
 
     def __init__(self, train: FeatureStore, queries: Sequence[RoundedQueries], block: int) -> None:
         self.train, self.queries = train, queries
-        self._span = span_rows(train, block)
-        self._columns = train.schema.empty(self._span)
+        self._streamed = Streamed(train, block, max(1, block // 2))
         maps = {part.group.phi for part in queries}
         self._digits = {phi: torch.empty(2 * phi.segments * block * phi.K, dtype=torch.int8) for phi in maps}
 
@@ -91,19 +89,12 @@ class IntegerBlock:
             CorruptError: a row does not match its digest.
         """
         rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
-        for low in range(start, stop, self._span):
-            high = min(low + self._span, stop)
-            columns = self.train.read(low, high, out=self._columns)
+        for at, features, columns in self._streamed.pieces(start, stop):
             for phi, block in rows.items():
                 scaled = Scaled.of(phi, columns, self.train.path)
-                block.write(slice(low - start, high - start), phi, columns, scaled)
-                phi.require_direction(block.norms[low - start : high - start], columns["row"], self.train.path)
+                block.write(at, phi, features, scaled)
+                phi.require_direction(block.norms[at], columns["row"], self.train.path)
         return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self.queries]
-
-
-def span_rows(train: FeatureStore, block: int) -> int:
-    """Rows of a block that are read and rounded at a time."""
-    return int(np.clip(_SPAN_BYTES // train.schema.row_bytes, 1, max(1, block // 2)))
 
 
 @dataclass(frozen=True)
@@ -127,9 +118,8 @@ class _Rows:
         digits = room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
         return cls(digits, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
 
-    def write(self, at: slice, phi: Phi, columns: dict[str, np.ndarray], scaled: Scaled) -> None:
+    def write(self, at: slice, phi: Phi, features: Tensor, scaled: Scaled) -> None:
         high, low = self.digits[:, :, at]
-        features = torch.from_numpy(columns["features"])
         self.norms[at] = round_phi(phi, features, scaled, high, low, self.found[:, at])
         self.exponent[at] = scaled.exponent
 

@@ -26,13 +26,12 @@ from gradstore.schema import Schema
 from gradstore.search.float_block import bounds_within
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
+from gradstore.search.streamed import Streamed, piece_rows, streamed_bytes
 from gradstore.store import FeatureStore
 
 # Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
 _EXTRA = 2.0**-20
-# Bytes of features that are read together: what they are copied from takes as much of the second-level cache.
-_PIECE_BYTES = 4 << 20
 STRIPS = 64
 """A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
@@ -128,12 +127,7 @@ class LimbBlock:
 
     def __init__(self, train: FeatureStore, queries: PackedBatch, block: int) -> None:
         self.train, self.queries, self._rows = train, queries, strip_rows(block)
-        schema = train.schema
-        self._columns = schema.empty(self._rows, features=False)
-        piece = _piece_rows(schema)
-        self._features = (
-            pages(piece * schema.column("features").row_bytes).view(schema.dtype).reshape(piece, schema.c, schema.K)
-        )
+        self._streamed = Streamed(train, self._rows)
         self._rooms = {
             phi: pages(Strips.bytes_needed(phi.segments, phi.K, self._rows, 1))
             for phi in {part.group.phi for part in queries.parts}
@@ -154,12 +148,10 @@ class LimbBlock:
     def _bounds(self, parts: Sequence[PackedQueries], start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
         limbs = max(part.limbs for part in parts)
         placed = {phi: _Placed(phi, self._rows // limbs, limbs, room) for phi, room in self._rooms.items()}
-        for first, features in self.train.stream(start, stop, self._columns, self._features):
-            at = first - start
-            columns = {name: column[at : at + len(features)] for name, column in self._columns.items()}
+        for at, features, columns in self._streamed.pieces(start, stop):
             for rows in placed.values():
-                rows.place(at, torch.from_numpy(features), columns, self.train.path)
-        columns = {name: column[: stop - start] for name, column in self._columns.items()}
+                rows.place(at.start, features, columns, self.train.path)
+        columns = {name: column[: stop - start] for name, column in self._streamed.columns.items()}
         for rows in placed.values():
             rows.finish(columns, self.train.path)
         return [(part.group, *placed[part.group.phi].bounds(part)) for part in parts]
@@ -226,16 +218,9 @@ def block_bytes(schema: Schema, phis: Sequence[Phi], block: int) -> int:
         phis: the feature maps of the queries.
         block: rows.
     """
-    piece, small = _piece_rows(schema), schema.row_bytes - schema.column("features").row_bytes
     decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K
     strips = sum(Strips.bytes_needed(phi.segments, phi.K, strip_rows(block), 1) for phi in set(phis))
-    # A copy of the small columns is hashed.
-    return piece * (schema.column("features").row_bytes + decoded) + strip_rows(block) * 2 * small + strips
-
-
-def _piece_rows(schema: Schema) -> int:
-    """Rows that are read together: they should stay in the cache until they are cut."""
-    return int(np.clip(_PIECE_BYTES // schema.column("features").row_bytes, 1, 256))
+    return piece_rows(schema) * decoded + streamed_bytes(schema, strip_rows(block)) + strips
 
 
 def limb_error(query_rest: Tensor, row_rest: Tensor, added: float) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from gradstore.search.basis import Basis
-from gradstore.search.integer_block import span_rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded
+from gradstore.search.streamed import Streamed
 from gradstore.store import FeatureStore
 
 # Covers float64 roundings of squares.
@@ -93,8 +93,7 @@ class SketchBlock:
 
     def __init__(self, store: FeatureStore, phi: Phi, basis: Basis, block: int) -> None:
         self.store, self.phi, self.basis = store, phi, basis
-        self._span = span_rows(store, block)
-        self._columns = store.schema.empty(self._span)
+        self._streamed = Streamed(store, block, max(1, block // 2))
         self._digits = torch.empty(phi.segments * block * phi.K, dtype=torch.int8)
 
     def sketch(self, start: int, stop: int) -> RowSketch:
@@ -106,11 +105,8 @@ class SketchBlock:
         phi, count = self.phi, stop - start
         digits = self._digits[: phi.segments * count * phi.K].view(phi.segments, count, phi.K)
         found, norms, rows = np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64)
-        for low in range(start, stop, self._span):
-            columns = self.store.read(low, min(low + self._span, stop), out=self._columns)
-            at = slice(low - start, low - start + len(columns["row"]))
+        for at, features, columns in self._streamed.pieces(start, stop):
             scaled = Scaled.of(phi, columns, self.store.path)
-            features = torch.from_numpy(columns["features"])
             norms[at] = round_phi(phi, features, scaled, digits[:, at], None, found[:, at])
             rows[at] = columns["row"]
         rounded = Rounded.of(found, phi.K, two=False)

@@ -159,10 +159,15 @@ static inline void add_products(Doubles* sums, const float* a, const float* b) {
 
 // Sixteen running sums, number l of the products l, l + 16, ..., in that order; then the upper half of them is added to the
 // lower, until one is left.
-static double dot(const float* a, const float* b, int64_t width) {
+//
+// Meanwhile as many values from `ahead` on are brought into the cache: pieces of one query lie apart, and are short.
+static double dot(const float* a, const float* b, int64_t width, const float* ahead) {
     Doubles sums[PARTS] = {};
     int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) add_products(sums, a + i, b + i);
+    for (; i + LANES <= width; i += LANES) {
+        __builtin_prefetch(ahead + i);
+        add_products(sums, a + i, b + i);
+    }
     if (i < width) {
         float x[LANES] = {}, y[LANES] = {};
         memcpy(x, a + i, (width - i) * sizeof(float));
@@ -201,7 +206,10 @@ static void dot_row(const DotJob& job, int64_t first, int64_t last) {
     for (int64_t c = 0; c < job.classes; ++c) {
         for (int64_t at = 0; at < job.width; at += job.piece, queries += job.apart) {
             write_piece(job.room, row + c * job.width + at, factors[c], std::min(job.piece, job.width - at), job.piece);
-            for (int64_t i = first; i < last; ++i) job.out[i] += dot(queries + job.places[i] * job.piece, job.room, job.piece);
+            for (int64_t i = first; i < last; ++i) {
+                const float* query = queries + job.places[i] * job.piece;
+                job.out[i] += dot(query, job.room, job.piece, query + job.apart);
+            }
         }
     }
 }
