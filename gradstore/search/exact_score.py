@@ -22,8 +22,9 @@ from gradstore.store import FeatureStore
 
 # Running sums of an inner product; `dot` in src/kernels.h has as many.
 _LANES = 16
-# Rows that are read before they are scored: they should still be in the cache.
-_BATCH_BYTES = 2 << 20
+ROOM = 8 << 20
+"""Bytes of rows that are read before they are scored. Of 2 MB, scoring took half as long again: more calls, and more
+waiting for the interpreter lock."""
 
 
 class ExactScore:
@@ -32,14 +33,14 @@ class ExactScore:
     Args:
         train: the training store.
         groups: the queries.
-        workers: threads; each holds two megabytes of rows as stored, or one row; where classes are summed, as many in
-            float32 as well.
+        workers: threads.
+        room: bytes of rows that each of them holds, as stored and in float32 where that takes a copy; or one row.
 
     Attributes:
         rows_read: rows read so far.
     """
 
-    def __init__(self, train: FeatureStore, groups: Sequence[QueryGroup], workers: int = 1) -> None:
+    def __init__(self, train: FeatureStore, groups: Sequence[QueryGroup], workers: int = 1, room: int = ROOM) -> None:
         self.train, self.groups, self.workers = train, groups, workers
         size = sum(len(group.members) for group in groups)
         self._group = np.empty(size, dtype=np.int64)
@@ -48,7 +49,9 @@ class ExactScore:
             self._group[group.members] = g
             self._place[group.members] = np.arange(len(group.members))
         self.rows_read = 0
-        self._most = int(np.clip(_BATCH_BYTES // train.schema.row_bytes, 1, 64))
+        schema = train.schema
+        decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K
+        self._most = int(np.clip(room // (schema.row_bytes + decoded), 1, 64))
         self._rooms = threading.local()
 
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ and lets more rows through to exact scoring; so one is taken until too many get 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -58,21 +59,25 @@ class PackedQueries:
         return self.packed[0].limbs
 
     @classmethod
-    def of(cls, group: QueryGroup, dtype: str) -> PackedQueries:
-        """With one limb: holds 2 bytes a value, queries rounded up to 32, and 8·K more a query while packing.
+    def of(cls, group: QueryGroup, dtype: str, workers: int = 1) -> PackedQueries:
+        """With one limb: holds 2 bytes a value, queries rounded up to 32, and 8·K more a query and worker meanwhile.
 
         Args:
             group: the queries.
             dtype: of the training store's features.
+            workers: threads that pack.
         """
-        packed, squares = [], np.zeros(len(group.members))
-        for s in range(group.phi.segments):
+
+        def pack_segment(s: int) -> tuple[Packed, np.ndarray]:
             part = group.segment(s)
-            packed.append(pack(part, 1))
             lower = part - part.bfloat16().float()  # `part` may be the queries themselves
-            squares += torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
+            return pack(part, 1), torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
+
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(pack_segment, range(group.phi.segments)))
+        squares = np.add.accumulate([squares for _, squares in found])[-1]
         exact = dtype != "float32" and group.phi.weights is None
-        return cls(group, tuple(packed), _relative(squares, group.norms), exact)
+        return cls(group, tuple(packed for packed, _ in found), _relative(squares, group.norms), exact)
 
     def refined(self) -> PackedQueries:
         """With two limbs: holds 4 bytes a value."""
@@ -98,10 +103,11 @@ class PackedBatch:
     Args:
         groups: the queries.
         dtype: of the training store's features.
+        workers: threads that pack.
     """
 
-    def __init__(self, groups: Sequence[QueryGroup], dtype: str) -> None:
-        self.parts = tuple(PackedQueries.of(group, dtype) for group in groups)
+    def __init__(self, groups: Sequence[QueryGroup], dtype: str, workers: int = 1) -> None:
+        self.parts = tuple(PackedQueries.of(group, dtype, workers) for group in groups)
         self._lock = Lock()
 
     def refine(self) -> None:

@@ -21,7 +21,7 @@ from gradstore.errors import NonFiniteError, UsageError
 from gradstore.memory import format_bytes
 from gradstore.search.best import Best, pending_limit
 from gradstore.search.engines import Engine, choose_engine, single_threaded
-from gradstore.search.exact_score import ExactScore
+from gradstore.search.exact_score import ROOM, ExactScore
 from gradstore.search.float_block import FloatBlock
 from gradstore.search.integer_block import IntegerBlock, RoundedQueries
 from gradstore.search.limb_block import STRIPS, LimbBlock, PackedBatch, block_bytes
@@ -52,11 +52,13 @@ class ScanPlan:
         batch: queries a pass.
         block: rows of the training store a worker handles at a time.
         workers: threads.
+        room: bytes of rows that each of them scores exactly at a time.
     """
 
     batch: int
     block: int
     workers: int
+    room: int
 
 
 def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed: Sequence[Phi] = ()) -> ScanPlan:
@@ -75,21 +77,23 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed
         UsageError: the budget does not hold one query, one row and what their product takes.
     """
     row = train.schema.row_bytes
-    vectors = 4 * phi.length + 3 * row  # of one worker as it scores exactly
-    each = 10 if packed else 6  # bytes a value: float32, and two digits or limbs, which follow one limb
-    per_query = each * phi.pieces * phi.width + 8 * phi.K + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
-    fixed = sum(31 * 4 * each.length for each in packed)
+    vectors = 4 * phi.length + 2 * row  # of one worker as it scores exactly, beside the rows
+    value = 10 if packed else 6  # bytes: float32, and two digits or limbs, which follow one limb
+    kept = value * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
+    fixed = sum(31 * 4 * other.length for other in packed)
     blocks = _packed_blocks(train, packed) if packed else _blocks(train, phi)
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
-        left = memory - workers * vectors - fixed
+        per_query, room = kept + 8 * phi.K * (workers if packed else 1), max(row, min(ROOM, memory // (16 * workers)))
+        left = memory - workers * (vectors + room) - fixed
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
         if batch < 1:
             continue
-        room = (left - batch * per_query) // workers
-        block = next((size for size, held in blocks if held + 48 * batch * size <= room), 0)
+        each = (left - batch * per_query) // workers
+        block = next((size for size, held in blocks if held + 48 * batch * size <= each), 0)
         if block >= (1 if workers == 1 else min(8, blocks[0][0])):
-            return ScanPlan(batch, block, workers)
-    need = vectors + fixed + 2 * max(per_query, blocks[-1][1] + 48)
+            return ScanPlan(batch, block, workers, room)
+    rest = vectors + fixed + 2 * max(kept + 8 * phi.K, blocks[-1][1] + 48)
+    need = max(rest + row, rest * 16 // 15 + 1)
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )
@@ -183,7 +187,7 @@ def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engi
         CorruptError: a row does not match its digest.
     """
     m = sum(len(group.members) for group in groups)
-    best = Best(m, k, ExactScore(train, groups, plan.workers))
+    best = Best(m, k, ExactScore(train, groups, plan.workers, plan.room))
     with full_float32(engine.device):
         _Scan(train, groups, best, engine, plan).run()
         best.settle()
@@ -198,7 +202,8 @@ class _Scan:
     ) -> None:
         self.train, self.groups, self.best, self.engine, self.plan = train, groups, best, engine, plan
         self._rounded = [RoundedQueries.of(group) for group in groups] if engine.name == "int8" else []
-        self._packed = PackedBatch(groups if engine.name == "bfloat16" else [], train.schema.dtype)
+        packed = groups if engine.name == "bfloat16" else []
+        self._packed = PackedBatch(packed, train.schema.dtype, plan.workers)
         self._starts = count(0, plan.block)
         self._lock = Lock()
         self._errors: list[tuple[int, Exception]] = []
