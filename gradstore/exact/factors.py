@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
-from gradstore.jacobians.blocks import Unread
+from gradstore.jacobians.blocks import Unread, join_blocks
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,48 @@ def held(block: JacobianBlock) -> Held:
         unread = block.unread
         if unread is None:
             activations = block.activations
-            unread = Unread(activations, 1, lambda channels=slice(None): activations[..., channels][:, None])
+            unread = Unread(activations, len(activations), 1, _some_channels)
         return Factors(block.name, unread, block.width, block.deltas)
     if isinstance(block, EmbeddingBlock):
         return block
     return DenseBlock(block.name, block.start, block.dense())
+
+
+def _some_channels(activations: Tensor, n: int, channels: slice) -> Tensor:
+    return activations[..., channels][:, None]
+
+
+def joined_batches(batches: Sequence[list[Held]]) -> list[list[Held]]:
+    """Consecutive batches as one, for larger operations; as they are where a layer's input cannot be joined.
+
+    Args:
+        batches: their blocks, which are dropped one after another: what one block takes is held twice meanwhile.
+    """
+    columns = list(zip(*batches, strict=True))
+    if len(batches) < 2 or not all(map(_joinable, columns)):
+        return list(batches)
+    found: list[Held] = []
+    del columns
+    for i in range(len(batches[0])):
+        found.append(_joined([batch[i] for batch in batches]))
+        for batch in batches:
+            batch[i] = found[i]
+    return [found]
+
+
+def _joinable(same: Sequence[Held]) -> bool:
+    factors = [block for block in same if isinstance(block, Factors)]
+    return len(factors) in (0, len(same)) and all(block.unread.apart for block in factors)
+
+
+def _joined(same: Sequence[Held]) -> Held:
+    first = same[0]
+    factors = [block for block in same if isinstance(block, Factors)]
+    if not isinstance(first, Factors):
+        return held(join_blocks([block for block in same if isinstance(block, JacobianBlock)]))
+    # Positions stay adjacent in memory, as products want them.
+    deltas = torch.cat([block.deltas.transpose(2, 3) for block in factors]).transpose(2, 3)
+    return replace(first, unread=first.unread.joined([block.unread for block in factors[1:]]), deltas=deltas)
 
 
 def joined_rows(blocks: Iterable[Held], room: int) -> list[Held]:

@@ -13,7 +13,7 @@ from gradstore.audit import require_finite_block
 from gradstore.device import choose_device, full_float32
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
-from gradstore.exact.factors import Held, held, joined_rows, tensors_of
+from gradstore.exact.factors import Held, held, joined_batches, joined_rows, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
@@ -27,6 +27,7 @@ from gradstore.tiles import Skip, Tile, nothing
 from gradstore.weights import weights_digest
 
 _PROBE = 4
+_JOINED = 256  # examples whose blocks are joined, since operations on few take longer to begin than to do
 _MIRRORED = 128  # rows copied together
 
 
@@ -74,7 +75,7 @@ class JacobianTiles:
             divisible=not kernel.pairs_classes,
             value=12 * self.factor**2,
             held=lambda classes: one + (classes - 1) * (several - one),
-            computing=lambda n, classes: int(self.engine.bytes_needed(n, classes)),
+            computing=lambda n, classes: int(self.engine.bytes_needed(n, classes, factors=True)),
             memory=memory,
         )
         self.shape = (len(a) * self.factor, len(b) * self.factor)
@@ -137,7 +138,7 @@ class JacobianTiles:
         return made
 
     def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
-        batches: list[list[tuple[str, Held]]] = []
+        batches, some = list[list[Held]](), list[list[Held]]()
         room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
@@ -145,9 +146,11 @@ class JacobianTiles:
             stream = self.engine(to_device(selection.read(span), self.device), classes, trusted=trusted)
             if stream.trusted:
                 self._trusted.add((selection.split, span))
-            blocks = joined_rows(map(held, stream), room)
-            batches.append([(block.name, block) for block in blocks])
-        columns = tuple((same[0][0], [block for _, block in same]) for same in zip(*batches, strict=True))
+            some.append(joined_rows(map(held, stream), room))
+            if len(some) * self.plan.batch >= _JOINED or span.stop == rows.stop:
+                batches += joined_batches(some)
+                some = []
+        columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
 
     def _tile(self, group: range, span: range, resident: Jacobians | None) -> np.ndarray:

@@ -9,7 +9,7 @@ an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,15 +88,28 @@ class Unread:
 
     Attributes:
         inputs: as the layer took them; the channels are their last axis (linear) or their second (convolution).
+        n: examples.
         reach: activations that one input channel makes at one position: 1, or the points of a kernel.
-        read: gives the activations of some input channels, [n, g, T, i]; of all without an argument.
+        make: (inputs, n, channels) -> activations of some input channels, [n, g, T, i].
         groups: g, into which a convolution's channels are divided.
+        apart: whether the first axis of the inputs goes through the examples one after another.
     """
 
     inputs: Tensor
+    n: int
     reach: int
-    read: Callable[..., Tensor]
+    make: Callable[[Tensor, int, slice], Tensor]
     groups: int = 1
+    apart: bool = True
+
+    def read(self, channels: slice = ALL) -> Tensor:
+        """Activations of some input channels, [n, g, T, i]."""
+        return self.make(self.inputs, self.n, channels)
+
+    def joined(self, others: Sequence[Unread]) -> Unread:
+        """The inputs of this batch and of others that are `apart` too, of the same call of the same layer."""
+        parts = [self, *others]
+        return replace(self, inputs=torch.cat([part.inputs for part in parts]), n=sum(part.n for part in parts))
 
 
 class LinearBlock(JacobianBlock):

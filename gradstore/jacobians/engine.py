@@ -17,7 +17,7 @@ from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.plan import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
 from gradstore.jacobians.record import record
-from gradstore.jacobians.side_by_side import MOST, uncut_if_small
+from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
 from gradstore.memory import return_freed_memory
@@ -97,15 +97,19 @@ class JacobianEngine:
         """Those of `describe` that no rule covers: differentiated by `torch.func` or by looped autograd."""
         return [(name, route) for name, route in self.describe() if name in self._plan.exact]
 
-    def bytes_needed(self, n: int, classes: int | None = None) -> int:
+    def bytes_needed(self, n: int, classes: int | None = None, *, factors: bool = False) -> int:
         """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included.
 
         Args:
             n: examples.
             classes: how many are differentiated at a time; default all.
+            factors: no block is made dense while others stream, and all is done inside `uncut_if_small`.
         """
         seen, classes = self._plan.footprint, classes or self._classes
-        backward = seen.graph + classes * seen.kept + (1 + 2 * min(classes, MOST)) * seen.deltas
+        shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
+        backward = seen.graph + classes * seen.kept + (1 + 2 * shares) * seen.deltas
+        if factors and not self._plan.exact:
+            return n * backward
         widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
         largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)

@@ -79,8 +79,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | N
         return None
     x = input.detach()
 
-    def activations(batch: Batch, channels: slice = ALL) -> Tensor:
-        return channels_last(x[..., channels], batch.n, batch.arrangement).transpose(1, 2)[:, None]
+    def activations(arrangement: str, inputs: Tensor, n: int, channels: slice) -> Tensor:
+        return channels_last(inputs[..., channels], n, arrangement).transpose(1, 2)[:, None]
 
     terms = {"weight": _outer(weight, activations, x), "bias": _positions_summed(weight.shape[0])}
     return Use("linear", channels_last, ANY, terms, (x,))
@@ -100,10 +100,8 @@ def convolution(
         return None
     x = input.detach()
 
-    def activations(batch: Batch, channels: slice = ALL) -> Tensor:
-        read = by_example(
-            patches(x[:, channels], weight.shape[2:], stride, padding, dilation), batch.n, batch.arrangement
-        )
+    def activations(arrangement: str, inputs: Tensor, n: int, channels: slice) -> Tensor:
+        read = by_example(patches(inputs[:, channels], weight.shape[2:], stride, padding, dilation), n, arrangement)
         split = read.unflatten(2, (groups, -1))  # [n, t, g, width, positions]
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
@@ -280,9 +278,10 @@ def _outer(weight: Tensor, activations: Callable[..., Tensor], x: Tensor, groups
     def term(batch: Batch) -> Term:
         positions = batch.outputs // (batch.n * shape[0])
         if positions < SHRINKS * width:
-            unread = Unread(x, math.prod(shape[2:]), functools.partial(activations, batch), groups)
+            make, apart = functools.partial(activations, batch.arrangement), batch.arrangement in (FIRST, FOLDED)
+            unread = Unread(x, batch.n, math.prod(shape[2:]), make, groups, apart)
             return OuterTerm(batch.classes, shape[0], width, unread)
-        made = activations(batch)
+        made = activations(batch.arrangement, x, batch.n, ALL)
         return ReducedTerm(batch.n, batch.classes, shape, lambda delta: outer_sum(delta[:, None], made))
 
     return term
