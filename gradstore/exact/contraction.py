@@ -21,6 +21,7 @@ from gradstore.exact.dense import Sums, formed, slices, workers_for
 from gradstore.exact.factors import Factors, Held, column_slices, count, dense_columns, rows_and_classes
 from gradstore.jacobians import DenseBlock, EmbeddingBlock
 from gradstore.matrix_unit import product
+from gradstore.memory import return_freed_memory
 from gradstore.threads import Workers
 
 # Bytes for dense rows beyond which nothing is gained.
@@ -53,6 +54,7 @@ def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) 
         _contract_factors(*blocks[i], out, pairs, scratch)
         squares[i] = squared_norms(blocks[i][1], scratch)
     if dense:
+        return_freed_memory()
         with workers_for(out.device) as workers:
             found = _contract_dense([blocks[i] for i in dense], out, pairs, scratch, workers)
         squares.update(zip(dense, found, strict=True))

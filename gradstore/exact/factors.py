@@ -83,6 +83,12 @@ def joined_batches(batches: Sequence[list[Held]]) -> list[list[Held]]:
     return [found]
 
 
+def patch_bytes(blocks: Sequence[Held], columns: int) -> int:
+    """Bytes of one example's activations that make so many columns of a class, of the hungriest weight; at least 1."""
+    shapes = [block.deltas.shape for block in blocks if isinstance(block, Factors)]
+    return max((4 * positions * -(-columns // outputs) for _, _, positions, outputs in shapes), default=1)
+
+
 def _joinable(same: Sequence[Held]) -> bool:
     factors = [block for block in same if isinstance(block, Factors)]
     return len(factors) in (0, len(same)) and all(block.unread.apart for block in factors)

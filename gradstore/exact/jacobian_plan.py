@@ -18,6 +18,8 @@ from gradstore.tiles import CELL
 MOST_ROWS = 2048
 # The part of the memory, one in so many, that is left for computing Jacobians and for multiplying them.
 _SPARE = 4
+# Bytes of freed memory that the C library keeps for threads that may use it again, and the most of what is left.
+_RETAINED, _RETAINED_SHARE = 12 << 20, 8
 _BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
@@ -110,6 +112,7 @@ def _plan(
         left = memory - (group + passing) * each - value * group * span
         if left < memory // _SPARE:
             continue
+        left -= min(left // _RETAINED_SHARE, _RETAINED)
         # Jacobians are computed first and multiplied then, so both may take what is left.
         batch = next((size for size in _BATCHES if computing(size, classes) <= left), None)
         if batch is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +13,23 @@ from gradstore.audit import require_finite_block
 from gradstore.device import choose_device, full_float32
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
-from gradstore.exact.factors import Held, held, joined_batches, joined_rows, tensors_of
+from gradstore.exact.factors import Held, held, joined_batches, joined_rows, patch_bytes, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
+from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.kernels import Kernel
 from gradstore.memory import return_freed_memory
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project
+from gradstore.threads import worker_count
 from gradstore.tiles import Skip, Tile, nothing
 from gradstore.weights import weights_digest
 
 _PROBE = 4
-_JOINED = 256  # examples whose blocks are joined, since operations on few take longer to begin than to do
+_JOINED = 256  # examples whose blocks are joined at most, since operations on few take longer to begin than to do
 _MIRRORED = 128  # rows copied together
 
 
@@ -131,6 +133,7 @@ class JacobianTiles:
         return -(-sum(storages.values()) // n)
 
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
+        drop_spare()  # what products used
         # Threads that wait for the next small layer would take the cores from those that multiply.
         with uncut_if_small(self.engine.outputs(self.plan.batch)):
             made = self._computed(selection, rows, classes)
@@ -147,11 +150,16 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             some.append(joined_rows(map(held, stream), room))
-            if len(some) * self.plan.batch >= _JOINED or span.stop == rows.stop:
+            if (len(some) + 1) * self.plan.batch > self._joined(some[0]) or span.stop == rows.stop:
                 batches += joined_batches(some)
                 some = []
         columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
+
+    def _joined(self, blocks: Sequence[Held]) -> int:
+        """Examples that are joined: patches of a slice, of theirs for every worker, may take a sixth of the scratch."""
+        columns = self.plan.scratch // (6 * self.plan.group * self.plan.classes)
+        return min(_JOINED, self.plan.scratch // (6 * worker_count() * patch_bytes(blocks, columns)))
 
     def _tile(self, group: range, span: range, resident: Jacobians | None) -> np.ndarray:
         """The kernel between the group and some columns; `resident` is the group with all of its classes."""
