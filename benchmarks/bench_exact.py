@@ -6,7 +6,8 @@ appends to results/exact.csv. Rivals are interleaved and each figure is a median
 Jacobian [n, c p] that is already in memory, and is given the symmetric product; ours starts from the images, computes
 Jacobians as often as its memory asks for, and may use a tenth of the dense Jacobian's bytes. `--peer` names a Python
 with JAX and neural_tangents, which computes the same kernel of the same network (BatchNorm folded into the
-convolutions, as in eval mode) by `empirical_ntk_fn`; its compiled function is warmed up first.
+convolutions, as in eval mode) by `empirical_ntk_fn`; its compiled function is warmed up first. What works together:
+neural-tangents 0.6.5, jax and jaxlib 0.4.23, tf2jax 0.3.6, numpy below 2, scipy below 1.13.
 """
 
 from __future__ import annotations
