@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
+import gradstore.search.scan
 from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.search.class_weights import parse_weights
 from gradstore.search.phi import Phi
+from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.request import query_phis
 from gradstore.search.scan import plan_scan
 from gradstore.store import FeatureStore
@@ -266,3 +270,21 @@ def test_layout_sum_serves_only_the_sum(tmp_path: Path) -> None:
         gs.topk(train, queries, 5)
     with pytest.raises(UsageError, match="a combination of classes needs the features of each"):
         gs.topk(train, queries, 5, classes="a - b")
+
+
+def test_queries_of_one_pass_are_gone_before_the_next_are_read(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, queries = stores
+    phi = query_phis(train, queries, projected_kernel("proj-trntk"), np.arange(1), None)[0]
+    least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
+    assert plan_scan(train, phi, 30, 7, least).batch < 15
+    seen: list[weakref.ref[object]] = []
+
+    def watched(*arguments: Any) -> list[QueryGroup]:
+        assert all(group() is None for group in seen)
+        groups = load_queries(*arguments)
+        seen.extend(weakref.ref(group) for group in groups)
+        return groups
+
+    monkeypatch.setattr(gradstore.search.scan, "load_queries", watched)
+    gs.topk(train, queries, 7, memory=least, engine="torch")
+    assert len(seen) > 1

@@ -33,6 +33,8 @@ from gradstore.store import FeatureStore
 # Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
 _EXTRA = 2.0**-20
+# Queries whose limbs are measured together: few, for copies of them are made.
+_TOGETHER = 16
 STRIPS = 64
 """A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
@@ -70,8 +72,7 @@ class PackedQueries:
 
         def pack_segment(s: int) -> tuple[Packed, np.ndarray]:
             part = group.segment(s)
-            lower = part - part.bfloat16().float()  # `part` may be the queries themselves
-            return pack(part, 1), torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
+            return pack(part, 1), np.concatenate([_left_out(rows) for rows in part.split(_TOGETHER)])
 
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = list(pool.map(pack_segment, range(group.phi.segments)))
@@ -95,6 +96,12 @@ class PackedQueries:
             row_rest = np.full(len(row_rest), 0 if self.exact else LIMB**2 / 2)
             added += LIMB**2
         return limb_error(torch.from_numpy(self.rest), torch.from_numpy(row_rest), added)
+
+
+def _left_out(rows: Tensor) -> np.ndarray:
+    """‖x − h‖² of each row, float64, h being its values' first limbs."""
+    lower = rows - rows.bfloat16().float()
+    return torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
 
 
 class PackedBatch:

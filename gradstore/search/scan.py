@@ -139,10 +139,11 @@ def scan_all(
     means, plan = _prepare(train, phis, k, memory, engine)
     parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
     with single_threaded():
-        batches = (load_queries(queries, rows[part], phis[part], plan.workers) for part in parts)
-        found = [scan(train, batch, k, means, plan) for batch in batches]
+        found = [
+            scan(train, load_queries(queries, rows[part], phis[part], plan.workers), k, means, plan) for part in parts
+        ]
     search = Search("exact", len(train) * len(parts), means.name)
-    return np.concatenate([best.rows for best in found]), np.concatenate([best.similarity for best in found]), search
+    return np.concatenate([rows for rows, _ in found]), np.concatenate([values for _, values in found]), search
 
 
 def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engine: str) -> tuple[Engine, ScanPlan]:
@@ -172,8 +173,10 @@ def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engi
     return choose_engine("float32", *sizes), plan  # packed queries take too much room
 
 
-def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan) -> Best:
-    """The k best rows of every query, over all rows.
+def scan(
+    train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best rows of every query, over all rows, int64 [m, k], and their similarities float64 [m, k].
 
     Args:
         train: the training store.
@@ -191,7 +194,7 @@ def scan(train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engi
     with full_float32(engine.device):
         _Scan(train, groups, best, engine, plan).run()
         best.settle()
-    return best
+    return best.rows, best.similarity
 
 
 class _Scan:
