@@ -182,7 +182,7 @@ def test_a_signal_ends_a_command_cleanly(fast: Path, amount: Callable[[int, int]
                 shutil.rmtree(fast / "store")
                 continue
             signals += 1
-            assert status == 128 + number
+            assert status == 128 + number, said
             assert f"gradstore featurize {fast}/project.py --split train --out {fast}/store" in said
             assert "Traceback" not in said
         assert run(forks, fast, "store")[0] == 0

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from gradstore.schema import FORMAT, Column, Schema
+from gradstore.storage.uninterrupted import uninterrupted
 
 PAGE = 4096
 
@@ -58,7 +59,8 @@ def file_layout(columns: Sequence[Column], rows: int, attributes: Mapping[str, s
     """The same for any datasets that share their first axis."""
     image = _SparseImage()
     offsets = {}
-    with h5py.File(image, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=PAGE) as file:
+    options = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": PAGE}
+    with uninterrupted(), h5py.File(image, "w", **options) as file:  # HDF5 calls the image's methods
         for name, value in attributes.items():
             _set_attribute(file, name, value)
         for column in columns:
