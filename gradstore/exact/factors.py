@@ -68,14 +68,14 @@ def _some_channels(activations: Tensor, n: int, channels: slice) -> Tensor:
 def joined_batches(batches: Sequence[list[Held]]) -> list[list[Held]]:
     """Consecutive batches as one, for larger operations; as they are where a layer's input cannot be joined.
 
+    Nor are they where blocks share memory, as parts of one weight and layers with one input do: each would take a copy.
+
     Args:
         batches: their blocks, which are dropped one after another: what one block takes is held twice meanwhile.
     """
-    columns = list(zip(*batches, strict=True))
-    if len(batches) < 2 or not all(map(_joinable, columns)):
+    if len(batches) < 2 or not all(map(_joinable, zip(*batches, strict=True))) or any(map(_shares_memory, batches)):
         return list(batches)
     found: list[Held] = []
-    del columns
     for i in range(len(batches[0])):
         found.append(_joined([batch[i] for batch in batches]))
         for batch in batches:
@@ -87,6 +87,11 @@ def patch_bytes(blocks: Sequence[Held], columns: int) -> int:
     """Bytes of one example's activations that make so many columns of a class, of the hungriest weight; at least 1."""
     shapes = [block.deltas.shape for block in blocks if isinstance(block, Factors)]
     return max((4 * positions * -(-columns // outputs) for _, _, positions, outputs in shapes), default=1)
+
+
+def _shares_memory(blocks: Sequence[Held]) -> bool:
+    storages = [tensor.untyped_storage().data_ptr() for block in blocks for tensor in tensors_of(block)]
+    return len(set(storages)) < len(storages)
 
 
 def _joinable(same: Sequence[Held]) -> bool:

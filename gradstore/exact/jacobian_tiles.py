@@ -30,6 +30,7 @@ from gradstore.weights import weights_digest
 
 _PROBE = 4
 _JOINED = 256  # examples whose blocks are joined at most, since operations on few take longer to begin than to do
+_LARGE = 1 << 25  # bytes that a batch takes from which returning them is cheap beside making them
 _MIRRORED = 128  # rows copied together
 
 
@@ -150,6 +151,8 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             some.append(joined_rows(map(held, stream), room))
+            if self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True) >= _LARGE:
+                return_freed_memory()  # small layers' is used again by the next batch, sooner than it is given back
             if (len(some) + 1) * self.plan.batch > self._joined(some[0]) or span.stop == rows.stop:
                 batches += joined_batches(some)
                 some = []

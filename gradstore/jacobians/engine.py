@@ -24,6 +24,7 @@ from gradstore.memory import return_freed_memory
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
+_AUDIT = 6  # times all deltas of a class that the audit of a batch takes, as was measured
 _LARGE = 1 << 20  # bytes of activations an example from which returning them is cheap beside making them
 
 
@@ -103,12 +104,12 @@ class JacobianEngine:
         Args:
             n: examples.
             classes: how many are differentiated at a time; default all.
-            factors: no block is made dense while others stream, and all is done inside `uncut_if_small`.
+            factors: no block that has structure is made dense, and all is done inside `uncut_if_small`.
         """
         seen, classes = self._plan.footprint, classes or self._classes
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
-        backward = seen.graph + classes * seen.kept + (1 + 2 * shares) * seen.deltas
-        if factors and not self._plan.exact:
+        backward = seen.graph + classes * seen.kept + max(1 + 2 * shares, _AUDIT) * seen.deltas
+        if factors and not self._plan.exact and not seen.lazy:
             return n * backward
         widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
         largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)

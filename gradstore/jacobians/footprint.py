@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstore.jacobians.record import Tap
 from gradstore.jacobians.terms import OuterTerm, Term
@@ -21,16 +21,18 @@ class Footprint:
     """Bytes per example.
 
     Attributes:
-        graph: activations that autograd and the taps hold during the backward passes.
+        graph: activations that autograd and the taps hold during the backward passes, and what terms made of them.
         kept: deltas and small gradients, per class.
         deltas: every tap's delta for one class.
         activations: inputs of the hungriest weight, unfolded.
+        lazy: whether blocks of some weight have no structure, so that keeping them takes dense ones.
     """
 
     graph: int
     kept: int
     deltas: int
     activations: int
+    lazy: bool
 
 
 @dataclass
@@ -52,12 +54,13 @@ class Saved:
 
 
 @contextmanager
-def saved_bytes() -> Iterator[Saved]:
-    """Count what autograd saves for the backward pass; parameters are not counted."""
+def saved_bytes(model: nn.Module) -> Iterator[Saved]:
+    """Count what autograd saves for the backward pass; the model's parameters and buffers are not counted."""
     saved = Saved()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
-        return tensor if tensor.is_leaf and tensor.requires_grad else saved.add(tensor)
+        return tensor if tensor.untyped_storage().data_ptr() in own else saved.add(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
@@ -70,9 +73,11 @@ def measured(taps: Sequence[Tap], terms: dict[str, list[Term]], saved: int, n: i
     deltas = sum(tap.shape.numel() for tap in taps) * size
     inputs = sum(tensor.nbytes for tap in taps for tensor in tap.use.saved)
     unfolded = [term.deltas.shape[-1] * term.width * size for term in flat if isinstance(term, OuterTerm)]
+    grouped = any(isinstance(term, OuterTerm) and term.grouped for term in flat)
     return Footprint(
-        graph=(saved + inputs) // n,
+        graph=(saved + inputs + sum(term.read for term in flat)) // n,
         kept=sum(term.held for term in flat) // n,
         deltas=deltas // n,
         activations=max(unfolded, default=0),
+        lazy=grouped or any(len(several) > 1 for several in terms.values()),
     )

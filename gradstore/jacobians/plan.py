@@ -120,7 +120,7 @@ class Prober:
 
     def _attempt(self, structured: list[str], spread: bool) -> _Attempt:
         parameters = {name: self._subject.parameters[name] for name in structured}
-        with saved_bytes() as saved:
+        with saved_bytes(self._subject.model) as saved:
             recording = record(self._subject, structured, self._probe, spread)
         if not self._near(recording.logits.detach(), self._logits, 0.0):
             raise ArithmeticError("the noted pass changed the logits")

@@ -259,7 +259,7 @@ def _affine(route: str, view: View, x: Tensor, weight: Tensor | None, normalise:
 
     def scale(batch: Batch) -> Term:
         normal = _wide(view(normalise(), batch.n, batch.arrangement))
-        return ReducedTerm(batch.n, batch.classes, shape, lambda delta: (_wide(delta) * normal).sum(-1))
+        return ReducedTerm(batch.n, batch.classes, shape, lambda delta: (_wide(delta) * normal).sum(-1), normal)
 
     allowed = CHANNELS_SECOND if view is channels_second else ANY
     return Use(
@@ -282,7 +282,7 @@ def _outer(weight: Tensor, activations: Callable[..., Tensor], x: Tensor, groups
             unread = Unread(x, batch.n, math.prod(shape[2:]), make, groups, apart)
             return OuterTerm(batch.classes, shape[0], width, unread)
         made = activations(batch.arrangement, x, batch.n, ALL)
-        return ReducedTerm(batch.n, batch.classes, shape, lambda delta: outer_sum(delta[:, None], made))
+        return ReducedTerm(batch.n, batch.classes, shape, lambda delta: outer_sum(delta[:, None], made), made)
 
     return term
 

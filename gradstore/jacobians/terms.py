@@ -25,10 +25,12 @@ class Term:
     Attributes:
         rows: length of the parameter's first axis, along which blocks are cut.
         width: columns per row.
+        read: bytes of what was made of the layer's input, beside which deltas come.
     """
 
     rows: int
     width: int
+    read: int = 0
 
     _kept: Tensor | None = None
     _allocating = threading.Lock()
@@ -59,10 +61,26 @@ class Term:
 
 
 class ReducedTerm(Term):
-    """A gradient that is small beside its delta: kept for every class, [n, c, size]."""
+    """A gradient that is small beside its delta: kept for every class, [n, c, size].
 
-    def __init__(self, n: int, c: int, shape: tuple[int, ...], reduce: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        n: examples.
+        c: number of classes.
+        shape: of the parameter.
+        reduce: makes the gradient of a delta.
+        read: what that reads beside the delta, made for it.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        c: int,
+        shape: tuple[int, ...],
+        reduce: Callable[[Tensor], Tensor],
+        read: Tensor | None = None,
+    ) -> None:
         size = torch.Size(shape).numel()
+        self.read = 0 if read is None else read.nbytes
         self.rows = shape[0] if shape else 1
         self.width = size // self.rows
         self._shape, self._reduce = (n, c, size), reduce
@@ -98,6 +116,11 @@ class OuterTerm(Term):
         self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
 
     @property
+    def grouped(self) -> bool:
+        """Whether its blocks have no structure."""
+        return self._unread.groups > 1
+
+    @property
     def activations(self) -> Tensor:
         """[n, g, T, i], made once."""
         if self._made is None:
@@ -121,7 +144,7 @@ class OuterTerm(Term):
 
     def block(self, name: str, start: int, first: int, last: int) -> JacobianBlock:
         """A LinearBlock, or without structure for a grouped convolution."""
-        if self._unread.groups > 1:
+        if self.grouped:
             return super().block(name, start, first, last)
         deltas = self.deltas[:, :, first:last].transpose(2, 3)
         return LinearBlock(name, start, lambda: self.activations[:, 0], deltas, self._unread, self.width)
