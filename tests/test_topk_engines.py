@@ -298,3 +298,34 @@ def test_a_store_of_one_feature(tmp_path: Path) -> None:
     for engine in CPU_ENGINES:
         found = gs.topk(train, train, 4, engine=engine, rows=[0])
         np.testing.assert_array_equal(found.indices[0], [0, 2, 3, 1])
+
+
+def _uneven(rng: np.random.Generator, n: int, case: str) -> np.ndarray:
+    """Features [n, 2, 300] whose combination of classes is tiny beside one of them."""
+    values = rng.standard_normal((n, 2, 300)).astype(np.float32)
+    if case == "one class":
+        values[:, 1] *= 1e-22
+    if case == "cancelling":  # but for entries where both are small
+        values[:, :, 100:] *= 1e-24
+        values[:, 1, :100] = values[:, 0, :100]
+    return values
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+@pytest.mark.parametrize(
+    ("case", "weights"),
+    [("one class", (0.0, 1.0)), ("weights", (1e-22, -1e-22)), ("weights", (1e22, -1e22)), ("cancelling", (1.0, -1.0))],
+)
+def test_answers_are_right_however_small_what_is_asked_about(
+    case: str, weights: tuple[float, float], engine: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    train = write_store(tmp_path / "train", _uneven(rng, 200, case), dtype="float32")
+    queries = write_store(tmp_path / "test", _uneven(rng, 20, case), dtype="float32")
+    expected = dense_similarity(train, queries, "proj-trntk", weights)
+    asked = {str(c): weight for c, weight in enumerate(weights) if weight}
+    for k in (5, 150):
+        found = gs.topk(train, queries, k, classes=asked, engine=engine)
+        best = -np.sort(-expected, axis=1)[:, :k]
+        np.testing.assert_allclose(found.similarity, best, atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(expected, found.indices, 1), best, atol=1e-5)

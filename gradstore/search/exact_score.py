@@ -50,7 +50,8 @@ class ExactScore:
             self._place[group.members] = np.arange(len(group.members))
         self.rows_read = 0
         schema = train.schema
-        decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K
+        summed = any(group.phi.weights is not None for group in groups)
+        decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K * summed
         self._most = int(np.clip(room // (schema.row_bytes + decoded), 1, 64))
         self._rooms = threading.local()
 

@@ -21,6 +21,8 @@ from gradstore.store import FeatureStore
 _UNIT = 2.0**-24
 # Roundings beside those of the sum: scaling, normalising, and underflow of entries below 2^-100 of the norm.
 _EXTRA = 16
+# Scaled vectors have norms around 1, unless their terms cancel; nothing is said of products of smaller ones than this.
+_TINY = 2.0**-40
 
 
 class FloatBlock:
@@ -82,7 +84,7 @@ def error_bound(width: int, pieces: int) -> float:
 def bounds_within(
     group: QueryGroup, center: Tensor, norms: np.ndarray, exponent: np.ndarray, error: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Similarities and their largest errors, float64 [g, B].
+    """Similarities and their largest errors, float64 [g, B]; infinite where nothing can be said.
 
     Args:
         group: the queries.
@@ -96,4 +98,12 @@ def bounds_within(
     query_scale = torch.from_numpy(group.scale)
     center.mul_(query_scale[:, None]).mul_(row_scale)
     sizes = torch.outer(query_scale * torch.from_numpy(group.norms), row_scale * torch.from_numpy(norms))
-    return center, sizes.mul_(error)
+    spread = sizes.mul_(error)
+    spread[torch.from_numpy(_vague(group.norms))] = torch.inf
+    spread[:, torch.from_numpy(_vague(norms))] = torch.inf
+    return center, spread
+
+
+def _vague(norms: np.ndarray) -> np.ndarray:
+    """Which vectors are so small beside what they are a sum of that products of their entries may vanish."""
+    return (norms > 0) & (norms < _TINY)

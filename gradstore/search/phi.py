@@ -1,7 +1,7 @@
 """Φ of stored rows, a piece of columns at a time, so that a search never holds a block of rows in float32.
 
-A row is handled as Φ · 2^-e, with e the exponent of its largest stored norm: gradients of 1e-30 and of 1e+30 multiply
-in float32 like any other, and a scaling by a power of two changes no bit of the mantissa.
+A row is handled as Φ · 2^-e, with e the exponent of the largest norm of what Φ adds up or has side by side: gradients
+of 1e-30 and of 1e+30 multiply in float32 like any other, and scaling by a power of two changes no bit of the mantissa.
 """
 
 from __future__ import annotations
@@ -153,15 +153,17 @@ class Scaled:
             NonFiniteError: a row's stored norm is not finite, or zero under a cosine.
         """
         stored = columns["norm"]
-        peak = stored.max(axis=1) if stored.size else np.zeros(len(stored))
+        # Of what Φ adds up: a class that is asked about may have gradients far smaller than another.
+        terms = stored if phi.weights is None else stored * np.abs(phi.weights)
+        peak = terms.max(axis=1) if terms.size else np.zeros(len(stored))
         peak = np.where(np.isnan(stored).any(axis=1), np.nan, peak)
         phi.require_direction(peak, columns["row"], where)
         _, exponent = np.frexp(peak)
-        unit = np.ldexp(columns["scale"].astype(np.float64), -exponent[:, None])
-        factors = unit.astype(np.float32)
+        unit = columns["scale"].astype(np.float64)
         if phi.weights is not None:
-            factors *= np.asarray(phi.weights, np.float32)
-            return cls(torch.from_numpy(factors), exponent, None)
+            unit = np.ldexp(unit * np.asarray(phi.weights), -exponent[:, None])
+            return cls(torch.from_numpy(unit.astype(np.float32)), exponent, None)
+        factors = np.ldexp(unit, -exponent[:, None]).astype(np.float32)
         squares = np.ldexp(stored, -exponent[:, None]) ** 2
         total = np.zeros(len(stored))
         for c in range(stored.shape[1]):  # in this order for every block, unlike a reduction

@@ -28,6 +28,7 @@ from gradstore.search.limb_block import STRIPS, LimbBlock, PackedBatch, block_by
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.rounding import MAX_WIDTH
+from gradstore.search.streamed import piece_rows
 from gradstore.search.topk_result import Search
 from gradstore.store import FeatureStore
 
@@ -80,7 +81,7 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed
     vectors = 4 * phi.length + 2 * row  # of one worker as it scores exactly, beside the rows
     value = 10 if packed else 6  # bytes: float32, and two digits or limbs, which follow one limb
     kept = value * phi.pieces * phi.width + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
-    fixed = sum(31 * 4 * other.length for other in packed)
+    fixed = sum(31 * 6 * other.length for other in packed)  # of both, while one follows the other
     blocks = _packed_blocks(train, packed) if packed else _blocks(train, phi)
     for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
         per_query, room = kept + 8 * phi.K * (workers if packed else 1), max(row, min(ROOM, memory // (16 * workers)))
@@ -101,9 +102,13 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed
 
 def _blocks(train: FeatureStore, phi: Phi) -> list[tuple[int, int]]:
     """(rows, bytes) of the blocks that a worker may use, the largest first."""
-    row = train.schema.row_bytes
+    schema = train.schema
+    row, features = schema.row_bytes, schema.column("features").row_bytes
     cap = int(np.clip(_BLOCK_BYTES // row, 1, min(_BLOCK_ROWS, max(1, len(train)))))
-    return [(size, size * (row + 8 * phi.width)) for size in range(cap, 0, -1)]
+    # Rows as stored, or two digits of them while some are read, and decoded where they are integers.
+    each, decoded = max(row, 2 * phi.length + 2 * (row - features)), 4 * features if schema.dtype == "int8" else 0
+    piece = [min(piece_rows(schema), max(1, size // 2)) * (features + decoded) for size in range(cap + 1)]
+    return [(size, size * (each + 8 * phi.width) + piece[size]) for size in range(cap, 0, -1)]
 
 
 def _packed_blocks(train: FeatureStore, phis: Sequence[Phi]) -> list[tuple[int, int]]:

@@ -18,7 +18,8 @@ from gradstore.storage.foreign import require_plain_hdf5
 from gradstore.storage.layout import gaps
 from gradstore.storage.manifest import Manifest, Shard
 
-_NEAR = 64
+# Bytes of a small column between two rows that are read with them, and of one such read: beyond, another costs less.
+_NEAR, _TOGETHER = 8 << 10, 256 << 10
 VERIFY = "Run `gradstore verify` on the store to list the damaged rows; `gradstore featurize` computes them again"
 
 
@@ -106,14 +107,17 @@ class ShardFile:
         with self.disk.open(self.path) as fd:
             for at in _runs(rows, 1):
                 self._fill(fd, int(rows[at.start]), {name: views[name][at] for name in views if name in BULK})
-            for at in _runs(rows, _NEAR):
-                low, high = int(rows[at.start]), int(rows[at.stop - 1]) + 1
-                for name, view in views.items():
-                    if name not in BULK:
-                        column = self.schema.column(name)
-                        between = np.empty((high - low, *column.shape), column.dtype)
-                        self._fill(fd, low, {name: between})
-                        view[at] = between[rows[at] - low]
+            for name, view in views.items():
+                if name not in BULK:
+                    self._gather_small(fd, rows, name, view)
+
+    def _gather_small(self, fd: int, rows: np.ndarray, name: str, view: np.ndarray) -> None:
+        column = self.schema.column(name)
+        for at in _runs(rows, max(1, _NEAR // column.row_bytes), max(1, _TOGETHER // column.row_bytes)):
+            low, high = int(rows[at.start]), int(rows[at.stop - 1]) + 1
+            between = np.empty((high - low, *column.shape), column.dtype)
+            self._fill(fd, low, {name: between})
+            view[at] = between[rows[at] - low]
 
     def _fill(self, fd: int, low: int, views: Mapping[str, np.ndarray]) -> None:
         for name, view in views.items():
@@ -139,7 +143,11 @@ class ShardFile:
             require_plain_hdf5(self.path, self.schema, self.shard)
 
 
-def _runs(rows: np.ndarray, most: int) -> Iterator[slice]:
-    """Places of ascending numbers whose neighbours are at most so far from one another."""
+def _runs(rows: np.ndarray, most: int, span: int | None = None) -> Iterator[slice]:
+    """Places of ascending numbers whose neighbours are at most so far from one another, none of a wider span."""
     ends = [*(np.flatnonzero(np.diff(rows) > most) + 1).tolist(), len(rows)]
-    return (slice(low, high) for low, high in zip([0, *ends[:-1]], ends, strict=True))
+    for low, high in zip([0, *ends[:-1]], ends, strict=True):
+        while low < high:
+            stop = high if span is None else int(np.searchsorted(rows[:high], rows[low] + span))
+            yield slice(low, stop)
+            low = stop
