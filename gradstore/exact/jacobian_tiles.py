@@ -151,13 +151,19 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             some.append(joined_rows(map(held, stream), room))
-            if self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True) >= _LARGE:
-                return_freed_memory()  # small layers' is used again by the next batch, sooner than it is given back
+            if self._tight:
+                return_freed_memory()
             if (len(some) + 1) * self.plan.batch > self._joined(some[0]) or span.stop == rows.stop:
                 batches += joined_batches(some)
                 some = []
         columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
+
+    @property
+    def _tight(self) -> bool:
+        """Whether memory that a batch frees is returned before the next: it is much, and there is little else."""
+        needed = self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True)
+        return needed >= _LARGE and 2 * needed > self.plan.scratch
 
     def _joined(self, blocks: Sequence[Held]) -> int:
         """Examples that are joined: patches of a slice, of theirs for every worker, may take a sixth of the scratch."""
