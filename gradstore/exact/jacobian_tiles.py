@@ -142,7 +142,7 @@ class JacobianTiles:
         return made
 
     def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
-        batches, some = list[list[Held]](), list[list[Held]]()
+        batches, apart = list[list[Held]](), list[list[Held]]()
         room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
@@ -150,12 +150,12 @@ class JacobianTiles:
             stream = self.engine(to_device(selection.read(span), self.device), classes, trusted=trusted)
             if stream.trusted:
                 self._trusted.add((selection.split, span))
-            some.append(joined_rows(map(held, stream), room))
+            apart.append(joined_rows(map(held, stream), room))
             if self._tight:
                 return_freed_memory()
-            if (len(some) + 1) * self.plan.batch > self._joined(some[0]) or span.stop == rows.stop:
-                batches += joined_batches(some)
-                some = []
+            if (len(apart) + 1) * self.plan.batch > self._joined(apart[0]) or span.stop == rows.stop:
+                batches += joined_batches(apart)
+                apart = []
         columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
 

@@ -16,7 +16,8 @@ def uninterrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the end of the context, where their handlers are called.
 
     For short work inside libraries that call back into Python: they lose the exception of a handler that runs within
-    such a call, or turn it into another. Handlers run in the main thread only; in others nothing need be done.
+    such a call, or turn it into another. Handlers run in the main thread only; in others nothing need be done. Where
+    the work itself fails, its error is raised and the signal is dropped.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -160,7 +160,8 @@ static inline void add_products(Doubles* sums, const float* a, const float* b) {
 // Sixteen running sums, number l of the products l, l + 16, ..., in that order; then the upper half of them is added to the
 // lower, until one is left.
 //
-// Meanwhile as many values from `ahead` on are brought into the cache: pieces of one query lie apart, and are short.
+// Meanwhile as many values from `ahead` on are brought into the cache: pieces of one query lie apart, and are short. Behind
+// the last piece there may be nothing, which a prefetch does not mind.
 static double dot(const float* a, const float* b, int64_t width, const float* ahead) {
     Doubles sums[PARTS] = {};
     int64_t i = 0;
