@@ -82,9 +82,12 @@ def write_shards(
             stored(shard)
         pool.shutdown()
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
+        processes = set(multiprocessing.active_children()) - others
+        for process in processes:
             process.kill()
+        # The pool's own thread waits for the same processes: until it ends, one that it has seen die counts as alive.
+        pool.shutdown(cancel_futures=True)
+        for process in processes:
             process.join()
         writer.clean()
         if isinstance(error, BrokenProcessPool):
