@@ -16,7 +16,7 @@ from gradstore.batch_size import BatchSize, is_out_of_memory
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
-from gradstore.memory import parse_bytes
+from gradstore.memory import freed_at_once, parse_bytes
 from gradstore.plan import Plan, Settings, to_device
 from gradstore.project import Project
 from gradstore.storage.disk import Disk
@@ -142,7 +142,9 @@ def featurize(
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            _Run(plan, writer, batch_size, progress, smaller, workers, on_note).write_missing()
+            run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note)
+            with freed_at_once(run.scarce):
+                run.write_missing()
     return open_store(out)
 
 
@@ -212,13 +214,23 @@ class _Run:
         self.computed += rows
         report()
 
+    @property
+    def scarce(self) -> bool:
+        """Whether the largest batch leaves no room for what the C library would keep of it once it is freed."""
+        return 2 * self._most_groups() * self._group_bytes() > self.plan.memory
+
+    def _group_bytes(self) -> int:
+        return max(1, self.plan.bytes_needed(self.writer.manifest.schema, self.group))
+
+    def _most_groups(self) -> int:
+        """Groups of the largest batch that gains anything and fits the memory."""
+        enough = max(1, _ENOUGH_ROWS // (self.group * self.writer.manifest.schema.c))
+        return max(1, min(enough, self.plan.memory // self._group_bytes()))
+
     def _batch_size(self, fixed: int | None) -> BatchSize:
         if fixed is not None and fixed < 1:
             raise UsageError("unusable batch size", where="--batch-size", expected="at least 1", got=fixed)
-        schema = self.writer.manifest.schema
-        enough = max(1, _ENOUGH_ROWS // (self.group * schema.c))
-        fitting = self.plan.memory // max(1, self.plan.bytes_needed(schema, self.group))
-        most = max(1, min(enough, fitting))
+        most = self._most_groups()
         if self.plan.device.type != "cpu":  # where this thread queues work, its clock says nothing
             fixed = fixed or most * self.group
         return BatchSize(self.group, most, fixed)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from gradstore.errors import UsageError
+
+# What glibc calls M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, where it raises them to by itself, and how a user sets them.
+_THRESHOLDS = {-3: 32 << 20, -1: 64 << 20}
+_CHOSEN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+_KEPT = 1 << 20  # bytes of a piece that is worth mapping by itself, and of the end of a heap that may stay
 
 _UNITS = {
     "": 1,
@@ -74,3 +82,49 @@ def return_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Users:
+    """How many computations want freed memory returned at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+
+
+_users = _Users()
+
+
+@contextmanager
+def freed_at_once(wanted: bool = True) -> Iterator[None]:
+    """Inside, pieces from 1 MB on go back to the system when they are freed, on every thread, where it is glibc's.
+
+    By itself glibc raises the size from which it does so to 32 MB, and to 64 MB what it keeps at the end of each
+    thread's heap, which `return_freed_memory` does not reach. Both hold for the process, and are left as raised at the
+    end. Faulting in new pages takes time, so this is for work that is short of memory. Nothing is done where the user
+    chose the sizes by environment.
+
+    Args:
+        wanted: False does nothing.
+    """
+    if not wanted or any(name in os.environ for name in _CHOSEN):
+        yield
+        return
+    with _users.lock:
+        _users.count += 1
+        _set_thresholds(dict.fromkeys(_THRESHOLDS, _KEPT))
+    try:
+        yield
+    finally:
+        with _users.lock:
+            _users.count -= 1
+            if not _users.count:
+                _set_thresholds(_THRESHOLDS)
+
+
+def _set_thresholds(sizes: dict[int, int]) -> None:
+    with suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        for number, size in sizes.items():
+            library.mallopt(number, size)
+

@@ -48,7 +48,8 @@ def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) 
     Returns:
         For each block the squared norms of the right side's rows, float64 [m, c].
     """
-    squares: dict[int, Tensor] = {}
+    # Made before the rest: results that stay would otherwise lie scattered in what was freed around them.
+    squares = torch.empty(len(blocks), *_examples_and_classes(blocks[0][1]), dtype=torch.float64, device=out.device)
     dense = [i for i, pair in enumerate(blocks) if not factored_is_cheaper(*pair, pairs)]
     for i in sorted(set(range(len(blocks))) - set(dense)):
         _contract_factors(*blocks[i], out, pairs, scratch)
@@ -57,8 +58,13 @@ def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) 
         return_freed_memory()
         with workers_for(out.device) as workers:
             found = _contract_dense([blocks[i] for i in dense], out, pairs, scratch, workers)
-        squares.update(zip(dense, found, strict=True))
-    return [squares[i] for i in range(len(blocks))]
+        for i, square in zip(dense, found, strict=True):
+            squares[i] = square
+    return list(squares)
+
+
+def _examples_and_classes(batches: Sequence[Held]) -> tuple[int, int]:
+    return count(batches), rows_and_classes(batches[0])[1]
 
 
 def squared_norms(blocks: Sequence[Held], scratch: int) -> Tensor:

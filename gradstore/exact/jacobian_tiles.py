@@ -20,7 +20,7 @@ from gradstore.jacobians import JacobianEngine
 from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.kernels import Kernel
-from gradstore.memory import return_freed_memory
+from gradstore.memory import freed_at_once, return_freed_memory
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project
@@ -30,7 +30,7 @@ from gradstore.weights import weights_digest
 
 _PROBE = 4
 _JOINED = 256  # examples whose blocks are joined at most, since operations on few take longer to begin than to do
-_LARGE = 1 << 25  # bytes that a batch takes from which returning them is cheap beside making them
+_LARGE = 1 << 24  # bytes that a batch takes from which returning them is cheap beside making them
 _MIRRORED = 128  # rows copied together
 
 
@@ -85,6 +85,10 @@ class JacobianTiles:
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; of a matrix with pairs of classes, in its own indices."""
+        with freed_at_once(self._scarce):
+            yield from self._tiles(skip)
+
+    def _tiles(self, skip: Skip) -> Iterator[Tile]:
         for start in range(0, len(self.a), self.plan.group):
             group = range(start, min(start + self.plan.group, len(self.a)))
             wanted = [span for span in self._spans(group) if not skip(self._places(group), self._places(span))]
@@ -151,7 +155,7 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             apart.append(joined_rows(map(held, stream), room))
-            if self._tight:
+            if self._scarce and self._needed >= _LARGE:
                 return_freed_memory()
             if (len(apart) + 1) * self.plan.batch > self._joined(apart[0]) or span.stop == rows.stop:
                 batches += joined_batches(apart)
@@ -160,10 +164,14 @@ class JacobianTiles:
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
 
     @property
-    def _tight(self) -> bool:
-        """Whether memory that a batch frees is returned before the next: it is much, and there is little else."""
-        needed = self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True)
-        return needed >= _LARGE and 2 * needed > self.plan.scratch
+    def _needed(self) -> int:
+        """Bytes that computing a batch takes."""
+        return self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True)
+
+    @property
+    def _scarce(self) -> bool:
+        """Whether there is no room for what a batch takes and, once more, for what is left when it has been freed."""
+        return 2 * self._needed > self.plan.scratch
 
     def _joined(self, blocks: Sequence[Held]) -> int:
         """Examples that are joined: patches of a slice, of theirs for every worker, may take a sixth of the scratch."""

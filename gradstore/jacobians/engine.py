@@ -20,7 +20,7 @@ from gradstore.jacobians.record import record
 from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
-from gradstore.memory import return_freed_memory
+from gradstore.memory import freed_at_once, return_freed_memory
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
@@ -83,7 +83,7 @@ class JacobianEngine:
         self._blocks, self._layout = tuple(blocks), layout
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
         weakref.finalize(self, drop_spare)
-        with self._subject.ready():
+        with freed_at_once(), self._subject.ready():
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1

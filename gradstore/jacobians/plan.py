@@ -7,6 +7,7 @@ rows are proved to stay with their examples, and the resulting gradient equals l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from gradstore.errors import ProjectError
 from gradstore.jacobians.exact import by_loop, by_torch_func, one_by_one
-from gradstore.jacobians.footprint import Footprint, measured, saved_bytes
+from gradstore.jacobians.footprint import MAX_COLUMNS, Footprint, measured, saved_bytes
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.record import Recording, Tap, record
 from gradstore.jacobians.rows import ROUNDING, weights
 from gradstore.jacobians.rules import EMBEDDING
 from gradstore.jacobians.subject import Inputs, Subject, length, take
+from gradstore.jacobians.terms import Term, sum_of
 
 PROBES = 3
 Exact = Callable[[Subject, list[str], Inputs, Tensor], list[Tensor]]
@@ -78,7 +80,7 @@ class Prober:
         subject: the model.
         example: at least one example; three different ones make the best probe.
 
-    Holds one model's worth of reference gradients twice, and three examples' graph.
+    Holds three examples' graph, and beside it one model's worth of gradients, for a moment two.
 
     Raises:
         ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
@@ -135,10 +137,8 @@ class Prober:
         footprint = measured(recording.taps, pulled.terms, saved.total, PROBES)
         failed = dict(pulled.unsafe)
         for name in structured:
-            total = torch.zeros_like(self._reference[name])
-            for term in pulled.terms.pop(name, []):
-                total += self._mixed(term.values(0, term.rows))
-            if name not in failed and not self._near(total, self._reference[name], self._scale):
+            agrees = self._agree(pulled.terms.pop(name, []), self._reference[name])
+            if name not in failed and not agrees:
                 failed[name] = "differs from autograd"
         return _Attempt(structured, recording, arrangements, footprint, failed)
 
@@ -194,6 +194,7 @@ class Prober:
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient.reshape(-1), alpha=factors[i])
+            del gradients  # before those of the next example are made
         return total
 
     def _mixed(self, values: Tensor) -> Tensor:
@@ -201,8 +202,22 @@ class Prober:
         wide = values[:, 0].to(_wide(self._logits.dtype))
         return weights(PROBES, wide) @ wide
 
+    def _agree(self, terms: list[Term], reference: Tensor) -> bool:
+        """Whether the terms add up to the reference; a block's columns at a time, of which all examples' are held."""
+        if not terms:
+            return self._near(torch.zeros_like(reference), reference, self._scale)
+        rows, width = terms[0].rows, terms[0].width
+        step, squares = max(1, MAX_COLUMNS // max(1, width)), 0.0
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            ours = sum_of([self._mixed(term.values(first, last)) for term in terms])
+            squares += float((ours - reference[first * width : last * width]).norm()) ** 2
+        return self._small(math.sqrt(squares), reference, self._scale)
+
     def _near(self, ours: Tensor, reference: Tensor, scale: float) -> bool:
-        error = float((ours - reference).norm())
+        return self._small(float((ours - reference).norm()), reference, scale)
+
+    def _small(self, error: float, reference: Tensor, scale: float) -> bool:
         return error <= self._tolerance * (float(reference.norm()) + FLOOR * scale)
 
     def _require_independent_examples(self) -> None:
