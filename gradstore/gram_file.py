@@ -321,6 +321,7 @@ def write_tiles(
     with open_gram_writer(path, shape, dtype, attributes, disk) as writer:
         for tile in tiles(writer.known):
             writer.write(tile, mirrored=bool(attributes["symmetric"]) and tile.rows != tile.columns)
+            del tile  # before the next one is made
             if progress is not None:
                 progress(writer.values, shape[0] * shape[1])
     return open_gram(path)

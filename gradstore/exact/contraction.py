@@ -125,7 +125,8 @@ def _contract_dense(
     room = min(max(scratch - taken, scratch // 2), _MOST_SCRATCH) // (
         6 if own else 12
     )  # float32 values, and a third for making them
-    for pieces in slices(right, room // m, joined=not pairs):
+    least = 0 if own else max(rows_and_classes(batch)[0] for batch in left[0])  # rows that are made at a time
+    for pieces in slices(right, room // max(m, least), joined=not pairs):
         c = rows_and_classes(right[pieces[0].block][0])[1] if pairs else 1
         columns = formed(right, pieces, range(len(right[0])), workers, squares)
         whole = columns.view(m * c, -1)
@@ -169,7 +170,8 @@ def _contract_factors(a: Sequence[Held], b: Sequence[Held], out: Tensor, pairs: 
     """Products of deltas times products of activations, summed over both positions."""
     n, m = count(a), count(b)
     each = out.shape[0] // n  # rows an example
-    room = scratch // (8 * each**2 * _positions(a[0]) * _positions(b[0]))
+    # Products of deltas and of activations, their sum, and the same in float64.
+    room = scratch // (each**2 * (16 * _positions(a[0]) * _positions(b[0]) + 12))
     at = 0
     for left in _parts(a, room // m):
         rows, start = count(left), 0

@@ -141,6 +141,11 @@ def tensors_of(block: Held) -> list[Tensor]:
     return [block.dense()]
 
 
+def bytes_each(block: Held) -> int:
+    """Bytes that a held block keeps an example."""
+    return sum(tensor.nbytes for tensor in tensors_of(block)) // rows_and_classes(block)[0]
+
+
 def rows_and_classes(block: Held) -> tuple[int, int]:
     """(n, c)."""
     values = block.dense() if isinstance(block, DenseBlock) else block.deltas

@@ -134,6 +134,7 @@ def _in_memory(tiles: Iterator[Tile], shape: tuple[int, int], symmetric: bool, p
             found[columns.start : columns.stop, rows.start : rows.stop] = tile.values.T
             overlap = max(0, min(rows.stop, columns.stop) - max(rows.start, columns.start))
             done += tile.values.size - overlap**2
+        del tile  # before the next one is made
         if progress is not None:
             progress(done, found.size)
     return found

@@ -19,7 +19,7 @@ MOST_ROWS = 2048
 # The part of the memory, one in so many, that is left for computing Jacobians and for multiplying them.
 _SPARE = 4
 # Bytes of freed memory that the C library keeps for threads that may use it again, and the most of what is left.
-_RETAINED, _RETAINED_SHARE = 12 << 20, 8
+_RETAINED, _RETAINED_SHARE = 12 << 20, 4
 _BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
@@ -84,7 +84,8 @@ def plan_jacobians(
             found.append((_cost(plan, n, m, symmetric, classes), -at_a_time, plan))
     if not found:
         least = 1 if divisible else classes
-        need = 4 * (computing(1, least) + 2 * CELL * held(least) + value * CELL**2)
+        beside = 2 * CELL * held(least) + value * CELL * min(_SPAN * CELL, -(-m // CELL) * CELL)
+        need = max(beside * _SPARE // (_SPARE - 1), beside + computing(1, least) * _RETAINED_SHARE // (_RETAINED_SHARE - 1))
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )

@@ -13,7 +13,7 @@ from gradstore.audit import require_finite_block
 from gradstore.device import choose_device, full_float32
 from gradstore.errors import NonFiniteError
 from gradstore.exact.contraction import contract, squared_norms
-from gradstore.exact.factors import Held, held, joined_batches, joined_rows, patch_bytes, tensors_of
+from gradstore.exact.factors import Held, bytes_each, held, joined_batches, joined_rows, patch_bytes, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
@@ -30,7 +30,7 @@ from gradstore.weights import weights_digest
 
 _PROBE = 4
 _JOINED = 256  # examples whose blocks are joined at most, since operations on few take longer to begin than to do
-_LARGE = 1 << 24  # bytes that a batch takes from which returning them is cheap beside making them
+_LARGE = 1 << 25  # bytes that batches took from which returning them is cheap beside making them
 _MIRRORED = 128  # rows copied together
 
 
@@ -98,6 +98,7 @@ class JacobianTiles:
                 with full_float32(self.device):
                     values = self._tile(group, span, resident)
                 yield Tile(group.start * self.factor, span.start * self.factor, values)
+                del values  # before the next tile is made
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
@@ -139,6 +140,7 @@ class JacobianTiles:
 
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         drop_spare()  # what products used
+        return_freed_memory()
         # Threads that wait for the next small layer would take the cores from those that multiply.
         with uncut_if_small(self.engine.outputs(self.plan.batch)):
             made = self._computed(selection, rows, classes)
@@ -146,7 +148,7 @@ class JacobianTiles:
         return made
 
     def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
-        batches, apart = list[list[Held]](), list[list[Held]]()
+        batches, apart, taken = list[list[Held]](), list[list[Held]](), 0
         room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
@@ -155,9 +157,12 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             apart.append(joined_rows(map(held, stream), room))
-            if self._scarce and self._needed >= _LARGE:
+            taken += self._needed
+            full = (len(apart) + 1) * self.plan.batch > self._joined(apart[0]) or span.stop == rows.stop
+            if self._scarce and (taken >= _LARGE or full):
                 return_freed_memory()
-            if (len(apart) + 1) * self.plan.batch > self._joined(apart[0]) or span.stop == rows.stop:
+                taken = 0
+            if full:
                 batches += joined_batches(apart)
                 apart = []
         columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
@@ -174,9 +179,16 @@ class JacobianTiles:
         return 2 * self._needed > self.plan.scratch
 
     def _joined(self, blocks: Sequence[Held]) -> int:
-        """Examples that are joined: patches of a slice, of theirs for every worker, may take a sixth of the scratch."""
-        columns = self.plan.scratch // (6 * self.plan.group * self.plan.classes)
-        return min(_JOINED, self.plan.scratch // (6 * worker_count() * patch_bytes(blocks, columns)))
+        """Examples that are joined.
+
+        Patches of a slice, of theirs for every worker, may take a sixth of the scratch; the largest block, which is
+        held twice meanwhile, three quarters.
+        """
+        scratch = self.plan.scratch
+        columns = scratch // (6 * self.plan.group * self.plan.classes)
+        patches = 6 * worker_count() * patch_bytes(blocks, columns)
+        twice = max(map(bytes_each, blocks), default=0) * 4 // 3
+        return min(_JOINED, scratch // max(patches, twice))
 
     def _tile(self, group: range, span: range, resident: Jacobians | None) -> np.ndarray:
         """The kernel between the group and some columns; `resident` is the group with all of its classes."""
