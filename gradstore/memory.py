@@ -127,4 +127,3 @@ def _set_thresholds(sizes: dict[int, int]) -> None:
         library = ctypes.CDLL(None)
         for number, size in sizes.items():
             library.mallopt(number, size)
-

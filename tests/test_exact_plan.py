@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,7 @@ from gradstore.exact.jacobian_tiles import JacobianTiles
 from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
 from gradstore.kernels import exact_kernel
+from gradstore.memory import parse_bytes
 from gradstore.parameters import parameter_blocks
 
 
@@ -109,6 +111,32 @@ def test_little_memory_takes_few_classes_at_a_time() -> None:
 
     assert plan(10**10).classes == 10
     assert plan(10**8).classes == 1
+
+
+@pytest.mark.parametrize("n", [5, 100, 5000])
+@pytest.mark.parametrize(("held", "computing"), [(10**3, 10**3), (10**3, 10**6), (10**5, 10**3), (10**5, 10**6)])
+def test_the_memory_that_is_asked_for_is_enough(n: int, held: int, computing: int) -> None:
+    def plan(memory: int) -> JacobianPlan:
+        return plan_jacobians(
+            n,
+            n,
+            symmetric=True,
+            classes=10,
+            divisible=True,
+            value=12,
+            held=lambda classes: held * (1 + classes),
+            computing=lambda examples, classes: computing * examples * (1 + classes),
+            memory=memory,
+        )
+
+    with pytest.raises(UsageError) as refused:
+        plan(1)
+    found = re.search(r"at least ([\d.]+ \w+)", str(refused.value))
+    assert found is not None
+    asked = parse_bytes(found.group(1))
+    assert plan(asked).batch >= 1
+    with pytest.raises(UsageError):
+        plan(asked // 3)
 
 
 def test_a_weight_that_comes_in_parts_is_joined_where_there_is_room() -> None:
