@@ -143,7 +143,7 @@ def featurize(
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
             run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note)
-            with freed_at_once(run.scarce):
+            with freed_at_once(run.scarce, plan.memory):
                 run.write_missing()
     return open_store(out)
 

@@ -17,7 +17,8 @@ from gradstore.errors import UsageError
 # What glibc calls M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, where it raises them to by itself, and how a user sets them.
 _THRESHOLDS = {-3: 32 << 20, -1: 64 << 20}
 _CHOSEN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-_KEPT = 1 << 20  # bytes of a piece that is worth mapping by itself, and of the end of a heap that may stay
+# Bytes of a piece that is worth mapping by itself, and of the end of a heap that may stay: a part of a budget.
+_KEPT, _KEPT_SHARE = 1 << 20, 64
 
 _UNITS = {
     "": 1,
@@ -96,8 +97,8 @@ _users = _Users()
 
 
 @contextmanager
-def freed_at_once(wanted: bool = True) -> Iterator[None]:
-    """Inside, pieces from 1 MB on go back to the system when they are freed, on every thread, where it is glibc's.
+def freed_at_once(wanted: bool = True, budget: int = 0) -> Iterator[None]:
+    """Inside, large pieces of memory go back to the system when they are freed, on every thread, where it is glibc's.
 
     By itself glibc raises the size from which it does so to 32 MB, and to 64 MB what it keeps at the end of each
     thread's heap, which `return_freed_memory` does not reach. Both hold for the process, and are left as raised at the
@@ -106,13 +107,14 @@ def freed_at_once(wanted: bool = True) -> Iterator[None]:
 
     Args:
         wanted: False does nothing.
+        budget: bytes of which a 64th, at least 1 MB, makes a piece large; so much may stay at the end of a heap.
     """
     if not wanted or any(name in os.environ for name in _CHOSEN):
         yield
         return
     with _users.lock:
         _users.count += 1
-        _set_thresholds(dict.fromkeys(_THRESHOLDS, _KEPT))
+        _set_thresholds({number: min(max(budget // _KEPT_SHARE, _KEPT), most) for number, most in _THRESHOLDS.items()})
     try:
         yield
     finally:

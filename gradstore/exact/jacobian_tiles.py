@@ -59,7 +59,7 @@ class JacobianTiles:
 
     def __init__(self, project: Project, a: Selection, b: Selection, kernel: Kernel, memory: int, device: str) -> None:
         self.project, self.a, self.b, self.kernel = project, a, b, kernel
-        self.device = choose_device(device)
+        self.device, self._memory = choose_device(device), memory
         project.prepare(self.device)
         blocks = parameter_blocks(project.model, project.parameters)
         probe = to_device(a.read(range(min(_PROBE, len(a)))), self.device)
@@ -85,7 +85,7 @@ class JacobianTiles:
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; of a matrix with pairs of classes, in its own indices."""
-        with freed_at_once(self._scarce):
+        with freed_at_once(self._scarce, self._memory):
             yield from self._tiles(skip)
 
     def _tiles(self, skip: Skip) -> Iterator[Tile]:
