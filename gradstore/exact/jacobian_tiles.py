@@ -181,13 +181,13 @@ class JacobianTiles:
     def _joined(self, blocks: Sequence[Held]) -> int:
         """Examples that are joined.
 
-        Patches of a slice, of theirs for every worker, may take a sixth of the scratch; the largest block, which is
-        held twice meanwhile, three quarters.
+        Patches of a slice, of theirs for every worker, may take a sixth of the scratch; their blocks, which in small
+        pieces are held twice meanwhile, three quarters.
         """
         scratch = self.plan.scratch
         columns = scratch // (6 * self.plan.group * self.plan.classes)
         patches = 6 * worker_count() * patch_bytes(blocks, columns)
-        twice = max(map(bytes_each, blocks), default=0) * 4 // 3
+        twice = sum(map(bytes_each, blocks)) * 4 // 3
         return min(_JOINED, scratch // max(patches, twice))
 
     def _tile(self, group: range, span: range, resident: Jacobians | None) -> np.ndarray:
