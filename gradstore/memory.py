@@ -89,7 +89,7 @@ class _Users:
     """How many computations want freed memory returned at once."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a generator that is collected while it is held leaves its context here
         self.count = 0
 
 

@@ -48,6 +48,8 @@ def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) 
     Returns:
         For each block the squared norms of the right side's rows, float64 [m, c].
     """
+    if not blocks:
+        return []
     # Made before the rest: results that stay would otherwise lie scattered in what was freed around them.
     squares = torch.empty(len(blocks), *_examples_and_classes(blocks[0][1]), dtype=torch.float64, device=out.device)
     dense = [i for i, pair in enumerate(blocks) if not factored_is_cheaper(*pair, pairs)]

@@ -86,7 +86,7 @@ def plan_jacobians(
         least = 1 if divisible else classes
         beside = 2 * CELL * held(least) + value * CELL * min(_SPAN * CELL, -(-m // CELL) * CELL)
         computed = computing(1, least) * _RETAINED_SHARE // (_RETAINED_SHARE - 1)
-        need = 1.02 * max(beside * _SPARE // (_SPARE - 1), beside + computed)  # as it is rounded for people
+        need = 1.06 * max(beside * _SPARE // (_SPARE - 1), beside + computed)  # as it is rounded for people
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )

@@ -93,6 +93,7 @@ class JacobianTiles:
             group = range(start, min(start + self.plan.group, len(self.a)))
             wanted = [span for span in self._spans(group) if not skip(self._places(group), self._places(span))]
             whole = len(self._parts()) == 1 and bool(wanted)
+            resident = None  # before the next group is held
             resident = self._load(self.a, group, self._parts()[0]) if whole else None
             for span in wanted:
                 with full_float32(self.device):
