@@ -16,7 +16,8 @@ from gradstore.batch_size import BatchSize, is_out_of_memory
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
-from gradstore.memory import freed_at_once, parse_bytes
+from gradstore.heap import freed_at_once
+from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, to_device
 from gradstore.project import Project
 from gradstore.storage.disk import Disk

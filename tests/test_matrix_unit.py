@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradstore.heap import pages
 from gradstore.matrix_unit import product
 from gradstore.matrix_unit.product import REST_ERROR, Strips, add_product, error_bound, pack
-from gradstore.memory import pages
 
 LEVELS = product.levels()
 SHAPES = [(1, 1, 1), (3, 5, 33), (16, 16, 32), (33, 70, 1100), (40, 520, 70)]

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gradstore.exact.dense import Sums, formed, slices, workers_for
 from gradstore.exact.factors import Factors, Held, column_slices, count, dense_columns, rows_and_classes
+from gradstore.heap import return_freed_memory
 from gradstore.jacobians import DenseBlock, EmbeddingBlock
 from gradstore.matrix_unit import product
-from gradstore.memory import return_freed_memory
 from gradstore.threads import Workers
 
 # Bytes for dense rows beyond which nothing is gained.
@@ -174,11 +174,12 @@ def _contract_factors(a: Sequence[Held], b: Sequence[Held], out: Tensor, pairs: 
     each = out.shape[0] // n  # rows an example
     # Products of deltas and of activations, their sum, and the same in float64.
     room = scratch // (each**2 * (16 * _positions(a[0]) * _positions(b[0]) + 12))
+    most = scratch // 5 // max(_activation_bytes(a[0]), _activation_bytes(b[0]), 1)  # on either side
     at = 0
-    for left in _parts(a, room // m):
+    for left in _parts(a, min(room // m, most)):
         rows, start = count(left), 0
-        for right in _parts(b, room // rows):
-            part = _factored(left, right, pairs)
+        for right in _parts(b, min(room // rows, most)):
+            part = _factored(left, right, pairs, scratch // 4)
             out[at : at + part.shape[0], start : start + part.shape[1]] += part
             start += part.shape[1]
         at += rows * each
@@ -188,16 +189,37 @@ def _positions(block: Held) -> int:
     return block.deltas.shape[2]  # type: ignore[union-attr]
 
 
-def _factored(left: Sequence[Held], right: Sequence[Held], pairs: bool) -> Tensor:
-    a, b = _deltas(left, pairs), _deltas(right, pairs)
-    products = (a.flatten(0, 2) @ b.flatten(0, 2).T).view(*a.shape[:3], *b.shape[:3])
+def _factored(left: Sequence[Held], right: Sequence[Held], pairs: bool, room: int) -> Tensor:
+    """Values of some examples; copies of deltas take `room` bytes, or those of one output where they are more."""
+    outputs = left[0].deltas.shape[3]  # type: ignore[union-attr]
+    step = max(1, room * outputs // sum(_delta_bytes(block) for block in (*left, *right)))
+    a, b = (_deltas(side, pairs, slice(0, step)) for side in (left, right))
+    shape = (*a.shape[:3], *b.shape[:3])
+    products = a.flatten(0, 2) @ b.flatten(0, 2).T
+    for start in range(step, outputs, step):
+        del a, b  # before the next are made
+        a, b = (_deltas(side, pairs, slice(start, start + step)) for side in (left, right))
+        products.addmm_(a.flatten(0, 2), b.flatten(0, 2).T)
+    del a, b
+    products = products.view(shape)
     products *= _matches(left, right)[:, None, :, :, None, :]
     return products.sum((2, 5)).flatten(2).flatten(0, 1)
 
 
-def _deltas(blocks: Sequence[Held], pairs: bool) -> Tensor:
-    """[n, c, T, o] for pairs of classes; else [n, 1, T, c·o], whose product sums over classes."""
-    deltas = torch.cat([block.deltas for block in blocks]).float()  # type: ignore[union-attr]
+def _activation_bytes(block: Held) -> int:
+    """Bytes of one example's activations."""
+    return 4 * block.deltas.shape[2] * block.width if isinstance(block, Factors) else 0
+
+
+def _delta_bytes(block: Held) -> int:
+    """Bytes of its deltas, joined to those of others and put in the order of a product."""
+    assert not isinstance(block, DenseBlock)
+    return 2 * 4 * block.deltas.numel()
+
+
+def _deltas(blocks: Sequence[Held], pairs: bool, outputs: slice) -> Tensor:
+    """Of some outputs: [n, c, T, o] for pairs of classes; else [n, 1, T, c·o], whose product sums over classes."""
+    deltas = torch.cat([block.deltas[..., outputs] for block in blocks]).float()  # type: ignore[union-attr]
     return deltas if pairs else deltas.transpose(1, 2).flatten(2)[:, None]
 
 

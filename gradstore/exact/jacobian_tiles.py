@@ -16,11 +16,11 @@ from gradstore.exact.contraction import contract, squared_norms
 from gradstore.exact.factors import Held, bytes_each, held, joined_batches, joined_rows, patch_bytes, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
+from gradstore.heap import freed_at_once, return_freed_memory
 from gradstore.jacobians import JacobianEngine
 from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.kernels import Kernel
-from gradstore.memory import freed_at_once, return_freed_memory
 from gradstore.parameters import parameter_blocks
 from gradstore.plan import to_device
 from gradstore.project import Project

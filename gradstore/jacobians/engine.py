@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import UsageError
+from gradstore.heap import freed_at_once, return_freed_memory
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.exact import by_loop
 from gradstore.jacobians.footprint import MAX_COLUMNS
@@ -20,7 +21,6 @@ from gradstore.jacobians.record import record
 from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
-from gradstore.memory import freed_at_once, return_freed_memory
 from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.memory import pages
+from gradstore.heap import pages
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NOTHING = np.empty(0, np.uint8)

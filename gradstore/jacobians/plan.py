@@ -207,12 +207,12 @@ class Prober:
         if not terms:
             return self._near(torch.zeros_like(reference), reference, self._scale)
         rows, width = terms[0].rows, terms[0].width
-        step, squares = max(1, MAX_COLUMNS // max(1, width)), 0.0
+        step, error = max(1, MAX_COLUMNS // max(1, width)), 0.0
         for first in range(0, rows, step):
             last = min(first + step, rows)
             ours = sum_of([self._mixed(term.values(first, last)) for term in terms])
-            squares += float((ours - reference[first * width : last * width]).norm()) ** 2
-        return self._small(math.sqrt(squares), reference, self._scale)
+            error = math.hypot(error, float((ours - reference[first * width : last * width]).norm()))
+        return self._small(error, reference, self._scale)
 
     def _near(self, ours: Tensor, reference: Tensor, scale: float) -> bool:
         return self._small(float((ours - reference).norm()), reference, scale)

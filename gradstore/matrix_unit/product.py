@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gradstore.compiled import Library, load
-from gradstore.memory import pages
+from gradstore.heap import pages
 
 _INTERFACE = 4  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
 _UNIT = 2.0**-24

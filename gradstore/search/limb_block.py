@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.heap import pages
 from gradstore.matrix_unit.product import LIMB, REST_ERROR, Packed, Strips, pack, rounding_bound
-from gradstore.memory import pages
 from gradstore.schema import Schema
 from gradstore.search.float_block import bounds_within
 from gradstore.search.phi import Phi, Scaled

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.memory import pages
+from gradstore.heap import pages
 from gradstore.schema import Schema
 from gradstore.store import FeatureStore
 
