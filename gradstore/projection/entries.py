@@ -55,10 +55,13 @@ class Entries:
 
     def tile(self, first_k: int, stop_k: int, start: int, stop: int, device: torch.device) -> Tensor:
         """P[first_k:stop_k, start:stop] as float64 on ``device``; holds about 16 bytes an entry on the way."""
+        return self.rows(torch.arange(first_k, stop_k), start, stop, device)
+
+    def rows(self, k: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+        """P[k, start:stop] of int64 indices k as float64 on ``device``; memory as for `tile`."""
         first, last = start // self.period, -(-stop // self.period)
         b = torch.arange(first, last, device=device)
-        k = torch.arange(first_k, stop_k, device=device)[:, None]
-        words = torch.stack(self._words(b, k), dim=-1)
+        words = torch.stack(self._words(b, k.to(device)[:, None]), dim=-1)
         values = _signs(words) if self.kind == "rademacher" else _normals(words).flatten(1)
         offset = start - first * self.period
         return values[:, offset : offset + stop - start]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.projection import cuda, native, reference
+from gradstore.projection import native, reference, trust
 from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.paths import PRECISIONS
 
 ALIGNMENT = 128
 BACKENDS = ("auto", "native", "cuda", "reference")
@@ -32,7 +33,7 @@ class Projection:
 
     Args:
         kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).
-        dim: the projected dimension K, in [1, 2^32].
+        dim: the projected dimension K, in [1, 2^31].
         seed: in [0, 2^64).
         stream: an independent matrix for each number in [0, 2^31), under one seed.
         backend: "native" (compiled code on the CPU, the fused kernels on NVIDIA devices), "cuda" (the fused kernels on
@@ -61,8 +62,8 @@ class Projection:
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, KINDS)
         _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("precision", self.precision, cuda.PRECISIONS)
-        _check_range("dim", self.dim, 1, 2**32 + 1)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_range("dim", self.dim, 1, 2**31 + 1)
         _check_range("seed", self.seed, 0, 2**64)
         _check_range("stream", self.stream, 0, 2**31)
         if self.backend == "auto":
@@ -127,8 +128,9 @@ class Projection:
         elif path == "reference":
             reference.accumulate(self._entries, out, source, start, first_k)
         else:
-            device = cuda.device(block.device.index)
-            cuda.accumulate(device, self._entries, out, source, start, first_k, self.precision)
+            chosen = trust.chosen(block.device.index, self.kind, self.precision).path
+            assert chosen is not None
+            chosen.accumulate(self._entries, out, source, start, first_k, self.precision)
 
     def working_bytes(self, rows: int, columns: int) -> int:
         """Bytes that projecting a block holds on a CPU beside gradients and features, whatever the processor.
@@ -138,13 +140,19 @@ class Projection:
         return native.working_bytes(self.kind, rows, columns)
 
     def path(self, device: torch.device) -> str:
-        """What multiplies by P on a device: "native", "cuda fast", "cuda exact" or "reference".
+        """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
 
-        Warns once where an NVIDIA device could use the fused kernels but for something that is missing.
+        On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken. Warns
+        once where a faster one could be had but for something that is missing, or has failed.
         """
-        if device.type == "cuda" and self.backend != "reference" and cuda.usable(device.index):
-            return f"cuda {self.precision}"
+        if device.type == "cuda" and self.backend != "reference":
+            chosen = trust.chosen(device.index, self.kind, self.precision).path
+            return f"{chosen.name} {self.precision}" if chosen else "reference"
         return "native" if device.type == "cpu" and self.backend == "native" else "reference"
+
+    def fused(self, device: torch.device) -> bool:
+        """Whether P is multiplied by kernels of a GPU, which take few large blocks rather than many small ones."""
+        return device.type == "cuda" and self.path(device) != "reference"
 
     @property
     def _entries(self) -> Entries:

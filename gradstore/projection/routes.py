@@ -89,7 +89,7 @@ def _can_share(projection: Projection, block: LinearBlock) -> bool:
 
 
 def _fused(projection: Projection, block: EmbeddingBlock) -> bool:
-    return projection.path(block.deltas.device).startswith("cuda")
+    return projection.fused(block.deltas.device)
 
 
 def _parts(block: JacobianBlock) -> Iterator[JacobianBlock]:

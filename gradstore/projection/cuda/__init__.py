@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gradstore.projection.cuda.driver import device, unavailable, usable
-from gradstore.projection.cuda.geometry import PRECISIONS
+from gradstore.projection.cuda.driver import OLDEST, device, is_hopper, missing
+from gradstore.projection.cuda.geometry import PRECISIONS, row_tiles
 from gradstore.projection.cuda.product import accumulate
+from gradstore.projection.cuda.source import nvrtc_version
 
-__all__ = ["PRECISIONS", "accumulate", "device", "unavailable", "usable"]
+__all__ = ["OLDEST", "PRECISIONS", "accumulate", "device", "is_hopper", "missing", "nvrtc_version", "row_tiles"]

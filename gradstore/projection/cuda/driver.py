@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 
-from gradstore.errors import UsageError
 from gradstore.projection.cuda import source
 from gradstore.projection.cuda.geometry import Variant
 from gradstore.projection.cuda.jobs import Job, Pack
 
-_OLDEST = (8, 0)  # the first with asynchronous copies
+OLDEST = (8, 0)  # the first with asynchronous copies
 _HOPPER = (9, 0)
 _PACK_THREADS = 256
+# What the product waited for when it gave up; the numbers stand in src/waiting.cuh.
+_GAVE_UP = {1: "gradients", 2: "room for gradients", 3: "its turn to add to the output"}
 
 
-def unavailable(index: int) -> str:
-    """Why the fused product cannot run on a CUDA device, or "" if it can."""
-    if torch.version.hip is not None:
-        return "it is not an NVIDIA device"
-    if torch.cuda.get_device_capability(index) < _OLDEST:
-        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+def missing() -> str:
+    """What the fused product needs and is not installed, or ""."""
     try:
         source.nvrtc_version()
-        source.cuda_core()
     except ImportError as error:
-        return f"cuda-core is not usable ({error}); pip install 'gradstore[cuda]'"
+        return f"the compiler NVRTC cannot be used ({error}); pip install 'gradstore[cuda]'"
     return ""
 
 
 @cache
-def usable(index: int | None) -> bool:
-    """Whether the fused product can run on a CUDA device (None: the current one); if not, says why once."""
-    why = unavailable(torch.cuda.current_device() if index is None else index)
-    if why:
-        warnings.warn(f"projecting with the slow reference on the GPU: {why}", RuntimeWarning, stacklevel=4)
-    return not why
+def device(index: int, *, hopper: bool) -> CudaDevice:
+    """The device of an index, with the kernels of one form of the product that were loaded on it."""
+    return CudaDevice(index, hopper=hopper)
 
 
-@cache
-def device(index: int) -> CudaDevice:
-    """The device of an index, with the kernels that were loaded on it."""
-    return CudaDevice(index)
+def is_hopper(index: int) -> bool:
+    """Whether a device has the instruction wgmma, which no other generation has."""
+    return torch.cuda.get_device_capability(index) == _HOPPER
 
 
 class CudaDevice:
@@ -53,37 +44,72 @@ class CudaDevice:
 
     Args:
         index: of the CUDA device.
+        hopper: whether to multiply by wgmma instead of mma.
+
+    Raises:
+        RuntimeError: from every method, where a call of the driver fails; the text names call and code.
     """
 
-    def __init__(self, index: int) -> None:
-        properties = torch.cuda.get_device_properties(index)
-        capability = (properties.major, properties.minor)
-        self.index, self.processors = index, properties.multi_processor_count
-        self.hopper = capability == _HOPPER
-        self.architecture = f"sm_{properties.major}{properties.minor}" + ("a" if self.hopper else "")
+    def __init__(self, index: int, *, hopper: bool) -> None:
+        major, minor = torch.cuda.get_device_capability(index)
+        self.index, self.hopper = index, hopper
+        self.architecture = f"sm_{major}{minor}" + ("a" if (major, minor) == _HOPPER else "")
+        self.trouble = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which the device writes and the host reads
         self._loaded: dict[Variant, dict[str, Any]] = {}
+        self._resident: dict[Variant, int] = {}
+
+    def resident(self, variant: Variant) -> int:
+        """Thread blocks of the product that the device holds at once."""
+        if variant not in self._resident:
+            from cuda.bindings import driver
+
+            kernel = self._kernels(variant)[source.ENTRY]
+            size = variant.threads, variant.shared_bytes
+            with torch.cuda.device(self.index):
+                self._enter()
+                found = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(kernel, *size)
+            (blocks,) = _check(found, "asking how many blocks fit")
+            processors = torch.cuda.get_device_properties(self.index).multi_processor_count
+            self._resident[variant] = int(blocks) * processors
+        return self._resident[variant]
 
     def pack(self, variant: Variant, dtype: torch.dtype, job: Pack, rows: int, spans: int) -> None:
         """Queue the packing of `rows` x `spans` pieces."""
-        kernel = self._kernels(variant)[f"pack_{str(dtype).removeprefix('torch.')}"]
-        self._launch(kernel, (rows, spans), _PACK_THREADS, 0, job)
-
-    def multiply(self, variant: Variant, job: Job, blocks: int) -> None:
-        """Queue the product by `blocks` thread blocks, each of which must find a free multiprocessor in time."""
-        kernel = self._kernels(variant)[source.ENTRY]
-        self._launch(kernel, (blocks, 1), variant.threads, variant.shared_bytes, job)
-
-    def _launch(self, kernel: Any, grid: tuple[int, int], threads: int, shared: int, job: ctypes.Structure) -> None:
         from cuda.bindings import driver
 
+        kernel = self._kernels(variant)[f"pack_{str(dtype).removeprefix('torch.')}"]
+        self._launch(driver.cuLaunchKernel, kernel, (rows, spans), _PACK_THREADS, 0, job, (0,))
+
+    def multiply(self, variant: Variant, job: Job, blocks: int) -> None:
+        """Queue the product by `blocks` thread blocks, which wait for one another: they start together or not at all."""
+        from cuda.bindings import driver
+
+        job.trouble = self.trouble.data_ptr()
+        kernel = self._kernels(variant)[source.ENTRY]
+        size = variant.threads, variant.shared_bytes
+        self._launch(driver.cuLaunchCooperativeKernel, kernel, (blocks, 1), *size, job, ())
+
+    def gave_up(self) -> str:
+        """What the product waited for in vain, or "" if it did not; can be read after an error of the device."""
+        code = int(self.trouble[0])
+        return _GAVE_UP.get(code, f"something unknown, code {code}") if code else ""
+
+    def _launch(
+        self,
+        launch: Any,
+        kernel: Any,
+        grid: tuple[int, int],
+        threads: int,
+        shared: int,
+        job: ctypes.Structure,
+        extra: tuple[int, ...],
+    ) -> None:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
         with torch.cuda.device(self.index):
             self._enter()
             stream = torch.cuda.current_stream().cuda_stream
-            _check(
-                driver.cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), 0),
-                "launching the projection",
-            )
+            result = launch(kernel, *grid, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), *extra)
+            _check(result, "launching the projection")
 
     def _enter(self) -> None:
         """Make the context that torch uses current: in a new thread there may be none yet."""
@@ -103,15 +129,7 @@ class CudaDevice:
     def _load(self, variant: Variant) -> dict[str, Any]:
         from cuda.bindings import driver
 
-        try:
-            code = source.cubin(variant, self.architecture)
-        except RuntimeError as error:
-            raise UsageError(
-                "the fused projection does not compile",
-                where=self.architecture,
-                got=str(error),
-                hint='Update nvidia-cuda-nvrtc, or choose backend="reference"',
-            ) from error
+        code = source.cubin(variant, self.architecture)
         with torch.cuda.device(self.index):
             self._enter()
             (module,) = _check(driver.cuModuleLoadData(code), "loading the projection")

@@ -114,6 +114,11 @@ def variant_for(kind: str, precision: str, rows: int, hopper: bool) -> Variant:
     return Variant(kind, precision, -(-each // _ROW_STEP) * _ROW_STEP, hopper)
 
 
+def row_tiles(kind: str, precision: str) -> tuple[int, ...]:
+    """Every number of rows that a tile of the output may have."""
+    return tuple(range(_ROW_STEP, _MAX_ROWS[kind, precision] + 1, _ROW_STEP))
+
+
 def slabs(variant: Variant, rows: int, budget: int) -> Iterator[range]:
     """Rows cut into pieces of whole tiles, each so small that one span of it fits the budget (or is one tile)."""
     span_bytes = variant.rows * SPAN * 2 * variant.limbs
@@ -123,7 +128,7 @@ def slabs(variant: Variant, rows: int, budget: int) -> Iterator[range]:
 
 
 def launches(
-    variant: Variant, rows: int, count: int, start: int, columns: int, budget: int, processors: int
+    variant: Variant, rows: int, count: int, start: int, columns: int, budget: int, resident: int
 ) -> Iterator[Launch]:
     """The parameter axis [start, start + columns) cut at multiples of `SPAN`, several spans a launch.
 
@@ -134,27 +139,27 @@ def launches(
         start: parameter of the first column.
         columns: number of columns, at least 1.
         budget: bytes for packed gradients; exceeded only where one span of one tile is larger.
-        processors: multiprocessors, each of which works on one tile at a time.
+        resident: thread blocks that run at once, each on one tile at a time.
     """
     first, last = start // GROUP, -(-(start + columns) // GROUP)
     span_groups = SPAN // GROUP
     row_tiles = -(-rows // variant.rows)
     most = max(1, budget // (row_tiles * variant.rows * SPAN * 2 * variant.limbs))
     total = -(-last // span_groups) - first // span_groups
-    step = balanced_spans(row_tiles * -(-count // variant.rows_of_p), most, total, processors)
+    step = balanced_spans(row_tiles * -(-count // variant.rows_of_p), most, total, resident)
     while first < last:
         stop = min(last, (first // span_groups + step) * span_groups)
         yield Launch(first, stop - first, -(-stop // span_groups) - first // span_groups)
         first = stop
 
 
-def balanced_spans(tiles: int, most: int, total: int, processors: int) -> int:
-    """How many spans, of at most `most` at a time, get through `total` in the fewest rounds of all multiprocessors."""
+def balanced_spans(tiles: int, most: int, total: int, resident: int) -> int:
+    """How many spans, of at most `most` at a time, get through `total` in the fewest rounds of all blocks that run at once."""
     if total <= most:
         return total
 
     def rounds(step: int) -> int:
         whole, rest = divmod(total, step)
-        return whole * -(-tiles * step // processors) + -(-tiles * rest // processors)
+        return whole * -(-tiles * step // resident) + -(-tiles * rest // resident)
 
     return min(range(most, most // 2, -1), key=rounds)

@@ -25,7 +25,7 @@ class Job(ctypes.Structure):
     """The product with P: ``struct Job`` in ``src/fold.cuh``."""
 
     _fields_ = (
-        *_many("packed undo out turns", ctypes.c_void_p),
+        *_many("packed undo out turns trouble", ctypes.c_void_p),
         *_many("rows count out_stride", ctypes.c_int64),
         ("first_group", ctypes.c_uint64),
         *_many("first_k key0 key1 domain", ctypes.c_uint32),

@@ -19,8 +19,10 @@ _TURNS = 2  # counters of a tile: on Hopper its two halves go their own way
 class Device(Protocol):
     """What the product asks of a device; tests put an emulation in its place."""
 
-    processors: int
     hopper: bool
+
+    def resident(self, variant: Variant) -> int:
+        """Thread blocks of the product that run at once; they wait for one another, so no launch has more."""
 
     def pack(self, variant: Variant, dtype: torch.dtype, job: Pack, rows: int, spans: int) -> None:
         """Queue the packing of ``rows`` x ``spans`` pieces on the current stream."""
@@ -79,7 +81,8 @@ class _Slab:
     def run(self) -> None:
         """Queue all launches."""
         (rows, columns), count = self.block.shape, self.out.shape[1]
-        plan = list(launches(self.variant, rows, count, self.start, columns, WORKSPACE_BYTES, self.device.processors))
+        resident = self.device.resident(self.variant)
+        plan = list(launches(self.variant, rows, count, self.start, columns, WORKSPACE_BYTES, resident))
         stages = max(launch.groups for launch in plan) * (GROUP // STAGE)
         spans = max(launch.spans for launch in plan)
         empty = torch.empty
@@ -88,7 +91,7 @@ class _Slab:
         turns = empty(_TURNS * self.row_tiles * self.k_tiles, dtype=torch.int32, device=self.block.device)
         for launch in plan:
             self._pack(launch, packed, undo, turns)
-            self._multiply(launch, packed, undo, turns)
+            self._multiply(launch, packed, undo, turns, resident)
 
     def _pack(self, launch: Launch, packed: Tensor, undo: Tensor, turns: Tensor) -> None:
         job = Pack(
@@ -98,13 +101,14 @@ class _Slab:
         )
         self.device.pack(self.variant, self.block.dtype, job, self.padded_rows, launch.spans)
 
-    def _multiply(self, launch: Launch, packed: Tensor, undo: Tensor, turns: Tensor) -> None:
+    def _multiply(self, launch: Launch, packed: Tensor, undo: Tensor, turns: Tensor, resident: int) -> None:
         seed, domain = self.entries.seed, 2 * self.entries.stream + KINDS.index(self.entries.kind)
         job = Job(
             *(tensor.data_ptr() for tensor in (packed, undo, self.out, turns)),
+            None,  # the device's own
             *(*self.out.shape, self.out.stride(0), launch.first_group),
             *(self.first_k, seed & 0xFFFFFFFF, seed >> 32, domain),
             *(launch.groups, launch.spans, self.padded_rows, self.row_tiles, self.k_tiles),
         )
         units = launch.spans * self.row_tiles * self.k_tiles
-        self.device.multiply(self.variant, job, min(units, self.device.processors))
+        self.device.multiply(self.variant, job, min(units, resident))

@@ -1,6 +1,7 @@
-"""The CUDA source of one variant, and its compilation by NVRTC through cuda-core, kept in a cache by content.
+"""The CUDA source of one variant, and its compilation by NVRTC, kept in a cache by content.
 
-Neither needs a GPU. NVRTC comes with every CUDA build of torch; cuda-core is the extra ``gradstore[cuda]``.
+Neither needs a GPU. NVRTC comes with every CUDA build of torch, and so do its bindings, the package ``cuda-bindings``,
+from torch 2.11 on; before, the extra ``gradstore[cuda]`` brings them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +36,7 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     """Machine code of a variant for an architecture such as "sm_90a": from the cache, or compiled and put there.
 
     Raises:
-        ImportError: cuda-core or NVRTC is not installed.
+        ImportError: cuda-bindings or NVRTC is not installed.
         RuntimeError: NVRTC does not accept the source; the text is its log.
     """
     source = source_of(variant)
@@ -43,7 +45,7 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     if code is None:
         code = compile_source(source, architecture)
         with suppress(OSError):  # a cache that cannot be written costs time only
-            _write(path, code)
+            publish(path, hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -55,15 +57,32 @@ def compile_source(source: str, architecture: str, report: TextIO | None = None)
         architecture: such as "sm_90a".
         report: takes the assembler's notes: registers, spills, losses of performance.
     """
-    core = cuda_core()
-    verbose = {} if report is None else {"ptxas_options": ["-v"]}
-    options = core.ProgramOptions(arch=architecture, std="c++17", include_path=str(FOLDER), **verbose)
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", f"-I{FOLDER}"]
+    if report is not None:
+        options.append("--ptxas-options=-v")
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"projection.cu", 0, [], [])
     try:
-        return bytes(core.Program(source, "c++", options).compile("cubin", logs=report).code)
-    except Exception as error:  # cuda-core has several kinds
-        errors = [line for line in str(error).splitlines() if "error" in line and "compilation log" not in line]
-        text = errors[0] if errors else str(error)
-        raise RuntimeError(f"NVRTC did not compile the projection for {architecture}: {text}") from error
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = _fetched(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().strip("\0\n")
+        if int(status) != 0:
+            errors = [line for line in log.splitlines() if "error" in line]
+            text = errors[0] if errors else log or status.name
+            raise RuntimeError(f"NVRTC did not compile the projection for {architecture}: {text}")
+        if report is not None:
+            report.write(log)
+        return _fetched(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _fetched(size_of: Callable[..., Any], fetch: Callable[..., Any], program: Any) -> bytes:
+    """What NVRTC writes into a buffer of the size that it names."""
+    _, size = size_of(program)
+    content = b" " * size
+    fetch(program, content)
+    return content
 
 
 def cache_folder() -> Path:
@@ -87,24 +106,6 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def cuda_core() -> Any:
-    """The module of cuda-core that has `Program`.
-
-    Raises:
-        ImportError: it is not installed, or without the bindings that it needs.
-    """
-    try:
-        import cuda.core as core
-
-        if hasattr(core, "Program"):
-            return core
-    except ImportError:
-        pass
-    import cuda.core.experimental as core  # its name before version 0.5
-
-    return core
-
-
 def _key(source: str, architecture: str) -> str:
     digest = hashlib.sha256(f"{architecture} {nvrtc_version()}\n{source}".encode())
     for path in sorted(FOLDER.iterdir()):
@@ -122,12 +123,12 @@ def _read(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _write(path: Path, code: bytes) -> None:
-    """Publish by rename, so that another process sees all of it or nothing."""
+def publish(path: Path, content: bytes) -> None:
+    """Put a file into the cache by rename, so that another process sees all of it or nothing."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
-            file.write(hashlib.sha256(code).digest() + code)
+            file.write(content)
             file.flush()
             os.replace(file.name, path)
         except BaseException:

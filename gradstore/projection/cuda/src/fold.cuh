@@ -2,12 +2,14 @@
 #pragma once
 
 #include "pack.cuh"
+#include "waiting.cuh"
 
 struct Job {
     const u8* packed;
     const float* undo;
     float* out;  // [rows, count], adjacent columns, rows `out_stride` floats apart
     i32* turns;  // [tiles][2]: how many spans of this launch have been added to the parts of a tile
+    u32* trouble;  // in the host's memory: why the product gave up, if it did
     i64 rows, count, out_stride;
     u64 first_group;
     u32 first_k, key0, key1, domain;
@@ -83,7 +85,8 @@ BOTH void fold_lane(const Job& job, const Unit& unit, const float (&sum)[PIECES]
 #ifdef __CUDACC__
 
 // The threads that own a part of a tile, and take turns at it with those of other spans. On Hopper each warpgroup goes its
-// own way, so that one may write while the other multiplies.
+// own way, so that one may write while the other multiplies. A turn is another block's to pass, so all blocks must run at
+// once: the launch is cooperative, and no larger than what the device holds.
 template <int MEMBERS>
 struct Crew {
     const Job& job;
@@ -97,9 +100,12 @@ struct Crew {
 
     __device__ void wait_for_turn() const {
         if (unit.span == 0) return;
-        i32 reached = leads ? 0 : unit.span;
-        while (reached != unit.span) {
+        Patience patience{job.trouble, GAVE_UP_TURN};
+        while (leads) {
+            i32 reached;
             asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(reached) : "l"(turn()) : "memory");
+            if (reached == unit.span) break;
+            patience.wait();
         }
         __syncwarp();
         meet();

@@ -22,16 +22,23 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+    u32 passed;
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra.uni over;\n"
-        "bra.uni again;\n"
-        "over:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(passed)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return passed;
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity, u32* trouble, u32 code) {
+    Patience patience{trouble, code};
+    while (!barrier_passed(barrier, parity)) patience.wait();
 }
 
 // Copies one stage and completes the barrier by its bytes.
@@ -97,7 +104,7 @@ __device__ void fetch_all(const Job& job, u32 ring_address, u32 full, u32 empty)
         const Unit unit = unit_of(job, index);
         const i32 end = unit.groups.end * (GROUP / STAGE);
         for (i32 stage = unit.groups.begin * (GROUP / STAGE); stage < end; ++stage) {
-            barrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+            barrier_wait(empty + 8 * ring.slot, ring.parity ^ 1, job.trouble, GAVE_UP_ROOM);
             fetch(ring_address + ring.slot * STAGE_BYTES,
                   job.packed + place_of_tile(unit.row_tile, stages, stage, LIMBS, 0, ROWS), full + 8 * ring.slot);
             ring.advance();
@@ -141,7 +148,7 @@ struct Multiplier {
             for (int m = 0; m < TILES; ++m) begin_group(kept[m], matrix, group, job.first_k + first_row[m], lane);
             UNROLL
             for (int stage = 0; stage < GROUP / STAGE; ++stage) {
-                barrier_wait(full + 8 * ring.slot, ring.parity);
+                barrier_wait(full + 8 * ring.slot, ring.parity, job.trouble, GAVE_UP_GRADIENTS);
                 UNROLL
                 for (int m = 0; m < TILES; ++m) {
                     u32(&fragments)[2][P_LIMBS][PAIR] = a[(stage * TILES + m) & 1];

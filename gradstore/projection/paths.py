@@ -1,0 +1,132 @@
+"""The ways to multiply by P on a GPU, fastest first. Each is proved on the device before it is used (`trust.py`).
+
+- "wgmma" and "mma" are two forms of the fused CUDA source (`cuda/`), for NVIDIA devices of compute capability 9.0 and of
+  8.0 on.
+- "triton" is a second implementation that shares nothing with them (`by_triton.py`), for signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradstore.projection import cuda
+from gradstore.projection.entries import Entries
+
+PRECISIONS = cuda.PRECISIONS
+_HERE = Path(__file__).parent
+
+
+class GpuPath(Protocol):
+    """One way to multiply by P on a GPU."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and messages."""
+
+    def suits(self, index: int, kind: str) -> bool:
+        """Whether this device could take it at all, for entries of this kind."""
+
+    def missing(self, index: int) -> str:
+        """What must be installed before it can be used, or ""."""
+
+    def rows(self, kind: str, precision: str) -> tuple[int, ...]:
+        """Numbers of rows of which each is computed by another compiled variant; together they need all of them."""
+
+    def versions(self) -> dict[str, str]:
+        """What else, beside the device and torch, a verdict on it depends on."""
+
+    def sources(self) -> tuple[Path, ...]:
+        """The files that its result depends on."""
+
+    def accumulate(
+        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+    ) -> None:
+        """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place; see `cuda.accumulate`."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The fused CUDA source, by one of two matrix instructions.
+
+    Attributes:
+        name: "wgmma" or "mma".
+    """
+
+    name: str
+
+    def suits(self, index: int, kind: str) -> bool:
+        """See `GpuPath`."""
+        if torch.version.hip is not None or torch.cuda.get_device_capability(index) < cuda.OLDEST:
+            return False
+        return self.name == "mma" or cuda.is_hopper(index)
+
+    def missing(self, index: int) -> str:
+        """See `GpuPath`."""
+        return cuda.missing()
+
+    def rows(self, kind: str, precision: str) -> tuple[int, ...]:
+        """See `GpuPath`."""
+        return cuda.row_tiles(kind, precision)
+
+    def versions(self) -> dict[str, str]:
+        """See `GpuPath`."""
+        return {"nvrtc": ".".join(map(str, cuda.nvrtc_version()))}
+
+    def sources(self) -> tuple[Path, ...]:
+        """See `GpuPath`."""
+        return tuple(sorted(path for path in (_HERE / "cuda").rglob("*") if path.suffix in (".py", ".cu", ".cuh")))
+
+    def accumulate(
+        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+    ) -> None:
+        """See `GpuPath`."""
+        device = cuda.device(block.device.index, hopper=self.name == "wgmma")
+        cuda.accumulate(device, entries, out, block, start, first_k, precision)
+
+
+@dataclass(frozen=True)
+class ByTriton:
+    """The product in Triton."""
+
+    name: str = "triton"
+
+    def suits(self, index: int, kind: str) -> bool:
+        """See `GpuPath`."""
+        return kind == "rademacher" and torch.cuda.get_device_capability(index) >= (8, 0)
+
+    def missing(self, index: int) -> str:
+        """See `GpuPath`."""
+        return "" if find_spec("triton") else "Triton is not installed; pip install triton"
+
+    def rows(self, kind: str, precision: str) -> tuple[int, ...]:
+        """See `GpuPath`."""
+        from gradstore.projection import by_triton
+
+        return by_triton.ROW_TILES
+
+    def versions(self) -> dict[str, str]:
+        """See `GpuPath`."""
+        import triton
+
+        return {"triton": triton.__version__}
+
+    def sources(self) -> tuple[Path, ...]:
+        """See `GpuPath`."""
+        return (_HERE / "by_triton.py",)
+
+    def accumulate(
+        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+    ) -> None:
+        """See `GpuPath`."""
+        from gradstore.projection import by_triton
+
+        by_triton.accumulate(entries, out, block, start, first_k, precision)
+
+
+PATHS: tuple[GpuPath, ...] = (Fused("wgmma"), Fused("mma"), ByTriton())

@@ -1,0 +1,229 @@
+"""A path proves itself: small odd problems, on the device, against dense products with the entries of P.
+
+Signs must come out bit for bit where gradients are small integers or one-hot, normals and uneven gradients within the
+precision's tolerance. Between them the problems have ragged rows, K and p, starts that are not aligned and lie beyond 2^32,
+rows of P up to 2^31, several spans, and more work than a device does at once.
+
+Run as a program it checks one path of one device, a JSON line before each problem, so that a device that hangs or dies
+takes a process of its own with it; see `trust.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradstore.projection.entries import Entries
+
+TOLERANCE = {"fast": 4e-4, "exact": 3e-6}  # relative error of the feature vectors of a problem
+FINISH_SECONDS = 5.0  # for a problem that takes milliseconds
+_SEED, _STREAM = 2**63 + 5, 3
+_OUTLIER = 30.0  # times the tolerance of a typical value, from which a single value is called wrong
+
+Accumulate = Callable[[Entries, Tensor, Tensor, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product to compute, and to what it is added.
+
+    Attributes:
+        gradients: "one-hot", "integers" or "uneven".
+        rows: of gradients.
+        columns: parameters.
+        count: rows of P.
+        start: the first parameter.
+        first_k: the first row of P.
+    """
+
+    gradients: str
+    rows: int
+    columns: int
+    count: int
+    start: int
+    first_k: int
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        shape = f"{self.rows} x {self.columns} by {self.count} rows of P"
+        return f"{self.gradients} gradients, {shape}, from parameter {self.start} and row {self.first_k} on"
+
+    def block(self) -> Tensor:
+        """The gradients, float32 [rows, columns]."""
+        generator = torch.Generator().manual_seed(self.rows + self.columns)
+        shape = self.rows, self.columns
+        if self.gradients == "one-hot":
+            block = torch.zeros(shape)
+            block[torch.arange(self.rows), torch.arange(self.rows) * 5 % self.columns] = 1.0
+            return block
+        if self.gradients == "integers":
+            return torch.randint(-8, 9, shape, generator=generator).float()
+        spread = torch.randn(shape, generator=generator).mul_(2).exp_()
+        return torch.randn(shape, generator=generator) * spread
+
+
+class Failure(Exception):
+    """A problem that came out wrong or did not end; its text is one clause."""
+
+
+class Hang(Failure):
+    """A product that did not end: nothing else can be done on the device by this process."""
+
+
+def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
+    """The problems for a path whose compiled variants compute these numbers of rows at a time.
+
+    Args:
+        tiles: the numbers of rows.
+        crowd: also one that is more work than a large device does at once.
+    """
+    for rows in tiles:
+        yield Problem("one-hot", rows, 256, 128, 0, 0)
+        yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9)
+        yield Problem("uneven", rows, 9000, 257, 8192 * 3 - 129, 2**31 - 257)
+    most = tiles[-1]
+    yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
+    yield Problem("integers", 1, 1, 1, 0, 0)
+    yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0)  # carries of the generator's counter
+    if crowd:
+        yield Problem("integers", 3 * most + 1, 40000, 3000, 8192 - 128, 1)
+
+
+def check(
+    accumulate: Accumulate,
+    kind: str,
+    precision: str,
+    tiles: tuple[int, ...],
+    device: torch.device,
+    *,
+    finished: Callable[[], Callable[[], bool]],
+    begin: Callable[[Problem], None] = lambda problem: None,
+) -> int:
+    """Solve all problems on a device and compare.
+
+    Args:
+        accumulate: adds ``block @ P[first_k :, start :].T`` to an output, as `Projection.accumulate` does.
+        kind: "rademacher" or "gaussian".
+        precision: "fast" or "exact".
+        tiles: see `problems`.
+        device: where the tensors are.
+        finished: after a product was queued, gives a call that says whether it has ended.
+        begin: told of each problem before it is solved.
+
+    Returns:
+        How many problems there were.
+
+    Raises:
+        Failure: the first problem that came out wrong, or raised, and how.
+        Hang: the first that did not end within `FINISH_SECONDS`.
+    """
+    solved = 0
+    for problem in problems(tiles, crowd=device.type != "cpu"):
+        begin(problem)
+        _solve(accumulate, Entries(kind, _SEED, _STREAM), precision, problem, device, finished)
+        solved += 1
+    return solved
+
+
+def _solve(
+    accumulate: Accumulate,
+    entries: Entries,
+    precision: str,
+    problem: Problem,
+    device: torch.device,
+    finished: Callable[[], Callable[[], bool]],
+) -> None:
+    block = problem.block()
+    out = torch.full((problem.rows, problem.count), 2.0, device=device)
+    try:
+        accumulate(entries, out, block.to(device), problem.start, problem.first_k, precision)
+    except Exception as error:
+        raise Failure(f"{type(error).__name__}: {error} ({problem})") from error
+    _wait(finished(), problem)
+    k = _sample(problem.count)
+    stop = problem.start + problem.columns
+    want = 2 + block.double() @ entries.rows(problem.first_k + k, problem.start, stop, torch.device("cpu")).T
+    exact = entries.kind == "rademacher" and problem.gradients != "uneven"
+    require_equal(out.cpu()[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
+
+
+def _sample(count: int) -> Tensor:
+    """Which rows of P are compared: all of a few, and some of each tile of many."""
+    step = max(1, count // 400)
+    return torch.arange(count) if step == 1 else torch.arange(0, count, step)
+
+
+def require_equal(got: Tensor, want: Tensor, tolerance: float, problem: object, k: Tensor) -> None:
+    """Compare values [rows, k] with float64 ones; a tolerance of 0 asks for the same bits.
+
+    Raises:
+        Failure: names the first wrong value, and how many there are.
+    """
+    got = got.double()
+    error = float((got - want).norm() / want.norm())
+    if bool(torch.isfinite(got).all()) and (torch.equal(got, want) if tolerance == 0 else error < tolerance):
+        return
+    typical = want.abs().mean() * tolerance * _OUTLIER
+    wrong = torch.nonzero(~((got - want).abs() <= typical))
+    if len(wrong) == 0:  # many small differences
+        raise Failure(f"relative error {error:.1e} where {tolerance:.0e} is allowed ({problem})")
+    row, place = wrong[0].tolist()
+    values = f"{got[row, place].item():.7g} instead of {want[row, place].item():.7g}"
+    raise Failure(
+        f"{len(wrong)} of {got.numel()} values are wrong, first row {row}, k {int(k[place])}: {values} ({problem})"
+    )
+
+
+def _wait(finished: Callable[[], bool], problem: Problem) -> None:
+    """Poll, since waiting for a device that hangs would never end."""
+    end = time.monotonic() + FINISH_SECONDS
+    while not finished():
+        if time.monotonic() > end:
+            raise Hang(f"it did not end within {FINISH_SECONDS:.0f} s ({problem})")
+        time.sleep(0.0002)
+
+
+def on_device(index: int) -> Callable[[], Callable[[], bool]]:
+    """For `check`: looks at an event behind what was queued on a CUDA device."""
+    return lambda: torch.cuda.current_stream(index).record_event().query
+
+
+def main(arguments: list[str]) -> None:
+    """Check one path of one device: index, path, kind, precision."""
+    from gradstore.projection.paths import PATHS
+
+    index, (name, kind, precision) = int(arguments[0]), arguments[1:4]
+    path = next(path for path in PATHS if path.name == name)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+    _say(ready=True)
+    try:
+        count = check(
+            path.accumulate,
+            kind,
+            precision,
+            path.rows(kind, precision),
+            device,
+            finished=on_device(index),
+            begin=lambda problem: _say(problem=str(problem)),
+        )
+        _say(proved=count)
+    except Failure as failure:
+        _say(fault=str(failure))
+        os._exit(0)  # leaving in the ordinary way would wait for the device
+
+
+def _say(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

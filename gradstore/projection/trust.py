@@ -1,0 +1,193 @@
+"""Which path a GPU takes: the first that proved itself there. Verdicts are kept, by device, versions and sources.
+
+A kernel that is wrong on a card must not cost a user anything but speed. So each path is checked once, in a process of its
+own: one that hangs, or leaves the device in an error, takes nothing of the caller's with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from threading import Timer
+
+import torch
+
+from gradstore.projection import self_check
+from gradstore.projection.cuda.source import cache_folder, publish
+from gradstore.projection.paths import PATHS, GpuPath
+
+CHECK_SECONDS = 180.0  # for a whole check: some seconds for torch, one for each variant to compile, and the products
+_OWN_SOURCES = ("self_check.py", "entries.py", "philox.py")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check of a path found.
+
+    Attributes:
+        fault: what went wrong, or "" if nothing did.
+        problems: how many were solved.
+        seconds: that it took.
+        at: when, in UTC.
+    """
+
+    fault: str
+    problems: int
+    seconds: float
+    at: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path that a device takes.
+
+    Attributes:
+        path: None for the reference in torch.
+        passed_over: why each faster path that the device could have is not taken.
+    """
+
+    path: GpuPath | None
+    passed_over: tuple[str, ...]
+
+
+@cache
+def chosen(index: int | None, kind: str, precision: str) -> Choice:
+    """The path for a CUDA device (None: the current one); the first call checks what has no verdict yet.
+
+    Warns once where a faster path is passed over.
+    """
+    number = torch.cuda.current_device() if index is None else index
+    choice = choose(PATHS, number, kind, precision)
+    if choice.passed_over:
+        taken = f"by {choice.path.name}" if choice.path else "with the slow reference"
+        reasons = "; ".join(choice.passed_over)
+        warnings.warn(f"projecting {taken} on {torch.cuda.get_device_name(number)}: {reasons}", RuntimeWarning, 4)
+    return choice
+
+
+def choose(paths: Sequence[GpuPath], index: int, kind: str, precision: str) -> Choice:
+    """The first of some paths that the device could have, that is installed, and that has proved itself."""
+    passed_over = []
+    for path in paths:
+        if not path.suits(index, kind):
+            continue
+        why = path.missing(index) or verdict(path, index, kind, precision).fault
+        if not why:
+            return Choice(path, tuple(passed_over))
+        passed_over.append(f"{path.name}: {why}")
+    return Choice(None, tuple(passed_over))
+
+
+def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool = False) -> Verdict:
+    """The verdict on a path: the one that is kept, or, where there is none or `again` is set, that of a new check."""
+    file = cache_folder() / "proved" / f"{_key(path, index, kind, precision)}.json"
+    kept = None if again else _read(file)
+    if kept is not None:
+        return kept
+    began = time.monotonic()
+    fault, solved = check_apart([str(index), path.name, kind, precision])
+    if fault is None:  # no process of its own can be had, as where a device is for one process alone
+        fault, solved = _check_here(path, index, kind, precision)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found = Verdict(fault, solved, round(time.monotonic() - began, 1), now)
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        publish(file, json.dumps(asdict(found)).encode())
+    return found
+
+
+def kept_verdict(path: GpuPath, index: int, kind: str, precision: str) -> Verdict | None:
+    """The verdict that is kept on a path, without a check; None where there is none."""
+    return _read(cache_folder() / "proved" / f"{_key(path, index, kind, precision)}.json")
+
+
+def check_apart(arguments: Sequence[str], program: Sequence[str] = ("-m", self_check.__name__)) -> tuple[str | None, int]:
+    """Check a path in a process of its own.
+
+    Args:
+        arguments: of `self_check.main`.
+        program: what the interpreter runs; for tests.
+
+    Returns:
+        What went wrong, "" if nothing did, None if the process could not even open the device; and the problems solved.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, *program, *arguments]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    except OSError:
+        return None, 0
+    timer = Timer(CHECK_SECONDS, process.kill)
+    timer.start()
+    try:
+        text, _ = process.communicate()
+    finally:
+        timed_out = not timer.is_alive()
+        timer.cancel()
+    return _read_report(text.splitlines(), process.returncode, timed_out=timed_out)
+
+
+def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> tuple[str | None, int]:
+    facts: dict[str, object] = {}
+    problems = 0
+    for line in lines:
+        with suppress(ValueError):  # what else the process printed
+            said = json.loads(line)
+            if isinstance(said, dict):
+                facts |= said
+                problems += "problem" in said
+    if "fault" in facts:
+        return str(facts["fault"]), max(0, problems - 1)
+    if "proved" in facts:
+        return "", problems
+    if "ready" not in facts:
+        return None, 0
+    end = "did not end" if timed_out else f"ended with status {code}"
+    return f"the process that checked it {end} ({facts.get('problem', 'before the first problem')})", problems
+
+
+def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> tuple[str, int]:
+    device, tiles = torch.device("cuda", index), path.rows(kind, precision)
+    try:
+        solved = self_check.check(
+            path.accumulate, kind, precision, tiles, device, finished=self_check.on_device(index)
+        )
+    except self_check.Failure as failure:
+        return str(failure), 0
+    return "", solved
+
+
+def _key(path: GpuPath, index: int, kind: str, precision: str) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    device = [properties.name, str(getattr(properties, "uuid", index)), _driver_version()]
+    versions = {"torch": torch.__version__, **path.versions()}
+    digest = hashlib.sha256(json.dumps([device, versions, path.name, kind, precision]).encode())
+    own = (Path(__file__).parent / name for name in _OWN_SOURCES)
+    for file in (*own, *path.sources()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _driver_version() -> str:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return str(torch.version.cuda or torch.version.hip)
+
+
+def _read(file: Path) -> Verdict | None:
+    """A verdict that was kept, unless it is missing or damaged."""
+    try:
+        return Verdict(**json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
