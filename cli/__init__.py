@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from gradstore.errors import GradstoreError
 from .attribute import attribute
 from .check import check
 from .demo import demo
+from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
 from .featurize import featurize
@@ -61,6 +63,7 @@ for _command in (
     demo,
     init,
     check,
+    doctor,
     featurize,
     info,
     index,
@@ -90,7 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _status(arguments: list[str], traceback: bool) -> int:
     try:
-        gradstore.main(arguments, prog_name="gradstore", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            gradstore.main(arguments, prog_name="gradstore", standalone_mode=False)
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -115,6 +120,11 @@ def _status(arguments: list[str], traceback: bool) -> int:
         line = str(error).splitlines()[0] if str(error) else ""
         click.echo(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.", err=True)
         return 1
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning of the library as one line, without the place in its source."""
+    say(f"note: {message}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> Any:

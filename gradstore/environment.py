@@ -17,7 +17,7 @@ import torch
 from gradstore.errors import GradstoreError, MismatchError
 from gradstore.hashing import NAMES, VERSIONS, newest_version
 from gradstore.matrix_unit import product
-from gradstore.projection import Projection, native
+from gradstore.projection import Projection, native, trust
 from gradstore.storage.disk import Disk
 
 _LOG_BYTES = 256 << 20
@@ -27,6 +27,7 @@ _DECISIVE = ("device", "torch", "projection_backend")
 
 def environment(device: torch.device, projection: Projection) -> dict[str, str | int]:
     """What a run ran on. Never part of a store's identity."""
+    passed_over = projection.passed_over(device)
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -37,6 +38,7 @@ def environment(device: torch.device, projection: Projection) -> dict[str, str |
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "pid": os.getpid(),
+        **({"projection_passed_over": "; ".join(passed_over)} if passed_over else {}),
     }
 
 
@@ -85,6 +87,7 @@ def system_card() -> dict[str, str]:
         "projection": _projection_path(),
         "matrix unit": _matrix_unit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; the CPU is used",
+        **_gpu_paths(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
         "h5py": f"{h5py.__version__} (HDF5 {h5py.version.hdf5_version})",
@@ -93,6 +96,11 @@ def system_card() -> dict[str, str]:
         "faiss": _installed("faiss-cpu", "faiss-gpu"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }
+
+
+def _gpu_paths() -> dict[str, str]:
+    """The path that each GPU takes for signs, as far as it is known without a check."""
+    return {f"on cuda:{index}": trust.outlook(index) for index in range(torch.cuda.device_count())}
 
 
 def _projection_path() -> str:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,16 @@ VARIANTS = [(kind, precision) for kind in KINDS for precision in ("fast", "exact
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
 
 
+class OneLane:
+    """Everything in turn."""
+
+    def packing(self, slot):
+        return nullcontext()
+
+    def multiplying(self, slot):
+        return nullcontext()
+
+
 class Emulation:
     """A device on the host that runs the real headers; what it is asked to do is what a GPU would be."""
 
@@ -38,6 +49,12 @@ class Emulation:
 
     def pack(self, variant: Variant, dtype: torch.dtype, job: Pack, rows: int, spans: int) -> None:
         library(self.folder, variant).emulate_pack(ctypes.byref(job), DTYPES.index(dtype), rows, spans)
+
+    def lanes(self):
+        return nullcontext(OneLane())
+
+    def resident(self, variant: Variant) -> int:
+        return self.processors
 
     def multiply(self, variant: Variant, job: Job, blocks: int) -> None:
         assert 1 <= blocks <= self.processors

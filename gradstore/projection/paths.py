@@ -1,7 +1,7 @@
 """The ways to multiply by P on a GPU, fastest first. Each is proved on the device before it is used (`trust.py`).
 
-- "wgmma" and "mma" are two forms of the fused CUDA source (`cuda/`), for NVIDIA devices of compute capability 9.0 and of
-  8.0 on.
+- "wgmma" and "mma" are two forms of the fused CUDA source (`cuda/`), for NVIDIA devices of compute capability 9.0 and
+  of 8.0 on.
 - "triton" is a second implementation that shares nothing with them (`by_triton.py`), for signs.
 """
 
@@ -108,7 +108,7 @@ class ByTriton:
         """See `GpuPath`."""
         from gradstore.projection import by_triton
 
-        return by_triton.ROW_TILES
+        return by_triton.ROW_TILES[precision]
 
     def versions(self) -> dict[str, str]:
         """See `GpuPath`."""
@@ -118,7 +118,7 @@ class ByTriton:
 
     def sources(self) -> tuple[Path, ...]:
         """See `GpuPath`."""
-        return (_HERE / "by_triton.py",)
+        return _HERE / "by_triton.py", _HERE / "triton_kernels.py"
 
     def accumulate(
         self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str

@@ -142,13 +142,19 @@ class Projection:
     def path(self, device: torch.device) -> str:
         """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
 
-        On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken. Warns
-        once where a faster one could be had but for something that is missing, or has failed.
+        On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken.
+        Warns once where a faster one could be had but for something that is missing, or has failed.
         """
         if device.type == "cuda" and self.backend != "reference":
             chosen = trust.chosen(device.index, self.kind, self.precision).path
             return f"{chosen.name} {self.precision}" if chosen else "reference"
         return "native" if device.type == "cpu" and self.backend == "native" else "reference"
+
+    def passed_over(self, device: torch.device) -> tuple[str, ...]:
+        """Why a GPU does not take each faster path that it could have, a line each."""
+        if device.type != "cuda" or self.backend == "reference":
+            return ()
+        return trust.chosen(device.index, self.kind, self.precision).passed_over
 
     def fused(self, device: torch.device) -> bool:
         """Whether P is multiplied by kernels of a GPU, which take few large blocks rather than many small ones."""

@@ -1,8 +1,8 @@
 """A path proves itself: small odd problems, on the device, against dense products with the entries of P.
 
 Signs must come out bit for bit where gradients are small integers or one-hot, normals and uneven gradients within the
-precision's tolerance. Between them the problems have ragged rows, K and p, starts that are not aligned and lie beyond 2^32,
-rows of P up to 2^31, several spans, and more work than a device does at once.
+precision's tolerance. Between them the problems have ragged rows, K and p, starts that are not aligned and lie beyond
+2^32, rows of P up to 2^31, several spans, and more work than a device does at once.
 
 Run as a program it checks one path of one device, a JSON line before each problem, so that a device that hangs or dies
 takes a process of its own with it; see `trust.py`.
@@ -69,11 +69,11 @@ class Problem:
         return torch.randn(shape, generator=generator) * spread
 
 
-class Failure(Exception):
+class CheckError(Exception):
     """A problem that came out wrong or did not end; its text is one clause."""
 
 
-class Hang(Failure):
+class HangError(CheckError):
     """A product that did not end: nothing else can be done on the device by this process."""
 
 
@@ -121,8 +121,8 @@ def check(
         How many problems there were.
 
     Raises:
-        Failure: the first problem that came out wrong, or raised, and how.
-        Hang: the first that did not end within `FINISH_SECONDS`.
+        CheckError: the first problem that came out wrong, or raised, and how.
+        HangError: the first that did not end within `FINISH_SECONDS`.
     """
     solved = 0
     for problem in problems(tiles, crowd=device.type != "cpu"):
@@ -145,7 +145,7 @@ def _solve(
     try:
         accumulate(entries, out, block.to(device), problem.start, problem.first_k, precision)
     except Exception as error:
-        raise Failure(f"{type(error).__name__}: {error} ({problem})") from error
+        raise CheckError(f"{type(error).__name__}: {error} ({problem})") from error
     _wait(finished(), problem)
     k = _sample(problem.count)
     stop = problem.start + problem.columns
@@ -164,7 +164,7 @@ def require_equal(got: Tensor, want: Tensor, tolerance: float, problem: object, 
     """Compare values [rows, k] with float64 ones; a tolerance of 0 asks for the same bits.
 
     Raises:
-        Failure: names the first wrong value, and how many there are.
+        CheckError: names the first wrong value, and how many there are.
     """
     got = got.double()
     error = float((got - want).norm() / want.norm())
@@ -173,10 +173,10 @@ def require_equal(got: Tensor, want: Tensor, tolerance: float, problem: object, 
     typical = want.abs().mean() * tolerance * _OUTLIER
     wrong = torch.nonzero(~((got - want).abs() <= typical))
     if len(wrong) == 0:  # many small differences
-        raise Failure(f"relative error {error:.1e} where {tolerance:.0e} is allowed ({problem})")
+        raise CheckError(f"relative error {error:.1e} where {tolerance:.0e} is allowed ({problem})")
     row, place = wrong[0].tolist()
     values = f"{got[row, place].item():.7g} instead of {want[row, place].item():.7g}"
-    raise Failure(
+    raise CheckError(
         f"{len(wrong)} of {got.numel()} values are wrong, first row {row}, k {int(k[place])}: {values} ({problem})"
     )
 
@@ -186,7 +186,7 @@ def _wait(finished: Callable[[], bool], problem: Problem) -> None:
     end = time.monotonic() + FINISH_SECONDS
     while not finished():
         if time.monotonic() > end:
-            raise Hang(f"it did not end within {FINISH_SECONDS:.0f} s ({problem})")
+            raise HangError(f"it did not end within {FINISH_SECONDS:.0f} s ({problem})")
         time.sleep(0.0002)
 
 
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> None:
             begin=lambda problem: _say(problem=str(problem)),
         )
         _say(proved=count)
-    except Failure as failure:
+    except CheckError as failure:
         _say(fault=str(failure))
         os._exit(0)  # leaving in the ordinary way would wait for the device
 

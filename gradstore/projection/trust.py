@@ -1,7 +1,7 @@
 """Which path a GPU takes: the first that proved itself there. Verdicts are kept, by device, versions and sources.
 
-A kernel that is wrong on a card must not cost a user anything but speed. So each path is checked once, in a process of its
-own: one that hangs, or leaves the device in an error, takes nothing of the caller's with it.
+A kernel that is wrong on a card must not cost a user anything but speed. So each path is checked once, in a process of
+its own: one that hangs, or leaves the device in an error, takes nothing of the caller's with it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def chosen(index: int | None, kind: str, precision: str) -> Choice:
 
 def choose(paths: Sequence[GpuPath], index: int, kind: str, precision: str) -> Choice:
     """The first of some paths that the device could have, that is installed, and that has proved itself."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in paths:
         if not path.suits(index, kind):
             continue
@@ -91,8 +91,7 @@ def choose(paths: Sequence[GpuPath], index: int, kind: str, precision: str) -> C
 
 def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool = False) -> Verdict:
     """The verdict on a path: the one that is kept, or, where there is none or `again` is set, that of a new check."""
-    file = cache_folder() / "proved" / f"{_key(path, index, kind, precision)}.json"
-    kept = None if again else _read(file)
+    kept = None if again else kept_verdict(path, index, kind, precision)
     if kept is not None:
         return kept
     began = time.monotonic()
@@ -102,16 +101,34 @@ def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = Verdict(fault, solved, round(time.monotonic() - began, 1), now)
     with suppress(OSError):  # a cache that cannot be written costs time only
-        publish(file, json.dumps(asdict(found)).encode())
+        publish(_file(path, index, kind, precision), json.dumps(asdict(found)).encode())
     return found
 
 
 def kept_verdict(path: GpuPath, index: int, kind: str, precision: str) -> Verdict | None:
     """The verdict that is kept on a path, without a check; None where there is none."""
-    return _read(cache_folder() / "proved" / f"{_key(path, index, kind, precision)}.json")
+    try:
+        return Verdict(**json.loads(_file(path, index, kind, precision).read_bytes()))
+    except (OSError, ValueError, TypeError):  # missing, or damaged
+        return None
 
 
-def check_apart(arguments: Sequence[str], program: Sequence[str] = ("-m", self_check.__name__)) -> tuple[str | None, int]:
+def outlook(index: int, kind: str = "rademacher", precision: str = "fast") -> str:
+    """Which path a device takes, for people, as far as it is known without a check."""
+    passed_over: list[str] = []
+    for path in (path for path in PATHS if path.suits(index, kind)):
+        why = path.missing(index)
+        kept = None if why else kept_verdict(path, index, kind, precision)
+        if not why and (kept is None or not kept.fault):
+            known = "not checked yet; its first use does that" if kept is None else f"checked {kept.at}"
+            return "; ".join((f"{path.name} ({known})", *passed_over))
+        passed_over.append(f"not {path.name}: {why or (kept.fault if kept else '')}")
+    return "; ".join(("the slow reference in torch", *passed_over))
+
+
+def check_apart(
+    arguments: Sequence[str], program: Sequence[str] = ("-m", self_check.__name__)
+) -> tuple[str | None, int]:
     """Check a path in a process of its own.
 
     Args:
@@ -159,15 +176,14 @@ def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> tuple[s
 def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> tuple[str, int]:
     device, tiles = torch.device("cuda", index), path.rows(kind, precision)
     try:
-        solved = self_check.check(
-            path.accumulate, kind, precision, tiles, device, finished=self_check.on_device(index)
-        )
-    except self_check.Failure as failure:
+        solved = self_check.check(path.accumulate, kind, precision, tiles, device, finished=self_check.on_device(index))
+    except self_check.CheckError as failure:
         return str(failure), 0
     return "", solved
 
 
-def _key(path: GpuPath, index: int, kind: str, precision: str) -> str:
+def _file(path: GpuPath, index: int, kind: str, precision: str) -> Path:
+    """Where a verdict is kept; another device, driver, version or source has another place."""
     properties = torch.cuda.get_device_properties(index)
     device = [properties.name, str(getattr(properties, "uuid", index)), _driver_version()]
     versions = {"torch": torch.__version__, **path.versions()}
@@ -175,7 +191,7 @@ def _key(path: GpuPath, index: int, kind: str, precision: str) -> str:
     own = (Path(__file__).parent / name for name in _OWN_SOURCES)
     for file in (*own, *path.sources()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:32]
+    return cache_folder() / "proved" / f"{digest.hexdigest()[:32]}.json"
 
 
 def _driver_version() -> str:
@@ -183,11 +199,3 @@ def _driver_version() -> str:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         return str(torch.version.cuda or torch.version.hip)
-
-
-def _read(file: Path) -> Verdict | None:
-    """A verdict that was kept, unless it is missing or damaged."""
-    try:
-        return Verdict(**json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None

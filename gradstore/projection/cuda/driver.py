@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -73,6 +75,15 @@ class CudaDevice:
             self._resident[variant] = int(blocks) * processors
         return self._resident[variant]
 
+    @contextmanager
+    def lanes(self) -> Iterator[StreamLanes]:
+        """Packing on a stream of its own, beside the products on the current one, which goes on after both."""
+        lanes = StreamLanes(self.index)
+        try:
+            yield lanes
+        finally:
+            lanes.join()
+
     def pack(self, variant: Variant, dtype: torch.dtype, job: Pack, rows: int, spans: int) -> None:
         """Queue the packing of `rows` x `spans` pieces."""
         from cuda.bindings import driver
@@ -81,7 +92,7 @@ class CudaDevice:
         self._launch(driver.cuLaunchKernel, kernel, (rows, spans), _PACK_THREADS, 0, job, (0,))
 
     def multiply(self, variant: Variant, job: Job, blocks: int) -> None:
-        """Queue the product by `blocks` thread blocks, which wait for one another: they start together or not at all."""
+        """Queue the product by `blocks` thread blocks, which wait for one another and so start together."""
         from cuda.bindings import driver
 
         job.trouble = self.trouble.data_ptr()
@@ -139,6 +150,40 @@ class CudaDevice:
             product = kernels[source.ENTRY]
             _check(driver.cuFuncSetAttribute(product, attribute, variant.shared_bytes), "shared memory")
         return kernels
+
+
+class StreamLanes:
+    """Two streams that hand slots of memory to one another; see `product.Lanes`.
+
+    A product leaves no room on a multiprocessor, so packing runs where one has nothing left to do: at the end of each
+    launch, when there are fewer tiles than multiprocessors.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._main, self._side = torch.cuda.current_stream(index), torch.cuda.Stream(index)
+        self._side.wait_stream(self._main)
+        self._filled: dict[int, torch.cuda.Event] = {}
+        self._read: dict[int, torch.cuda.Event] = {}
+
+    @contextmanager
+    def packing(self, slot: int) -> Iterator[None]:
+        """See `product.Lanes`."""
+        if slot in self._read:
+            self._side.wait_event(self._read[slot])
+        with torch.cuda.stream(self._side):
+            yield
+        self._filled[slot] = self._side.record_event()
+
+    @contextmanager
+    def multiplying(self, slot: int) -> Iterator[None]:
+        """See `product.Lanes`."""
+        self._main.wait_event(self._filled[slot])
+        yield
+        self._read[slot] = self._main.record_event()
+
+    def join(self) -> None:
+        """Have the current stream wait for both, so that memory which either uses may be given to others after it."""
+        self._main.wait_stream(self._side)
 
 
 def _check(result: tuple[Any, ...], what: str) -> tuple[Any, ...]:

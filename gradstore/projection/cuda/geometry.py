@@ -154,7 +154,7 @@ def launches(
 
 
 def balanced_spans(tiles: int, most: int, total: int, resident: int) -> int:
-    """How many spans, of at most `most` at a time, get through `total` in the fewest rounds of all blocks that run at once."""
+    """How many spans, of at most `most` at a time, get through `total` in the fewest rounds of `resident` blocks."""
     if total <= most:
         return total
 

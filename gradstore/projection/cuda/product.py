@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -11,15 +13,29 @@ from gradstore.projection.cuda.geometry import GROUP, STAGE, Launch, Variant, la
 from gradstore.projection.cuda.jobs import Job, Pack
 from gradstore.projection.entries import KINDS, Entries
 
-WORKSPACE_BYTES = 56 << 20  # for packed gradients; a launch of fewer spans fits less
+WORKSPACE_BYTES = 96 << 20  # for the packed gradients of a launch; two are under way at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SLOTS = 2
 _TURNS = 2  # counters of a tile: on Hopper its two halves go their own way
+
+
+class Lanes(Protocol):
+    """Two queues of a device: gradients are packed in one while the other multiplies what was packed before."""
+
+    def packing(self, slot: int) -> AbstractContextManager[None]:
+        """Within: what is queued fills a slot of memory, once its last reader is done."""
+
+    def multiplying(self, slot: int) -> AbstractContextManager[None]:
+        """Within: what is queued reads a slot, once it is filled."""
 
 
 class Device(Protocol):
     """What the product asks of a device; tests put an emulation in its place."""
 
     hopper: bool
+
+    def lanes(self) -> AbstractContextManager[Lanes]:
+        """Two queues behind the current stream's, which goes on after both."""
 
     def resident(self, variant: Variant) -> int:
         """Thread blocks of the product that run at once; they wait for one another, so no launch has more."""
@@ -50,8 +66,8 @@ def accumulate(
         first_k: the row of P that column 0 of ``out`` belongs to.
         precision: "fast" or "exact".
 
-    Holds 56 MB of packed gradients and 8 bytes for each (row, span) and tile. An ``out`` or ``block`` whose columns are
-    not adjacent is copied.
+    Holds 192 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
+    or ``block`` whose columns are not adjacent is copied.
     """
     if out.numel() == 0 or block.shape[1] == 0:
         return
@@ -83,15 +99,24 @@ class _Slab:
         (rows, columns), count = self.block.shape, self.out.shape[1]
         resident = self.device.resident(self.variant)
         plan = list(launches(self.variant, rows, count, self.start, columns, WORKSPACE_BYTES, resident))
+        slots = [self._slot(plan) for _ in plan[:_SLOTS]]
+        with self.device.lanes() as lanes:
+            for number, launch in enumerate(plan):
+                slot = number % _SLOTS
+                with lanes.packing(slot):
+                    self._pack(launch, *slots[slot])
+                with lanes.multiplying(slot):
+                    self._multiply(launch, *slots[slot], resident)
+
+    def _slot(self, plan: Sequence[Launch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for any launch: packed gradients, what undoes their scales, and turns at the output."""
         stages = max(launch.groups for launch in plan) * (GROUP // STAGE)
         spans = max(launch.spans for launch in plan)
         empty = torch.empty
         packed = empty(self.row_tiles * stages * self.variant.stage_bytes, dtype=torch.uint8, device=self.block.device)
         undo = empty(spans * self.padded_rows * 2, dtype=torch.float32, device=self.block.device)
         turns = empty(_TURNS * self.row_tiles * self.k_tiles, dtype=torch.int32, device=self.block.device)
-        for launch in plan:
-            self._pack(launch, packed, undo, turns)
-            self._multiply(launch, packed, undo, turns, resident)
+        return packed, undo, turns
 
     def _pack(self, launch: Launch, packed: Tensor, undo: Tensor, turns: Tensor) -> None:
         job = Pack(

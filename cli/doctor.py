@@ -1,0 +1,43 @@
+"""`gradstore doctor`."""
+
+from __future__ import annotations
+
+import click
+
+from .options import as_json
+from .output import print_json, print_pairs, printable, say
+
+
+@click.command(
+    short_help="Check what is installed here.",
+    epilog="Examples: gradstore doctor   gradstore doctor --again",
+)
+@click.option("--again", is_flag=True, help="Repeat the checks of GPUs, whose verdicts are otherwise kept.")
+@as_json
+def doctor(again: bool, as_json: bool) -> None:
+    """Check every way to multiply by P that this machine has, and say which are used.
+
+    Each is compared with the entries of P on small odd problems: bit for bit for signs, within its stated error for
+    normals. A GPU's are checked in a process of their own, when they are first used or by this command, and the verdict
+    is kept until the driver, torch or gradstore changes. One that fails is not used. Exit status 4 if any fails.
+    """
+    from gradstore.diagnosis import diagnose
+    from gradstore.environment import system_card
+
+    found = diagnose(again=again)
+    card = system_card()
+    if as_json:
+        print_json({"system": card, "checks": [vars(finding) for finding in found]})
+    else:
+        print_pairs(card)
+        for device in dict.fromkeys(finding.device for finding in found):
+            click.echo(f"\n{printable(device)}")
+            for finding in (finding for finding in found if finding.device == device):
+                mark = "ok   " if finding.works else "FAILS"
+                used = "in use" if finding.used else ""
+                kind = f"{finding.entries} {finding.precision}"
+                click.echo(f"  {mark}  {finding.path:<9}  {kind:<16}  {used:<6}  {printable(finding.note)}")
+    failed = [finding for finding in found if not finding.works]
+    if failed:
+        say(f"{len(failed)} of {len(found)} fail; they are not used on a GPU. Report a wrong product with this output.")
+        raise click.exceptions.Exit(4)
