@@ -163,7 +163,7 @@ def _project(
     watch.lap("jacobians")
     streams = [plan.engine(inputs) for inputs in groups]
     logits = torch.cat([stream.logits for stream in streams])
-    beside, parts = Beside(logits.device), dict[str, Tensor]()
+    parts: dict[str, Tensor] = {}
     shape = (len(rows), plan.manifest.schema.c)
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
@@ -171,16 +171,16 @@ def _project(
     def room(columns: int) -> Tensor:
         return reused((len(rows), plan.classes if mixed else plan.manifest.schema.c, columns), features)
 
-    for blocks in zip(*streams, strict=True):
-        dense = mixed or _is_dense(projection, blocks[0])
-        name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None)
-        parts[name] = parts[name] + part if name in parts else part
-        # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
-        sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
-        watch.lap("jacobians")
-        beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
-        watch.lap("projection")
-    beside.join()
+    with Beside(logits.device) as beside:
+        for blocks in zip(*streams, strict=True):
+            dense = mixed or _is_dense(projection, blocks[0])
+            name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None)
+            parts[name] = parts[name] + part if name in parts else part
+            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
+            sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
+            watch.lap("jacobians")
+            beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
+            watch.lap("projection")
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
     return _Sums(rows, features, sq_norm, parts, logits, Handover(logits.device))
