@@ -6,16 +6,18 @@ it streams past, and multiplied in float64 by some rows k of P, whose entries co
 that is audited. Everything between the Jacobian and the features is on trial: routes, places of blocks, joined groups,
 streams of classes, compiled code, fused kernels. Whether the Jacobian is right is not asked here.
 
-What is seen, where a share s of ‖g‖² meets entries of P that are wrong (independent of the right ones, or of the other
-sign) and T is the tolerance over ‖g‖: one value slips through with a chance of about T / sqrt(s), below 0.6 T / sqrt(s)
-for independent entries. T is 3e-5 for paths that are right to float32 rounding, 3.2e-3 for "cuda fast".
+What is seen. Let a share s of a row's ‖g‖² meet entries that are not those of P but independent of them, and let T be
+the tolerance over ‖g‖: 3e-5 for paths that are right to float32 rounding, 3.2e-3 for "cuda fast". One value is then
+off by about sqrt(2 s) ‖g‖, and within the tolerance with a chance of 0.6 T / sqrt(s).
 
-- Always: what is wrong at every k for the audited row. All 16 values slip through with a chance below 1e-12 from
-  s = 1e-4 on ("cuda fast"), or 1e-8 (the others). At one k only, s = 0.1 is missed in one of 100 or 10,000 audits.
-- Always: what is wrong at an eighth of all k in succession, since one k is drawn from every sixteenth.
-- By chance: what is wrong for a share f of the rows (example and class) is seen by an audit with the chance f, at a
-  share f of scattered k with 1 - (1 - f)^16, and in some batches only if one of them is audited.
-- Never: what is wrong in the entries' definition itself, which the audit shares, and in what is done to features later.
+- Always, what is wrong for the audited row at every k: all 16 values slip through with a chance of about 1e-12 where
+  s = 1e-8 ("cuda fast": 1e-4), and less where s is larger. Only where one parameter carries all of s, its wrong sign
+  is the right one by chance in half of the cases, and all 16 times with a chance of 2e-5.
+- Always, what is wrong at an eighth of all k in succession, at one k at least: one is drawn from every sixteenth.
+- By chance, what is wrong elsewhere: at a share f of scattered k an audit sees it with a chance of 1 - (1 - f)^16, for
+  a share f of rows (example and class) with the chance f, and in some batches only if one of them is audited.
+- Never, what is wrong in the definition itself, which is read by the audit and by the reference path, or before and
+  after the projection.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ _ADDITION = 2.0**-24  # of two float32
 _DEVIATIONS = 8
 _TINY = torch.finfo(torch.float32).tiny  # below it, float32 has no relative precision
 
-# Flops of the fast path in the time that an audit takes for one entry of P, and for one block: 2 or 18 ns and 0.4 ms,
-# beside 10^12 or 10^11 flops a second and thread. Measured on a CPU (of two processors, the faster product); on a GPU
-# estimated, beside 6 · 10^14 flops a second.
-_CPU_COST = {"rademacher": (2e3, 4e8), "gaussian": (2e3, 4e7)}
+# Flops of the fast path in the time that an audit takes for one entry of P, and for one block: 4 or 40 ns and 0.8 ms,
+# beside 10^12 or 10^11 flops a second and thread. Twice what was measured on a CPU that had just projected (of two
+# processors, the faster product); on a GPU estimated, beside 6 · 10^14 flops a second.
+_CPU_COST = {"rademacher": (4e3, 8e8), "gaussian": (4e3, 8e7)}
 _GPU_COST = (6e4, 6e11)
 _SHARE = 1 / 200  # of the projection's time that audits may take, after the first
 _BLOCK_COLUMNS = 1 << 16
@@ -161,7 +163,9 @@ class ProjectionAudit:
     def _add(self, entries: Entries, block: JacobianBlock) -> None:
         """Add the product with a block [1, 1, size]."""
         if isinstance(block, EmbeddingBlock):
-            self._add_strips(entries, block.start, block.indices[0], block.deltas[0, 0])
+            # An embedding is a linear layer of one-hot activations, whose squared norm is the number of tokens.
+            self._sq_terms += block.indices.shape[1] * _square(block.deltas[0, 0])
+            self._add_strips(entries, block.start, block.indices[0], block.shares()[0, 0])
         elif isinstance(block, LinearBlock):
             deltas, activations = block.deltas[0, 0], block.activations[0]
             self._sq_terms += _square(deltas) * _square(activations)
@@ -181,13 +185,11 @@ class ProjectionAudit:
             self._additions += 1
             start += len(part)
 
-    def _add_strips(self, entries: Entries, start: int, indices: Tensor, deltas: Tensor) -> None:
-        """Add the product with deltas [S, d] of the rows [S] of an embedding matrix."""
-        width = deltas.shape[1]
-        # An embedding is a linear layer of one-hot activations, whose squared norm is the number of tokens.
-        self._sq_terms += len(indices) * _square(deltas)
+    def _add_strips(self, entries: Entries, start: int, indices: Tensor, shares: Tensor) -> None:
+        """Add the product with shares [S, d] of the rows [S] of an embedding matrix."""
+        width = shares.shape[1]
         some = max(1, self._piece // (width + 2 * entries.period))
-        for rows, values in zip(indices.split(some), deltas.split(some), strict=True):
+        for rows, values in zip(indices.split(some), shares.split(some), strict=True):
             strips = entries.strips(self._k, start + rows * width, width)
             self._want += strips.flatten(1) @ values.double().flatten()
         self._additions += len(indices)

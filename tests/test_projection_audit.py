@@ -187,6 +187,24 @@ def test_terms_that_cancel_raise_no_false_alarm() -> None:
         replace(found, sq_terms=sq_norm[0, 0]).require(sq_norm, "train")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_half_precision_pass_as_those_of_a_card_and_of_nothing_else(kind: str) -> None:
+    """What the fused kernels do to gradients, without a card: each row rounded to float16 below a power of two."""
+    draw, projection = torch.Generator().manual_seed(0), Projection(kind, dim=4000)
+    values = torch.randn(1, 1, 20000, generator=draw) * torch.exp(2 * torch.randn(1, 1, 20000, generator=draw))
+    scale = 2.0 ** torch.floor(torch.log2(values.abs().max())) / 2**14
+    block = DenseBlock("weight", 0, (values / scale).half().float() * scale)
+    out = torch.zeros(1, 1, 4000)
+    accumulate_block(projection, out, block)
+    audit = ProjectionAudit(projection, [range(1)], 1, mixed=False, first_k=0, device=CPU)
+    audit.look(0, DenseBlock("weight", 0, values), formed=True)
+    found, sq_norm = audit.compare(out), values.double().square().sum(-1)
+    replace(found, path="cuda fast").require(sq_norm, "train")
+    assert (found.want - found.got).abs().max() < 0.25 * replace(found, path="cuda fast").tolerance(sq_norm)
+    with pytest.raises(NonFiniteError):
+        found.require(sq_norm, "train")
+
+
 def test_the_draw_is_reproducible_and_reaches_everything() -> None:
     projection, groups = Projection(dim=64, seed=3), [range(5, 8), range(8, 10)]
 

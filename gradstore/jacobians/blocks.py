@@ -205,6 +205,14 @@ class EmbeddingBlock(JacobianBlock):
         """Σ of the squared values of each row, [n, c] float64; the dense values are not formed."""
         return (self._merged().double() * self.deltas.double()).sum((2, 3))
 
+    def shares(self) -> Tensor:
+        """[n, c, S, d] in float32 or wider: at each token its equal share of the sum over all that take the same row.
+
+        With whatever rounding the sums have in `dense`, on a GPU that of TF32 where the user allows it.
+        """
+        tokens = (self.indices[:, :, None] == self.indices[:, None, :]).sum(2)
+        return self._merged() / tokens[:, None, :, None]
+
     def _values(self) -> Tensor:
         return self._scattered(0, self.num_embeddings)
 
