@@ -24,6 +24,7 @@ from gradstore.plan import Plan, one_row, slice_rows, to_device
 from gradstore.previews import preview_table
 from gradstore.projection import Projection
 from gradstore.projection.routes import accumulate_block, route
+from gradstore.projection_audit import AuditSchedule, Comparison, ProjectionAudit
 from gradstore.storage.encoding import encode
 from gradstore.streams import Beside, Handover, to_host
 
@@ -51,6 +52,8 @@ def compute(
     truth: np.ndarray | None,
     watch: Stopwatch | None = None,
     smaller: SmallerStore | None = None,
+    *,
+    audited: bool = False,
 ) -> Callable[[], Columns]:
     """Compute some groups of rows.
 
@@ -61,15 +64,16 @@ def compute(
         truth: which rows of the split are poisoned, bool, where that is known.
         watch: takes the time of the stages.
         smaller: a store whose columns are taken over.
+        audited: whether one row is projected by the definition of P, too, and compared.
 
     Returns:
         A call, for any thread, that gives every dataset but the digests, or raises `NonFiniteError` for a row whose
-        gradient is not finite or zero, or whose projection did not keep its norm.
+        gradient is not finite or zero, or whose projection did not keep its norm or is not that by P.
     """
     inputs, labels = plan.examples.read(rows)
     spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-    sums = _grown(plan, parts, spans, watch or Stopwatch(), smaller)
+    sums = _grown(plan, parts, spans, watch or Stopwatch(), smaller, audited=audited)
     columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64)}
     if truth is not None:
         columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
@@ -90,9 +94,17 @@ def project_rows(plan: Plan, rows: range) -> Tensor:
 
 def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[Columns]:
     """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
-    truth = plan.project.poisoned_mask(plan.split)
+    truth, audits = plan.project.poisoned_mask(plan.split), audit_schedule(plan)
     for rows in groups:
-        yield compute(plan, rows, plan.manifest.group, truth)()
+        yield compute(plan, rows, plan.manifest.group, truth, audited=audits.due)()
+        audits.computed(len(rows))
+
+
+def audit_schedule(plan: Plan) -> AuditSchedule:
+    """Which batches of a run are audited."""
+    streams = plan.classes if plan.settings.layout == "mixed" else 1
+    sizes = [block.size for block in plan.blocks]
+    return AuditSchedule(plan.projection, plan.device, sizes, streams, plan.flops / plan.manifest.n)
 
 
 def _groups(rows: range, size: int) -> Iterator[range]:
@@ -111,6 +123,7 @@ class _Sums:
         sq_norm: ‖g‖², float64 [n, c].
         parts: the same of each parameter and class.
         logits: [n, classes].
+        comparison: of a row that was audited.
         handover: for the thread that goes on.
     """
 
@@ -119,12 +132,15 @@ class _Sums:
     sq_norm: Tensor
     parts: Mapping[str, Tensor]
     logits: Tensor
+    comparison: Comparison | None
     handover: Handover
 
     def require_good(self, plan: Plan) -> None:
         """Raise `NonFiniteError` for the first row that must not be stored."""
         require_finite(self.sq_norm, self.parts, self.rows, plan.split)
         require_preserved(self.features, self.sq_norm, self.rows, plan.split, plan.projection.scale)
+        if self.comparison is not None:
+            self.comparison.require(self.sq_norm, plan.split)
 
 
 def _finished(sums: _Sums, plan: Plan, columns: Columns) -> Columns:
@@ -138,19 +154,33 @@ def _finished(sums: _Sums, plan: Plan, columns: Columns) -> Columns:
 
 
 def _grown(
-    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: Stopwatch, smaller: SmallerStore | None
+    plan: Plan,
+    groups: Sequence[Inputs],
+    spans: Sequence[range],
+    watch: Stopwatch,
+    smaller: SmallerStore | None,
+    *,
+    audited: bool,
 ) -> _Sums:
     """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
     if smaller is None:
-        return _project(plan, groups, spans, watch)
+        return _project(plan, groups, spans, watch, audited=audited)
     old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
-    sums = _project(plan, groups, spans, watch, old)
+    sums = _project(plan, groups, spans, watch, old, audited=audited)
     sums.require_good(plan)
-    return sums if smaller.exact(sums.features.cpu(), exponent, small) else _project(plan, groups, spans, watch)
+    if smaller.exact(sums.features.cpu(), exponent, small):
+        return sums
+    return _project(plan, groups, spans, watch, audited=audited)
 
 
 def _project(
-    plan: Plan, groups: Sequence[Inputs], spans: Sequence[range], watch: Stopwatch, old: Tensor | None = None
+    plan: Plan,
+    groups: Sequence[Inputs],
+    spans: Sequence[range],
+    watch: Stopwatch,
+    old: Tensor | None = None,
+    *,
+    audited: bool = False,
 ) -> _Sums:
     """Features of some groups of rows.
 
@@ -163,27 +193,32 @@ def _project(
     watch.lap("jacobians")
     streams = [plan.engine(inputs) for inputs in groups]
     logits = torch.cat([stream.logits for stream in streams])
-    beside, parts = Beside(logits.device), dict[str, Tensor]()
+    parts: dict[str, Tensor] = {}
     shape = (len(rows), plan.manifest.schema.c)
+    gradients = plan.classes if mixed else plan.manifest.schema.c
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+    audit = None
+    if audited:
+        audit = ProjectionAudit(projection, spans, gradients, mixed=mixed, first_k=first_k, device=logits.device)
 
     def room(columns: int) -> Tensor:
-        return reused((len(rows), plan.classes if mixed else plan.manifest.schema.c, columns), features)
+        return reused((len(rows), gradients, columns), features)
 
-    for blocks in zip(*streams, strict=True):
-        dense = mixed or _is_dense(projection, blocks[0])
-        name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None)
-        parts[name] = parts[name] + part if name in parts else part
-        # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
-        sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
-        watch.lap("jacobians")
-        beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
-        watch.lap("projection")
-    beside.join()
+    with Beside(logits.device) as beside:
+        for blocks in zip(*streams, strict=True):
+            dense = mixed or _is_dense(projection, blocks[0])
+            name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None, audit)
+            parts[name] = parts[name] + part if name in parts else part
+            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
+            sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
+            watch.lap("jacobians")
+            beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
+            watch.lap("projection")
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
-    return _Sums(rows, features, sq_norm, parts, logits, Handover(logits.device))
+    comparison = None if audit is None else audit.compare(features)
+    return _Sums(rows, features, sq_norm, parts, logits, comparison, Handover(logits.device))
 
 
 def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
@@ -191,21 +226,32 @@ def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
     return route(projection, block, projection.dim) == "dense" and not isinstance(block, EmbeddingBlock)
 
 
-def _joined(blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None) -> tuple[JacobianBlock, Tensor]:
+def _joined(
+    blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None, audit: ProjectionAudit | None
+) -> tuple[JacobianBlock, Tensor]:
     """The same columns of several groups, and their squared norms float64 [n, c].
 
     Args:
         blocks: of the groups.
         room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
             Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
+        audit: takes what it needs of each group's block while its values are held.
     """
-    if room is None or len(blocks) == 1:
-        return join_blocks(blocks), torch.cat([block.sq_norm() for block in blocks])
-    values, norms, at = room(blocks[0].size), [], 0
-    for block in blocks:
+    norms: list[Tensor] = []
+
+    def seen(block: JacobianBlock) -> JacobianBlock:
         norms.append(block.sq_norm())
-        values[at : at + len(norms[-1])] = block.dense()
-        at += len(norms[-1])
+        if audit is not None:
+            audit.look(len(norms) - 1, block, formed=room is not None)
+        return block
+
+    if room is None or len(blocks) == 1:
+        return join_blocks([seen(block) for block in blocks]), torch.cat(norms)
+    values, at = room(blocks[0].size), 0
+    for block in blocks:
+        stop = at + len(seen(block).dense())
+        values[at:stop] = block.dense()
+        at = stop
         block.forget()
     return DenseBlock(blocks[0].name, blocks[0].start, values), torch.cat(norms)
 

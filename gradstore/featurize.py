@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gradstore.background import Columns, in_background
-from gradstore.batch import Stopwatch, compute
+from gradstore.batch import Stopwatch, audit_schedule, compute
 from gradstore.batch_size import BatchSize, is_out_of_memory
 from gradstore.environment import environment, now_utc, require_same_environment
 from gradstore.errors import MismatchError, UsageError
@@ -21,6 +21,7 @@ from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, Settings, to_device
 from gradstore.project import Project
 from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Shard
 from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
 from gradstore.verify import Damage, find_damage
@@ -126,7 +127,8 @@ def featurize(
         MismatchError: `out` holds a store of another identity.
         LockedError: another process is writing it.
         NoSpaceError: the disk has too little room; said before the first gradient.
-        NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm.
+        NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
+            not that by P.
     """
     settings = Settings(proj_dim, projection, seed, layout, dtype, precision)
     plan = Plan(project, split, settings, device, parse_bytes(memory))
@@ -169,7 +171,8 @@ class _Run:
         self.note = note
         self.watch = Stopwatch()
         self.truth = plan.project.poisoned_mask(plan.split)
-        self.computed = 0
+        self.audits = audit_schedule(plan)
+        self.computed = self.audited = 0
 
     def write_missing(self) -> None:
         """Compute and publish the missing shards in ascending order."""
@@ -188,7 +191,13 @@ class _Run:
 
         report()
         if self.workers > 1:
-            write_shards(self.writer, self._fill_here, self.workers, lambda shard: self._count(shard.rows, report))
+
+            def count(shard: Shard, audited: int) -> None:
+                self.computed += shard.rows
+                self.audited += audited
+                report()
+
+            write_shards(self.writer, self._fill_here, self.workers, count)
         else:
             with in_background(self.writer) as background:
                 for index in self.writer.missing:
@@ -197,7 +206,8 @@ class _Run:
         report()
         busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
         seconds = round(time.perf_counter() - began, 3)
-        self.writer.log(event="finish", at=now_utc(), rows=self.computed, seconds=seconds, busy=busy)
+        done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited}
+        self.writer.log(event="finish", at=now_utc(), **done)
 
     def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
         """Compute all rows of shard `index`."""
@@ -206,14 +216,15 @@ class _Run:
             rows = range(self._compute(write, rows[: self.batch.rows]), rows.stop)
             report()
 
-    def _fill_here(self, shard: ShardWriter) -> None:
-        """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile."""
-        self._fill(shard.index, lambda make: shard.write(make()))
+    def _fill_here(self, shard: ShardWriter) -> int:
+        """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile.
 
-    def _count(self, rows: int, report: Callable[[], None]) -> None:
-        """Count rows that a worker computed."""
-        self.computed += rows
-        report()
+        Returns:
+            How many rows were audited.
+        """
+        before = self.audited
+        self._fill(shard.index, lambda make: shard.write(make()))
+        return self.audited - before
 
     @property
     def scarce(self) -> bool:
@@ -240,7 +251,8 @@ class _Run:
         """Compute the first of these rows, in as many groups as memory allows; the row after the last one computed."""
         began = time.perf_counter()
         try:
-            make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller)
+            audited = self.audits.due
+            make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited)
         except Exception as error:
             if not is_out_of_memory(error) or len(rows) <= self.group or not self.batch.halve():
                 raise
@@ -249,6 +261,8 @@ class _Run:
             write(make)
             self.batch.took(len(rows), time.perf_counter() - began)
             self.computed += len(rows)
+            self.audited += audited
+            self.audits.computed(len(rows))
             self.watch.lap("writing")
             return rows.stop
         # Here the failed batch and the frames that held it are gone.

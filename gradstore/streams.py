@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ class Beside:
 
     The host runs ahead of the device: without a limit it would queue, and hold, every block of a batch.
 
+    As a context manager it leaves nothing under way: when the body ends, the current stream waits for the second one;
+    when it raises, the host does. Torch's allocator knows only the stream on which memory was asked for, so what the
+    second stream reads and writes could otherwise be given to others, above all after running out of memory. The names
+    of what it writes must outlive the body.
+
     Args:
         device: where the work is; on a CPU it is done at once.
         ahead: pieces of work that may be unfinished. What they read is held until they are done.
@@ -27,6 +33,21 @@ class Beside:
         self._ahead = ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._unfinished: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._drain()
+            return
+        try:
+            self.join()
+        except BaseException:
+            self._drain()
+            raise
 
     def run(self, work: Callable[[], object], reads: object) -> None:
         """Do `work` after all that is queued on the current stream so far.
@@ -51,6 +72,11 @@ class Beside:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._unfinished.clear()
 
+    def _drain(self) -> None:
+        if self._stream is not None:
+            _drain(self._stream)
+            self._unfinished.clear()
+
 
 class Handover:
     """What one thread's current stream has queued so far, for another thread to take over from."""
@@ -61,15 +87,28 @@ class Handover:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """In the other thread: work and copies that follow what was queued, beside whatever is queued after it."""
+        """In the other thread: work and copies that follow what was queued, beside whatever is queued after it.
+
+        However the body ends, the host waits until they are done: they read memory of another stream.
+        """
         if self._done is None:
             yield
             return
         stream = torch.cuda.Stream(self._device)
         stream.wait_event(self._done)
         with torch.cuda.stream(stream):
-            yield
+            try:
+                yield
+            except BaseException:
+                _drain(stream)
+                raise
             stream.synchronize()
+
+
+def _drain(stream: torch.cuda.Stream) -> None:
+    """Have the host wait for a stream while an exception is on its way, which stays the one that is raised."""
+    with suppress(Exception):  # a device that has failed says so at every call
+        stream.synchronize()
 
 
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from gradstore.storage.manifest import Manifest, Shard
 from gradstore.storage.shard_writer import ShardWriter, write_shard
 from gradstore.writer import StoreWriter
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -34,7 +37,7 @@ class _Job:
     directory: Path
     manifest: Manifest
     disk: Disk
-    fill: Callable[[ShardWriter], None]
+    fill: Callable[[ShardWriter], Any]
 
 
 _inherited: _Job | None = None
@@ -53,7 +56,7 @@ def require_workers(workers: int, device: torch.device) -> int:
 
 
 def write_shards(
-    writer: StoreWriter, fill: Callable[[ShardWriter], None], workers: int, stored: Callable[[Shard], None]
+    writer: StoreWriter, fill: Callable[[ShardWriter], Result], workers: int, stored: Callable[[Shard, Result], None]
 ) -> None:
     """Compute the missing shards of a store in `workers` processes.
 
@@ -61,7 +64,7 @@ def write_shards(
         writer: the coordinator's.
         fill: writes all rows of one shard; called in a worker.
         workers: number of processes; each holds what `fill` does.
-        stored: told of each shard when it counts.
+        stored: told of each shard when it counts, and of what `fill` returned for it.
 
     Raises:
         UsageError: a worker was killed; finished shards are kept.
@@ -77,9 +80,9 @@ def write_shards(
             warnings.simplefilter("ignore", DeprecationWarning)
             futures = [pool.submit(_write, index) for index in writer.missing]
         for future in as_completed(futures):
-            shard = future.result()
+            shard, result = future.result()
             writer.adopt(shard)
-            stored(shard)
+            stored(shard, result)
         pool.shutdown()
     except BaseException as error:
         processes = set(multiprocessing.active_children()) - others
@@ -116,8 +119,8 @@ def _follow(coordinator: int) -> None:
     os._exit(1)
 
 
-def _write(index: int) -> Shard:
+def _write(index: int) -> tuple[Shard, Any]:
     assert _inherited is not None
     with write_shard(_inherited.directory, _inherited.manifest, index, _inherited.disk) as shard:
-        _inherited.fill(shard)
-    return shard.shard
+        result = _inherited.fill(shard)
+    return shard.shard, result

@@ -93,11 +93,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on_to_the_same_bytes(
     whole = gs.featurize(project(), split="train", out=tmp_path / "a", proj_dim=64)
     real, sizes, notes = FEATURIZE.compute, [], []
 
-    def small_machine(plan: Any, rows: range, group: int, *rest: Any) -> Any:
+    def small_machine(plan: Any, rows: range, group: int, *rest: Any, **named: Any) -> Any:
         sizes.append(-(-len(rows) // group))
         if sizes[-1] > 2:
             raise error()
-        return real(plan, rows, group, *rest)
+        return real(plan, rows, group, *rest, **named)
 
     monkeypatch.setattr(FEATURIZE, "compute", small_machine)
     store = gs.featurize(
@@ -119,10 +119,10 @@ def test_one_group_that_does_not_fit_is_an_error_and_finished_shards_stay(
     monkeypatch.setattr("gradstore.plan.SHARD_BYTES", 1)
     real = FEATURIZE.compute
 
-    def fails_later(plan: Any, rows: range, *rest: Any) -> Any:
+    def fails_later(plan: Any, rows: range, *rest: Any, **named: Any) -> Any:
         if rows.start >= 48:
             raise MemoryError("row 48")
-        return real(plan, rows, *rest)
+        return real(plan, rows, *rest, **named)
 
     monkeypatch.setattr(FEATURIZE, "compute", fails_later)
     with pytest.raises(MemoryError, match="row 48"):
@@ -134,9 +134,9 @@ def test_the_timed_search_reaches_large_batches_in_one_run(tmp_path: Path, monke
     monkeypatch.setattr("gradstore.plan.LARGE_GROUP", 16)
     real, sizes = FEATURIZE.compute, []
 
-    def noted(plan: Any, rows: range, group: int, *rest: Any) -> Any:
+    def noted(plan: Any, rows: range, group: int, *rest: Any, **named: Any) -> Any:
         sizes.append(-(-len(rows) // group))
-        return real(plan, rows, group, *rest)
+        return real(plan, rows, group, *rest, **named)
 
     def steady(batch: BatchSize, rows: int, seconds: float) -> None:
         took(batch, rows, 1.0)

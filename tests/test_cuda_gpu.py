@@ -11,8 +11,11 @@ import torch
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
+from gradstore.errors import NonFiniteError
+from gradstore.jacobians import DenseBlock, EmbeddingBlock, LinearBlock
 from gradstore.projection import Projection, cuda
 from gradstore.projection.entries import Entries
+from gradstore.projection_audit import AuditSchedule, Comparison, ProjectionAudit
 
 WHY_NOT = cuda.unavailable(0) if torch.cuda.is_available() else "no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
@@ -224,6 +227,66 @@ def test_stores_have_the_same_bits_for_every_batch_size(tmp_path):
         gs.featurize(small_project(), split="train", out=out, **settings)
         found.append({path.name: path.read_bytes() for path in (*out.glob("*.h5"), out / "store.json")})
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("layout", ["per-class", "sum", "mixed"])
+@pytest.mark.parametrize(("kind", "precision"), VARIANTS)
+def test_right_stores_pass_the_audit_with_room_to_spare(kind, precision, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(AuditSchedule, "due", True)
+    require, margins = Comparison.require, []
+
+    def measured(self, sq_norm, split):
+        assert self.path == f"cuda {precision}"
+        margins.append(float((self.want - self.got).abs().max()) / self.tolerance(sq_norm))
+        require(self, sq_norm, split)
+
+    monkeypatch.setattr(Comparison, "require", measured)
+    settings = {"projection": kind, "layout": layout, "precision": precision, "proj_dim": 1000, "device": "cuda"}
+    gs.featurize(small_project(), split="train", out=tmp_path / "s", batch_size=16, **settings)
+    assert len(margins) == 5
+    assert max(margins) < 0.6
+
+
+def test_signs_that_are_flipped_on_the_card_are_refused(tmp_path, monkeypatch):
+    right = cuda.accumulate
+
+    def wrong(device, entries, out, block, start, *rest):
+        right(device, entries, out, -block if start else block, start, *rest)  # of all parameters but the first
+
+    monkeypatch.setattr(cuda, "accumulate", wrong)
+    with pytest.raises(NonFiniteError, match=r"wgmma fast path: .* run `gradstore doctor"):
+        gs.featurize(small_project(), split="train", out=tmp_path / "s", proj_dim=1000, device="cuda")
+    assert not list((tmp_path / "s").glob("shard*"))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_an_audit_does_not_wait_for_the_device(kind):
+    n, c, device = 5, 3, torch.device("cuda:0")
+    indices = torch.randint(0, 9, (n, 7), device=device)
+    blocks = [
+        DenseBlock("bias", 0, torch.randn(n, c, 500, device=device)),
+        LinearBlock("weight", 512, torch.randn(n, 1, 70, device=device), torch.randn(n, c, 1, 30, device=device)),
+        EmbeddingBlock("tokens", 4096, indices, torch.randn(n, c, 7, 20, device=device), 1000),
+    ]
+
+    def look():
+        audit = ProjectionAudit(Projection(kind, 300), [range(n)], c, mixed=False, first_k=0, device=device)
+        for block in blocks:
+            audit.look(0, block, formed=False)
+        return audit.compare(torch.zeros(n, c, 300, device=device))
+
+    look()  # tables are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = look()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = torch.zeros(len(found.k), dtype=torch.float64)
+    for block in blocks:
+        columns = block.start + torch.arange(block.size)
+        entries = Entries(kind, 0, 0).at(torch.from_numpy(found.k)[:, None], columns)
+        want += entries @ block.dense()[found.i, found.c].cpu().double()
+    assert (found.want.cpu() - want).abs().max() < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def fill(shard: ShardWriter) -> None:
 def run(path: Path, work: object = fill, workers: int = 3) -> list[int]:
     stored: list[int] = []
     with open_writer(path, plan(N), None, data) as writer:
-        write_shards(writer, work, workers, lambda shard: stored.append(shard.index))  # type: ignore[arg-type]
+        write_shards(writer, work, workers, lambda shard, _: stored.append(shard.index))  # type: ignore[arg-type]
     return stored
 
 

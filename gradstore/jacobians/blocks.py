@@ -42,6 +42,16 @@ class JacobianBlock:
         """Keep the values no longer."""
         self._dense = None
 
+    def picked(self, i: int, c: int, *, formed: bool) -> JacobianBlock:
+        """Example i and class c alone, [1, 1, size]; of blocks that have structure, no other values are formed for it.
+
+        Args:
+            i: example of this batch.
+            c: class.
+            formed: take the values of a block with structure where it keeps them, not the structure.
+        """
+        return DenseBlock(self.name, self.start, self.dense()[i : i + 1, c : c + 1])
+
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
         # Some rows at a time, because torch widens all that it is given before it adds up.
@@ -146,6 +156,13 @@ class LinearBlock(JacobianBlock):
             self._activations = self._activations()
         return self._activations
 
+    def picked(self, i: int, c: int, *, formed: bool) -> JacobianBlock:
+        """See `JacobianBlock.picked`."""
+        if formed and self._dense is not None:
+            return super().picked(i, c, formed=formed)
+        deltas = self.deltas[i : i + 1, c : c + 1]
+        return LinearBlock(self.name, self.start, self.activations[i : i + 1], deltas, width=self.width)
+
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row, [n, c] float64; ‖δ‖² ‖a‖² where the weight is used at one position."""
         if self.deltas.shape[2] > 1:
@@ -177,9 +194,24 @@ class EmbeddingBlock(JacobianBlock):
         start, size = self.start + first * width, (last - first) * width
         return LazyBlock(self.name, start, size, lambda: self._scattered(first, last))
 
+    def picked(self, i: int, c: int, *, formed: bool) -> JacobianBlock:
+        """See `JacobianBlock.picked`."""
+        if formed and self._dense is not None:
+            return super().picked(i, c, formed=formed)
+        deltas = self.deltas[i : i + 1, c : c + 1]
+        return EmbeddingBlock(self.name, self.start, self.indices[i : i + 1], deltas, self.num_embeddings)
+
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row, [n, c] float64; the dense values are not formed."""
         return (self._merged().double() * self.deltas.double()).sum((2, 3))
+
+    def shares(self) -> Tensor:
+        """[n, c, S, d] in float32 or wider: at each token its equal share of the sum over all that take the same row.
+
+        With whatever rounding the sums have in `dense`, on a GPU that of TF32 where the user allows it.
+        """
+        tokens = (self.indices[:, :, None] == self.indices[:, None, :]).sum(2)
+        return self._merged() / tokens[:, None, :, None]
 
     def _values(self) -> Tensor:
         return self._scattered(0, self.num_embeddings)

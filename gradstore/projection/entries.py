@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,27 +56,52 @@ class Entries:
 
     def tile(self, first_k: int, stop_k: int, start: int, stop: int, device: torch.device) -> Tensor:
         """P[first_k:stop_k, start:stop] as float64 on ``device``; holds about 16 bytes an entry on the way."""
-        return self.rows(torch.arange(first_k, stop_k), start, stop, device)
+        return self.columns(torch.arange(first_k, stop_k, device=device), start, stop)
 
-    def rows(self, k: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
-        """P[k, start:stop] of int64 indices k as float64 on ``device``; memory as for `tile`."""
+    def columns(self, k: Tensor, start: int, stop: int) -> Tensor:
+        """P[k, start:stop] of int64 k [m], float64 [m, stop - start] on its device; holds what `tile` does."""
         first, last = start // self.period, -(-stop // self.period)
-        b = torch.arange(first, last, device=device)
-        words = torch.stack(self._words(b, k.to(device)[:, None]), dim=-1)
-        values = _signs(words) if self.kind == "rademacher" else _normals(words).flatten(1)
+        values = self._values(torch.arange(first, last, device=k.device), k)
         offset = start - first * self.period
         return values[:, offset : offset + stop - start]
 
+    def strips(self, k: Tensor, starts: Tensor, width: int) -> Tensor:
+        """P[k, s : s + width] for every s of ``starts``: equal strips of columns, wherever they begin.
+
+        Args:
+            k: int64 [m].
+            starts: int64 [s], on the device of ``k``.
+            width: columns of a strip.
+
+        Returns:
+            float64 [m, s, width]; holds about 32 bytes for each of m * s * (width + 2 * period) entries.
+        """
+        first = starts.div(self.period, rounding_mode="floor")
+        touched = (width + 2 * self.period - 2) // self.period  # at most, wherever a strip begins
+        values = self._values((first[:, None] + torch.arange(touched, device=k.device)).flatten(), k)
+        inside = (starts - first * self.period)[:, None] + torch.arange(width, device=k.device)
+        return values.view(len(k), len(starts), -1).gather(2, inside.expand(len(k), -1, -1))
+
+    def _values(self, b: Tensor, k: Tensor) -> Tensor:
+        """All entries that the counters b [blocks] and k [m] make, [m, blocks * period]."""
+        words = torch.stack(self._words(b, k[:, None]), dim=-1)
+        return _signs(words) if self.kind == "rademacher" else _normals(words).flatten(1)
+
     def _words(self, b: Tensor, k: Tensor) -> Counter:
-        domain = torch.tensor(2 * self.stream + KINDS.index(self.kind), device=b.device)
+        # Filled on the device: a number copied to it would make the host wait for all that is queued there.
+        domain = torch.full((), 2 * self.stream + KINDS.index(self.kind), device=b.device)
         return philox4x32_10((b & MASK32, b >> 32, k, domain), split_key(self.seed))
 
 
 def _signs(words: Tensor) -> Tensor:
     """Words [K, blocks, 4] to signs [K, 128 * blocks]: each byte looked up in a 256 x 8 table of signs."""
     bytes_ = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 255
-    table = _SIGNS_OF_BYTE.to(words.device)
-    return torch.nn.functional.embedding(bytes_.flatten(1), table).flatten(1)
+    return torch.nn.functional.embedding(bytes_.flatten(1), _signs_of_byte(words.device)).flatten(1)
+
+
+@cache
+def _signs_of_byte(device: torch.device) -> Tensor:
+    return _SIGNS_OF_BYTE.to(device)
 
 
 def _normals(words: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def _solve(
     _wait(finished(), problem)
     k = _sample(problem.count)
     stop = problem.start + problem.columns
-    want = 2 + block.double() @ entries.rows(problem.first_k + k, problem.start, stop, torch.device("cpu")).T
+    want = 2 + block.double() @ entries.columns(problem.first_k + k, problem.start, stop).T
     exact = entries.kind == "rademacher" and problem.gradients != "uneven"
     require_equal(out.cpu()[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
 
