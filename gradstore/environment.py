@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import torch
 
+from gradstore import __version__
 from gradstore.errors import GradstoreError, MismatchError
 from gradstore.hashing import NAMES, VERSIONS, newest_version
 from gradstore.matrix_unit import product
@@ -83,7 +84,7 @@ def now_utc() -> str:
 def system_card() -> dict[str, str]:
     """What this machine offers, for people: projection path, devices, libraries."""
     return {
-        "gradstore": version("gradstore"),
+        "gradstore": __version__,
         "projection": _projection_path(),
         "matrix unit": _matrix_unit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; the CPU is used",

@@ -146,7 +146,7 @@ def featurize(
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
             run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note)
-            with freed_at_once(run.scarce, plan.memory):
+            with plan.projection.explained(plan.device), freed_at_once(run.scarce, plan.memory):
                 run.write_missing()
     return open_store(out)
 

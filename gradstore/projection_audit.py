@@ -7,8 +7,8 @@ that is audited. Everything between the Jacobian and the features is on trial: r
 streams of classes, compiled code, fused kernels. Whether the Jacobian is right is not asked here.
 
 What is seen. Let a share s of a row's ‖g‖² meet entries that are not those of P but independent of them, and let T be
-the tolerance over ‖g‖: 3e-5 for paths that are right to float32 rounding, 3.2e-3 for the fast ones of a GPU. One value is then
-off by about sqrt(2 s) ‖g‖, and within the tolerance with a chance of 0.6 T / sqrt(s).
+the tolerance over ‖g‖: 3e-5 for paths that are right to float32 rounding, 3.2e-3 for the fast ones of a GPU. One value
+is then off by about sqrt(2 s) ‖g‖, and within the tolerance with a chance of 0.6 T / sqrt(s).
 
 - Always, what is wrong for the audited row at every k: all 16 values slip through with a chance of about 1e-12 where
   s = 1e-8 (fast: 1e-4), and less where s is larger. Only where one parameter carries all of s, its wrong sign

@@ -100,8 +100,9 @@ def test_accumulate_takes_any_start_and_any_rows_of_p(kind, data):
     got = torch.ones(rows, k)
     projection.accumulate(got, block, start, first_k=first_k)
     want = 1 + block.double() @ dense(projection, columns, start)[first_k : first_k + k].T
-    # Of the row's norm, where the matrix unit takes gradients as integers.
-    room = 1e-5 * float(block.norm(dim=1).max()) if rows and native.status().level == "amx" else 1e-5
+    # Of the row's norm; more where the matrix unit takes gradients as integers.
+    part = 1e-5 if native.status().level == "amx" else 3e-6
+    room = part * float(block.norm(dim=1).max()) if rows else 0.0
     assert torch.allclose(got.double(), want, rtol=1e-6, atol=max(room, 1e-5))
 
 
@@ -203,7 +204,7 @@ def test_pickle_and_repr_round_trip():
             lambda: Projection(backend="gpu"),
             "backend: unknown backend (expected one of auto, native, cuda, reference, got 'gpu').",
         ),
-        (lambda: Projection(dim=0), "dim: bad dim (expected an integer in [1, 4294967297), got 0)."),
+        (lambda: Projection(dim=0), "dim: bad dim (expected an integer in [1, 2147483649), got 0)."),
         (lambda: Projection(seed=-1), "seed: bad seed (expected an integer in [0, 18446744073709551616), got -1)."),
         (
             lambda: Projection().project(torch.ones(3)),

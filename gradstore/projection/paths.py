@@ -44,6 +44,9 @@ class GpuPath(Protocol):
     def sources(self) -> tuple[Path, ...]:
         """The files that its result depends on."""
 
+    def gave_up(self, index: int) -> str:
+        """What a product waited for in vain before the device failed, or ""."""
+
     def accumulate(
         self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
     ) -> None:
@@ -82,6 +85,10 @@ class Fused:
         """See `GpuPath`."""
         return tuple(sorted(path for path in (_HERE / "cuda").rglob("*") if path.suffix in (".py", ".cu", ".cuh")))
 
+    def gave_up(self, index: int) -> str:
+        """See `GpuPath`."""
+        return cuda.device(index, hopper=self.name == "wgmma").gave_up()
+
     def accumulate(
         self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
     ) -> None:
@@ -119,6 +126,10 @@ class ByTriton:
     def sources(self) -> tuple[Path, ...]:
         """See `GpuPath`."""
         return _HERE / "by_triton.py", _HERE / "triton_kernels.py"
+
+    def gave_up(self, index: int) -> str:
+        """See `GpuPath`; its programs wait for nothing."""
+        return ""
 
     def accumulate(
         self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,6 +156,12 @@ class Projection:
         if device.type != "cuda" or self.backend == "reference":
             return ()
         return trust.chosen(device.index, self.kind, self.precision).passed_over
+
+    def explained(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within: where a device fails because the product gave up, the error says so; see `trust.explained`."""
+        if device.type != "cuda" or self.backend == "reference":
+            return nullcontext()
+        return trust.explained(device.index, self.kind, self.precision)
 
     def fused(self, device: torch.device) -> bool:
         """Whether P is multiplied by kernels of a GPU, which take few large blocks rather than many small ones."""

@@ -204,21 +204,33 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.zeros(1, device=device)
+    report(path.accumulate, kind, precision, path.rows(kind, precision), device, on_device(index))
+
+
+def report(
+    accumulate: Accumulate,
+    kind: str,
+    precision: str,
+    tiles: tuple[int, ...],
+    device: torch.device,
+    finished: Callable[[], Callable[[], bool]],
+) -> None:
+    """Print what `check` finds, as `trust.check_apart` reads it, and leave the process."""
     _say(ready=True)
     try:
         count = check(
-            path.accumulate,
+            accumulate,
             kind,
             precision,
-            path.rows(kind, precision),
+            tiles,
             device,
-            finished=on_device(index),
+            finished=finished,
             begin=lambda problem: _say(problem=str(problem)),
         )
         _say(proved=count)
     except CheckError as failure:
         _say(fault=str(failure))
-        os._exit(0)  # leaving in the ordinary way would wait for the device
+    os._exit(0)  # leaving in the ordinary way would wait for the device
 
 
 def _say(**facts: object) -> None:

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -23,6 +23,7 @@ from threading import Timer
 
 import torch
 
+from gradstore.errors import GradstoreError
 from gradstore.projection import self_check
 from gradstore.projection.cuda.source import cache_folder, publish
 from gradstore.projection.paths import PATHS, GpuPath
@@ -98,11 +99,33 @@ def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool
     fault, solved = check_apart([str(index), path.name, kind, precision])
     if fault is None:  # no process of its own can be had, as where a device is for one process alone
         fault, solved = _check_here(path, index, kind, precision)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    found = Verdict(fault, solved, round(time.monotonic() - began, 1), now)
-    with suppress(OSError):  # a cache that cannot be written costs time only
-        publish(_file(path, index, kind, precision), json.dumps(asdict(found)).encode())
-    return found
+    return _kept(path, index, kind, precision, Verdict(fault, solved, round(time.monotonic() - began, 1), _now()))
+
+
+@contextmanager
+def explained(index: int | None, kind: str, precision: str) -> Iterator[None]:
+    """Within: a device that fails because a product gave up waiting says so, and its path is trusted no more.
+
+    Raises:
+        GradstoreError: instead of the device's own error, which it has as its cause.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        number = torch.cuda.current_device() if index is None else index
+        path = chosen(number, kind, precision).path
+        why = path.gave_up(number) if path else ""
+        if path is None or not why:
+            raise
+        fault = f"it gave up waiting for {why} in a run"
+        _kept(path, number, kind, precision, Verdict(fault, 0, 0.0, _now()))
+        raise GradstoreError(
+            "the projection does not go on",
+            where=f"cuda:{number}",
+            got=f"{path.name} gave up waiting for {why}",
+            hint="It will not be used again here: the same command with --allow-other-versions goes on by another way. "
+            "`gradstore doctor --again` checks it anew",
+        ) from error
 
 
 def kept_verdict(path: GpuPath, index: int, kind: str, precision: str) -> Verdict | None:
@@ -171,6 +194,16 @@ def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> tuple[s
         return None, 0
     end = "did not end" if timed_out else f"ended with status {code}"
     return f"the process that checked it {end} ({facts.get('problem', 'before the first problem')})", problems
+
+
+def _kept(path: GpuPath, index: int, kind: str, precision: str, found: Verdict) -> Verdict:
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        publish(_file(path, index, kind, precision), json.dumps(asdict(found)).encode())
+    return found
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> tuple[str, int]:

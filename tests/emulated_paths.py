@@ -1,0 +1,111 @@
+"""Paths of a GPU that is not there: the CUDA source on the host and Triton's interpreter, right or with a fault.
+
+Run as a program it checks one of them in this process, as `self_check` does on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradstore.projection import cuda, self_check
+from gradstore.projection.cuda import source
+from gradstore.projection.entries import Entries
+
+TILE = 32
+# What is changed in the headers: file, what stands there, what is put in its place.
+SOURCE_FAULTS = {
+    "permuted": ("entries.cuh", "return 16 * element + chunk;", "return 16 * element + (chunk ^ (chunk == 5));"),
+    "wrong-word": ("entries.cuh", "(u32)(b >> 32), k,", "(u32)(b >> 32), k + (b == 1),"),
+    "does-not-compile": ("entries.cuh", "constexpr int GROUP", "constant int GROUP"),
+}
+FAULTS = ("", *SOURCE_FAULTS, "hangs", "dies", "raises", "no-device")
+
+
+@dataclass(frozen=True)
+class EmulatedPath:
+    """One path, for `trust.choose`.
+
+    Attributes:
+        name: "wgmma", "mma" or "triton".
+        fault: of `FAULTS`, or "" for none.
+        absent: what is to be installed, or "".
+    """
+
+    name: str
+    fault: str = ""
+    absent: str = ""
+
+    def suits(self, index: int, kind: str) -> bool:
+        return self.name != "triton" or kind == "rademacher"
+
+    def missing(self, index: int) -> str:
+        return self.absent
+
+    def rows(self, kind: str, precision: str) -> tuple[int, ...]:
+        return (TILE,)
+
+    def versions(self) -> dict[str, str]:
+        return {"fault": self.fault}
+
+    def sources(self) -> tuple[Path, ...]:
+        return ()
+
+    def gave_up(self, index: int) -> str:
+        return ""
+
+    def accumulate(
+        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+    ) -> None:
+        if self.fault == "raises":
+            raise RuntimeError("launching the projection failed: CUDA_ERROR_LAUNCH_FAILED")
+        if self.fault == "dies":
+            os._exit(9)
+        if self.name == "triton":
+            from gradstore.projection import by_triton
+
+            by_triton.accumulate(entries, out, block, start, first_k, precision)
+        else:
+            from test_cuda_source import Emulation
+
+            folder = Path(os.environ["EMULATED_FOLDER"]) / (self.fault if self.fault in SOURCE_FAULTS else "right")
+            device = Emulation(folder, self.name == "wgmma")
+            cuda.accumulate(device, entries, out, block, start, first_k, precision)
+
+
+def spoiled_source(folder: Path, fault: str) -> Path:
+    """A copy of the CUDA headers with a fault in it."""
+    file, right, wrong = SOURCE_FAULTS[fault]
+    if not folder.exists():
+        shutil.copytree(source.FOLDER, folder)
+        text = (folder / file).read_text()
+        assert right in text, "the fault no longer fits the source"
+        (folder / file).write_text(text.replace(right, wrong))
+    return folder
+
+
+def main(arguments: list[str]) -> None:
+    """Check a path: index, name:fault, kind, precision."""
+    name, _, fault = arguments[1].partition(":")
+    if fault == "no-device":
+        sys.exit("CUDA-capable device(s) is/are busy or unavailable")
+    base = Path(os.environ["EMULATED_FOLDER"])
+    if fault in SOURCE_FAULTS:
+        source.FOLDER = spoiled_source(base / f"src-{fault}", fault)
+    (base / (fault if fault in SOURCE_FAULTS else "right")).mkdir(exist_ok=True)
+    if fault == "hangs":
+        self_check.FINISH_SECONDS = 0.2
+    ended = time.monotonic() if fault != "hangs" else None
+    path = EmulatedPath(name, fault)
+    self_check.report(path.accumulate, *arguments[2:4], (TILE,), torch.device("cpu"), lambda: lambda: ended is not None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
