@@ -23,6 +23,7 @@ from gradstore.projection.cuda import source
 from gradstore.projection.cuda.geometry import variant_for
 from gradstore.projection.entries import Entries
 from gradstore.projection.paths import PATHS
+from gradstore.projection_audit import AuditSchedule
 
 ROOT = Path(__file__).parent.parent
 K, P = 10240, 11_173_962  # of a ResNet18
@@ -301,6 +302,15 @@ def featurized(model: torch.nn.Module, inputs: torch.Tensor, classes: int, memor
     return last
 
 
+def with_audits(due: bool, model: torch.nn.Module, inputs: torch.Tensor, classes: int) -> float:
+    """Seconds of a run in which every batch is audited, or none."""
+    before, AuditSchedule.due = AuditSchedule.due, property(lambda self: due)  # type: ignore[assignment]
+    try:
+        return featurized(model, inputs, classes, "60GB")["seconds"]
+    finally:
+        AuditSchedule.due = before  # type: ignore[method-assign]
+
+
 def ends(record: Recorder) -> None:
     """Featurize a ResNet18 on CIFAR-shaped data and a BERT-base on tokens, and what the whole would take."""
     from bench_jacobians import resnet18
@@ -321,6 +331,8 @@ def ends(record: Recorder) -> None:
         record(f"featurize {name}", n / seconds, "rows/s", n, p, note)
         record(f"extrapolated to {whole} rows", whole * seconds / n / 60, "min", whole, p)
         record("GPU memory", torch.cuda.max_memory_allocated() / 1e9, "GB", n, p)
+        always, never = (with_audits(due, model, make(n), classes) for due in (True, False))
+        record("every batch audited / none", always / never, "x", n, p, f"{always:.2f} s, {never:.2f} s")
 
 
 def memory(record: Recorder) -> None:

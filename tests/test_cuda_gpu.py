@@ -37,7 +37,7 @@ SHAPES = [  # rows, p, K, start, first_k
     (32, 777, 300, 100, 9),
     (31, 20000, 257, 2**31 - 300, 0),
     (640, 3000, 513, 2**40 + 7, 2**20),
-    (650, 9001, 129, 8192 * 3 - 129, 1),
+    (650, 9001, 129, 16384 * 3 - 129, 1),
 ]
 
 
@@ -256,7 +256,7 @@ def test_right_stores_pass_the_audit_with_room_to_spare(kind, precision, layout,
     monkeypatch.setattr(Comparison, "require", measured)
     settings = {"projection": kind, "layout": layout, "precision": precision, "proj_dim": 1000, "device": "cuda"}
     gs.featurize(small_project(), split="train", out=tmp_path / "s", batch_size=16, **settings)
-    assert len(margins) == 5
+    assert len(margins) == 2  # groups of 64 rows
     assert max(margins) < 0.6
 
 

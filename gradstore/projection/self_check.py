@@ -87,13 +87,13 @@ def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
     for rows in tiles:
         yield Problem("one-hot", rows, 256, 128, 0, 0)
         yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9)
-        yield Problem("uneven", rows, 9000, 257, 8192 * 3 - 129, 2**31 - 257)
+        yield Problem("uneven", rows, 9000, 257, 16384 * 3 - 129, 2**31 - 257)
     most = tiles[-1]
     yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
     yield Problem("integers", 1, 1, 1, 0, 0)
     yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0)  # carries of the generator's counter
     if crowd:
-        yield Problem("integers", 3 * most + 1, 40000, 3000, 8192 - 128, 1)
+        yield Problem("integers", 3 * most + 1, 40000, 3000, 16384 - 128, 1)
 
 
 def check(
@@ -144,14 +144,18 @@ def _solve(
     out = torch.full((problem.rows, problem.count), 2.0, device=device)
     try:
         accumulate(entries, out, block.to(device), problem.start, problem.first_k, precision)
+        _wait(finished(), problem)
+        got = out.cpu()
+    except CheckError:
+        raise
     except Exception as error:
-        raise CheckError(f"{type(error).__name__}: {error} ({problem})") from error
-    _wait(finished(), problem)
+        line = str(error).strip().split("\n")[0]
+        raise CheckError(f"{type(error).__name__}: {line} ({problem})") from error
     k = _sample(problem.count)
     stop = problem.start + problem.columns
     want = 2 + block.double() @ entries.columns(problem.first_k + k, problem.start, stop).T
     exact = entries.kind == "rademacher" and problem.gradients != "uneven"
-    require_equal(out.cpu()[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
+    require_equal(got[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
 
 
 def _sample(count: int) -> Tensor:

@@ -39,7 +39,7 @@ inline float read(const float* out) { return *out; }
 inline void write(float* out, float value) { *out = value; }
 #endif
 
-constexpr int BATCH = 2;  // fragments of 8 rows whose old values are read together, to wait for memory once
+constexpr int BATCH = 4;  // fragments of 8 rows whose old values are read together, to wait for memory once
 
 // Adds a lane's accumulators to the output. sum[m][4 i + r] belongs to row 8 i + 2 t + r % 2 of gradients and to row
 // first_k + PITCH m + g + 8 (r / 2) of P.
