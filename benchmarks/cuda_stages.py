@@ -365,7 +365,7 @@ def sanitizer(record: Recorder) -> None:
         "torch.cuda.synchronize()\n"
     )
     failed = 0
-    for check in ("memcheck", "racecheck", "synccheck"):
+    for check in ("memcheck", "synccheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", code]
         try:
             outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)

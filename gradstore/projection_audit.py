@@ -53,9 +53,9 @@ _TINY = torch.finfo(torch.float32).tiny  # below it, float32 has no relative pre
 
 # Flops of the fast path in the time that an audit takes for one entry of P, and for one block: 4 or 40 ns and 0.8 ms,
 # beside 10^12 or 10^11 flops a second and thread. Twice what was measured on a CPU that had just projected (of two
-# processors, the faster product); on a GPU estimated, beside 6 · 10^14 flops a second.
+# processors, the faster product), or on a GPU, most of it for launching, beside 6 · 10^14 flops a second.
 _CPU_COST = {"rademacher": (4e3, 8e8), "gaussian": (4e3, 8e7)}
-_GPU_COST = (6e4, 6e11)
+_GPU_COST = (6e4, 2e12)
 _SHARE = 1 / 200  # of the projection's time that audits may take, after the first
 _BLOCK_COLUMNS = 1 << 16
 

@@ -94,10 +94,10 @@ def test_the_targets_sizes_get_these_tiles(kind, rows, tile):
     assert variant_for(kind, "fast", rows, True).rows == tile
 
 
-def test_memory_beside_gradients_and_features_stays_below_140_mb():
+def test_memory_beside_gradients_and_features_stays_below_170_mb():
     variant = variant_for("rademacher", "fast", 640, True)
     pieces = list(launches(variant, 640, 10240, 0, 11_173_962, WORKSPACE_BYTES, 132))
     packed = max(piece.groups for piece in pieces) * GROUP * 640 * 2
     undo = max(piece.spans for piece in pieces) * 640 * 8
     turns = 2 * 5 * 40 * 4
-    assert 2 * (packed + undo + turns) <= 140e6
+    assert 2 * (packed + undo + turns) <= 170e6

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradstore.jacobians.fresh import reused
 
-_WIDENED = 1 << 19  # values that are held in float64 at once, unless one row has more
+# Values that are held in float64 at once, unless one row has more; a GPU is asked for few large pieces, not many small.
+_WIDENED = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 
 class JacobianBlock:
@@ -55,7 +56,8 @@ class JacobianBlock:
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
         # Some rows at a time, because torch widens all that it is given before it adds up.
-        rows = self.dense().flatten(0, 1).split(max(1, _WIDENED // max(1, self.size)))
+        values = self.dense().flatten(0, 1)
+        rows = values.split(max(1, _WIDENED.get(values.device.type, 1 << 19) // max(1, self.size)))
         norms = [torch.linalg.vector_norm(some, dim=-1, dtype=torch.float64) for some in rows]
         return torch.cat(norms).square().view(self.dense().shape[:2])
 

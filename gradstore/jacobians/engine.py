@@ -162,7 +162,8 @@ class JacobianEngine:
         for block in self._blocks:
             if block.name in groups:
                 names = [member.name for member in groups[block.name]]
-                with self._subject.ready():
+                # In one thread as above: on some processors the bits of small products depend on how they are cut.
+                with self._subject.ready(), uncut_if_small(self.outputs(n)):
                     ready |= zip(names, routes[names[0]](self._subject, names, inputs, cotangents), strict=True)
             cuts = _cuts(block, whole=self._plan.sparse(block.name))
             if block.name in ready:

@@ -58,7 +58,7 @@ def pull_back(
         _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
     summed = audited is cotangents
-    factors = weights(len(cotangents), cotangents)
+    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
 
     def pull(classes: range) -> list[Tensor]:
         """Absorb some classes; their deltas' weighted sum where it is audited."""
@@ -102,11 +102,11 @@ def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
     ]
 
 
-def _added(totals: list[Tensor], deltas: list[Tensor], factor: Tensor) -> list[Tensor]:
+def _added(totals: list[Tensor], deltas: list[Tensor], factor: float) -> list[Tensor]:
     """Totals with factor · deltas added in place; empty totals begin."""
     if not totals:
         return [delta * factor for delta in deltas]
-    return [total.add_(delta, alpha=factor.item()) for total, delta in zip(totals, deltas, strict=True)]
+    return [total.add_(delta, alpha=factor) for total, delta in zip(totals, deltas, strict=True)]
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
@@ -151,8 +151,15 @@ def _audit(
     for name, gradient in zip(names, found[count:], strict=True):
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
-    for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True):
-        if weighted is not None and fits(tap.shape, n, how) and not owned(weighted, total, n, how):
+    verdicts = [
+        (tap, owned(weighted, total, n, how))
+        for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True)
+        if weighted is not None and fits(tap.shape, n, how)
+    ]
+    # One look at all of them, since a GPU has to be waited for each time.
+    right = torch.stack([verdict for _, verdict in verdicts]).tolist() if verdicts else []
+    for (tap, _), passed in zip(verdicts, right, strict=True):
+        if not passed:
             pulled.distrust(tap, "rows not by example")
 
 

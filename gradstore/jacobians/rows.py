@@ -48,7 +48,7 @@ def weights(count: int, like: Tensor) -> Tensor:
     return values.to(like.dtype).to(like.device)
 
 
-def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> bool:
+def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> Tensor:
     """The audit: whether `weighted` is `total` with each example's rows scaled by that example's weight.
 
     Args:
@@ -56,9 +56,12 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> bool:
         total: gradient of `Σ_i Σ_c u_c logits[i, c]`, the same shape.
         n: examples in the batch.
         arrangement: the assignment of rows to be proved.
+
+    Returns:
+        bool [], on the device.
     """
     ours = by_example(total, n, arrangement).flatten(1)
     theirs = by_example(weighted, n, arrangement).flatten(1)
     scale = torch.linalg.vector_norm(ours, dim=1)
     error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
-    return bool((error <= ROUNDING[total.dtype] * (scale + 1e-2 * scale.max())).all())
+    return (error <= ROUNDING[total.dtype] * (scale + 1e-2 * scale.max())).all()

@@ -87,13 +87,13 @@ def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
     for rows in tiles:
         yield Problem("one-hot", rows, 256, 128, 0, 0)
         yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9)
-        yield Problem("uneven", rows, 9000, 257, 16384 * 3 - 129, 2**31 - 257)
+        yield Problem("uneven", rows, 9000, 257, 8192 * 3 - 129, 2**31 - 257)
     most = tiles[-1]
     yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
     yield Problem("integers", 1, 1, 1, 0, 0)
     yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0)  # carries of the generator's counter
     if crowd:
-        yield Problem("integers", 3 * most + 1, 40000, 3000, 16384 - 128, 1)
+        yield Problem("integers", 3 * most + 1, 40000, 3000, 8192 - 128, 1)
 
 
 def check(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 GROUP = 256  # parameters that are handled whole; the same constants stand in src/entries.cuh
 STAGE = 64
-SPAN = 16384
+SPAN = 8192
 PRECISIONS = ("fast", "exact")
 
 _MAX_ROWS = {

@@ -13,7 +13,7 @@ from gradstore.projection.cuda.geometry import GROUP, STAGE, Launch, Variant, la
 from gradstore.projection.cuda.jobs import Job, Pack
 from gradstore.projection.entries import KINDS, Entries
 
-WORKSPACE_BYTES = 64 << 20  # for the packed gradients of a launch; two are under way at a time
+WORKSPACE_BYTES = 80 << 20  # for the packed gradients of a launch; two are under way at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SLOTS = 2
 _TURNS = 2  # counters of a tile: on Hopper its two halves go their own way
@@ -52,7 +52,7 @@ def accumulate(
 ) -> None:
     """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place, on the current stream.
 
-    Gradients are scaled by a power of two per (row, span of 16384 parameters) and become one float16 ("fast": relative
+    Gradients are scaled by a power of two per (row, span of 8192 parameters) and become one float16 ("fast": relative
     error of a feature vector about 2e-4, far below the projection's own noise) or the sum of two ("exact": about 1e-6,
     as float32 products have). Signs are exact; normals become float16 too, or the sum of two. Sums are float32, in a
     fixed order, so a row's bits do not depend on the rows beside it.
@@ -66,7 +66,7 @@ def accumulate(
         first_k: the row of P that column 0 of ``out`` belongs to.
         precision: "fast" or "exact".
 
-    Holds 128 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
+    Holds 160 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
     or ``block`` whose columns are not adjacent is copied.
     """
     if out.numel() == 0 or block.shape[1] == 0:

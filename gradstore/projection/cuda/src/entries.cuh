@@ -27,7 +27,7 @@ typedef long long i64;
 
 constexpr int GROUP = 256;         // parameters of two generator calls for each of two rows: one call for each lane of four
 constexpr int STAGE = 64;          // parameters of four fragments: what is multiplied between two barriers
-constexpr int SPAN = 16384;        // parameters that share a row's scale and are summed before they reach the output
+constexpr int SPAN = 8192;         // parameters that share a row's scale and are summed before they reach the output
 constexpr int STEPS = STAGE / 16;  // fragments in a stage
 constexpr int PAIR = 8;            // registers of two fragments, which are made together
 
