@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from gradstore.errors import MismatchError
+
 from .options import as_json
-from .output import print_json, print_pairs, printable, say
+from .output import print_json, print_pairs, printable
 
 
 @click.command(
@@ -33,11 +35,11 @@ def doctor(again: bool, as_json: bool) -> None:
         for device in dict.fromkeys(finding.device for finding in found):
             click.echo(f"\n{printable(device)}")
             for finding in (finding for finding in found if finding.device == device):
-                mark = "ok   " if finding.works else "FAILS"
+                mark = {"ok": "ok", "wrong": "FAILS", "absent": "absent"}[finding.state]
                 used = "in use" if finding.used else ""
                 kind = f"{finding.entries} {finding.precision}"
-                click.echo(f"  {mark}  {finding.path:<9}  {kind:<16}  {used:<6}  {printable(finding.note)}")
-    failed = [finding for finding in found if not finding.works]
+                click.echo(f"  {mark:<6} {finding.path:<9}  {kind:<16}  {used:<6}  {printable(finding.note)}")
+    failed = sum(finding.state == "wrong" for finding in found)
     if failed:
-        say(f"{len(failed)} of {len(found)} fail; they are not used on a GPU. Report a wrong product with this output.")
-        raise click.exceptions.Exit(4)
+        hint = "A GPU does not use what fails; report a wrong product with this output"
+        raise MismatchError(f"{failed} of {len(found)} checks fail", hint=hint)

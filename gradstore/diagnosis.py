@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Finding:
         path: such as "avx512", "wgmma" or "reference".
         entries: "rademacher" or "gaussian".
         precision: "fast" or "exact".
-        works: whether it was checked and gave the right products.
+        state: "ok" where it was checked and gave the right products, "wrong" where it did not, or "absent".
         used: whether a projection of this kind takes it on this device.
         note: what was checked, what is wrong, or what is missing and how to get it.
     """
@@ -33,7 +33,7 @@ class Finding:
     path: str
     entries: str
     precision: str
-    works: bool
+    state: str
     used: bool
     note: str
 
@@ -55,7 +55,7 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 def _on_cpu(kind: str) -> Finding:
     status = native.status()
     if status.path != "native":
-        return Finding("cpu", "reference", kind, "exact", True, True, f"{status.why}; {status.hint}")
+        return Finding("cpu", "reference", kind, "exact", "ok", True, f"{status.why}; {status.hint}")
 
     def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str) -> None:
         native.accumulate(entries, out, block, start, first_k)
@@ -66,9 +66,9 @@ def _on_cpu(kind: str) -> Finding:
             accumulate, kind, "exact", _CPU_TILES, torch.device("cpu"), finished=lambda: lambda: True
         )
     except self_check.CheckError as failure:
-        return Finding("cpu", status.level, kind, "exact", False, True, str(failure))
+        return Finding("cpu", status.level, kind, "exact", "wrong", True, str(failure))
     note = f"{solved} products right, {time.monotonic() - began:.1f} s"
-    return Finding("cpu", status.level, kind, "exact", True, True, note)
+    return Finding("cpu", status.level, kind, "exact", "ok", True, note)
 
 
 def _on_gpu(index: int, kind: str, precision: str, *, again: bool) -> list[Finding]:
@@ -76,17 +76,19 @@ def _on_gpu(index: int, kind: str, precision: str, *, again: bool) -> list[Findi
     found = [
         _path_on_gpu(device, path, index, kind, precision, again=again) for path in PATHS if path.suits(index, kind)
     ]
-    first = next((i for i, finding in enumerate(found) if finding.works), None)
+    first = next((i for i, finding in enumerate(found) if finding.state == "ok"), None)
     if first is None:
-        return [*found, Finding(device, "reference", kind, precision, True, True, "in torch, hundreds of times slower")]
-    found[first] = Finding(**{**vars(found[first]), "used": True})
+        return [*found, Finding(device, "reference", kind, precision, "ok", True, "in torch, hundreds of times slower")]
+    found[first] = replace(found[first], used=True)
     return found
 
 
 def _path_on_gpu(device: str, path: GpuPath, index: int, kind: str, precision: str, *, again: bool) -> Finding:
     missing = path.missing(index)
     if missing:
-        return Finding(device, path.name, kind, precision, False, False, missing)
+        return Finding(device, path.name, kind, precision, "absent", False, missing)
     verdict = trust.verdict(path, index, kind, precision, again=again)
-    note = verdict.fault or f"{verdict.problems} products right, {verdict.seconds} s on {verdict.at}"
-    return Finding(device, path.name, kind, precision, not verdict.fault, False, note)
+    if verdict.fault:
+        return Finding(device, path.name, kind, precision, "wrong", False, verdict.fault)
+    note = f"{verdict.problems} products right, {verdict.seconds} s on {verdict.at}"
+    return Finding(device, path.name, kind, precision, "ok", False, note)

@@ -1,0 +1,153 @@
+"""`gradstore doctor`: what is installed, which ways to multiply by P are right, and which are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_cli import run
+
+from gradstore import diagnosis
+from gradstore.projection import native, self_check, trust
+from gradstore.projection.trust import Verdict
+
+
+class Path:
+    """A path of a GPU that is not there."""
+
+    def __init__(self, name: str, absent: str = "") -> None:
+        self.name, self.absent = name, absent
+
+    def suits(self, index: int, kind: str) -> bool:
+        return self.name != "triton" or kind == "rademacher"
+
+    def missing(self, index: int) -> str:
+        return self.absent
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose first path gives wrong products, whose second is right, and where the third is not installed."""
+    paths = Path("wgmma"), Path("mma"), Path("triton", "Triton is not installed; pip install triton")
+    asked = []
+
+    def verdict(path, index, kind, precision, *, again=False):
+        asked.append(again)
+        return Verdict("12 values are wrong" if path.name == "wgmma" else "", 16, 4.0, "2026-01-01T00:00:00+00:00")
+
+    monkeypatch.setattr(diagnosis, "PATHS", paths)
+    monkeypatch.setattr(trust, "PATHS", paths)
+    monkeypatch.setattr(trust, "verdict", verdict)
+    monkeypatch.setattr(trust, "kept_verdict", verdict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
+    return SimpleNamespace(asked=asked, paths=paths)
+
+
+def test_a_healthy_machine_is_well(tmp_path):
+    done = run(tmp_path, "doctor")
+    assert (done.status, done.err) == (0, "")
+    lines = [line for line in done.out.splitlines() if line.startswith("  ")]
+    assert [line.split()[:4] for line in lines if torch.cuda.is_available() is False] == [
+        ["ok", native.status().level or "reference", kind, "exact"] for kind in ("rademacher", "gaussian")
+    ]
+    assert all("in use" in line for line in lines[:2])
+
+
+def test_a_wrong_path_fails_is_not_used_and_sets_the_exit_status(card, tmp_path):
+    done = run(tmp_path, "doctor")
+    assert done.status == 4
+    after = done.out[done.out.index("Some Card, cuda:0") :].splitlines()
+    assert after[1:4] == [
+        "  FAILS  wgmma      rademacher fast           12 values are wrong",
+        "  ok     mma        rademacher fast   in use  16 products right, 4.0 s on 2026-01-01T00:00:00+00:00",
+        "  absent triton     rademacher fast           Triton is not installed; pip install triton",
+    ]
+    hint = "A GPU does not use what fails; report a wrong product with this output"
+    assert done.err == f"error: 4 of 12 checks fail. {hint}.\n"
+
+
+def test_what_is_only_not_installed_is_no_failure(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "PATHS", card.paths[1:])
+    done = run(tmp_path, "doctor")
+    assert (done.status, done.err) == (0, "")
+    assert "  absent triton " in done.out
+
+
+def test_where_nothing_works_the_reference_is_used(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "PATHS", card.paths[:1])
+    done = run(tmp_path, "doctor")
+    assert done.status == 4
+    assert "  ok     reference  gaussian exact    in use  in torch, hundreds of times slower" in done.out
+
+
+def test_checks_are_repeated_when_asked(card, tmp_path):
+    run(tmp_path, "doctor")
+    assert not any(card.asked)
+    card.asked.clear()
+    run(tmp_path, "doctor --again")
+    assert card.asked.count(True) == 8
+
+
+def test_a_wrong_compiled_product_is_found(tmp_path, monkeypatch):
+    if not native.available():
+        pytest.skip("no compiled projection")
+    right = native.accumulate
+    monkeypatch.setattr(native, "accumulate", lambda e, out, block, start, k: right(e, out, block, start + 128, k))
+    done = run(tmp_path, "doctor")
+    assert done.status == 4
+    assert "  FAILS  " in done.out
+    assert "values are wrong, first row 0, k 0: " in done.out
+
+
+def test_json_has_the_same(card, tmp_path):
+    done = run(tmp_path, "doctor --json")
+    value = json.loads(done.out)
+    assert done.status == 4
+    assert value["system"]["on cuda:0"] == "mma (checked 2026-01-01T00:00:00+00:00); not wgmma: 12 values are wrong"
+    assert {check["device"] for check in value["checks"]} == {"cpu", "Some Card, cuda:0"}
+    assert [check["path"] for check in value["checks"] if check["used"] and check["device"] != "cpu"] == ["mma"] * 4
+
+
+@pytest.mark.parametrize("words", ["doctor now", "doctor --agian"])
+def test_a_mistyped_command_is_one_error(words, tmp_path):
+    done = run(tmp_path, words)
+    assert done.status == 2
+    assert "Traceback" not in done.err
+    assert "Error:" in done.err
+
+
+@pytest.mark.parametrize("columns", [40, 80, 160])
+@pytest.mark.parametrize("more", [{}, {"TERM": "dumb"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}])
+def test_in_a_terminal(columns, more, tmp_path):
+    program = "import sys, gradstore_cli; sys.argv = ['gradstore', 'doctor']; gradstore_cli.main()"
+    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": os.pathsep.join(sys.path), **more}
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    text = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        text += part
+    os.close(master)
+    assert process.wait(60) == 0
+    assert b"Traceback" not in text
+    assert b"bug:" not in text
+    assert text.count(b"\r\n  ok ") >= 2
+
+
+def test_a_check_on_the_cpu_takes_no_large_problem():
+    small = list(self_check.problems((16, 64), crowd=False))
+    assert max(problem.rows * problem.columns * problem.count for problem in small) < 64 * 9000 * 300
