@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check soak pictures clean
+.PHONY: demo test cuda-tools check soak pictures clean
 
 CHROMIUM ?= chromium
 
@@ -19,6 +19,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# What the tests of the GPU code need where there is no GPU, 360 MB to download; without it they skip and say so.
+cuda-tools: $(STAMP)
+	pins=$$($(BIN)/python -c "import torch; print('' if torch.version.cuda else '-c constraints-cuda.txt')"); \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $$pins -e ".[test-cuda]"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

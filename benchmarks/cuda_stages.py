@@ -366,15 +366,18 @@ def sanitizer(record: Recorder) -> None:
     )
     failed = 0
     for check in ("memcheck", "synccheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", code]
+        # Not the driver functions that bindings look up and an older driver lacks: those are reported as errors, too.
+        more = ["--report-api-errors", "no"] if check == "memcheck" else []
+        command = [tool, "--tool", check, *more, "--error-exitcode", "9", sys.executable, "-c", code]
         try:
             outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
             record(check, -1, "exit", note="more than 60 s")
             continue
         lines = (outcome.stdout + outcome.stderr).splitlines()
-        summary = [line for line in lines if "SUMMARY" in line or "Error" in line]
-        record(check, outcome.returncode, "exit", note="; ".join(summary[-3:])[:150])
+        print(*lines[:40], sep="\n")
+        summary = [line for line in lines if "SUMMARY" in line]
+        record(check, outcome.returncode, "exit", note="; ".join(summary)[:150])
         failed += outcome.returncode != 0
     sys.exit(failed)
 

@@ -18,7 +18,7 @@ from gradstore import environment
 from gradstore.errors import GradstoreError
 from gradstore.projection import Projection, self_check, trust
 from gradstore.projection.entries import Entries
-from gradstore.projection.trust import Choice, Verdict
+from gradstore.projection.trust import Choice, Report, Verdict
 
 HERE = Path(__file__).parent
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -113,6 +113,13 @@ def test_a_fault_is_kept_and_found_again_without_a_check(machine, monkeypatch):
     assert len(machine) == 2
 
 
+@needs_compiler
+def test_a_hang_is_not_kept_since_a_busy_device_looks_the_same(machine, monkeypatch):
+    for _ in range(2):
+        assert choose(monkeypatch, EmulatedPath("wgmma", "hangs")).path is None
+    assert len(machine) == 2
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"fault": ""}'])
 def test_a_damaged_verdict_is_found_anew(machine, monkeypatch, damage):
     path = EmulatedPath("wgmma", "raises")
@@ -148,20 +155,20 @@ def test_where_no_other_process_can_open_the_device_this_one_checks(machine, mon
     (tmp_path / "right").mkdir()
     monkeypatch.setattr(self_check, "on_device", lambda index: lambda: lambda: True)
     monkeypatch.setattr(trust.torch, "device", lambda *_: CPU)
-    monkeypatch.setattr(trust, "check_apart", lambda arguments: (None, 0))
+    monkeypatch.setattr(trust, "check_apart", lambda arguments: None)
     assert choose(monkeypatch, EmulatedPath("mma", "no-device")).path.name == "mma"
     assert choose(monkeypatch, EmulatedPath("mma", "raises")).path is None
 
 
 def test_a_process_without_the_device_gives_no_verdict():
-    assert trust._read_report(["CUDA-capable device(s) is/are busy"], 1, timed_out=False) == (None, 0)
-    assert trust.check_apart(["x"], ["-c", "raise SystemExit(3)"]) == (None, 0)
+    assert trust._read_report(["CUDA-capable device(s) is/are busy"], 1, timed_out=False) is None
+    assert trust.check_apart(["x"], ["-c", "raise SystemExit(3)"]) is None
 
 
 def test_a_check_that_takes_too_long_is_ended(monkeypatch):
     monkeypatch.setattr(trust, "CHECK_SECONDS", 0.5)
     say = 'print(\'{"ready": true}\\n{"problem": "the first"}\', flush=True); import time; time.sleep(60)'
-    assert trust.check_apart([], ["-c", say]) == ("the process that checked it did not end (the first)", 1)
+    assert trust.check_apart([], ["-c", say]) == Report("the process that checked it did not end (the first)", 0, True)
 
 
 def test_every_problem_is_solved_in_the_stated_order_and_counted():

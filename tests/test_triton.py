@@ -17,7 +17,7 @@ import torch
 from gradstore.projection import self_check
 from gradstore.projection.entries import Entries
 
-pytest.importorskip("triton", reason="Triton is not installed; pip install '.[test-cuda]'")
+pytest.importorskip("triton", reason="Triton is not installed; make cuda-tools")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs it compiled: tests/test_cuda_gpu.py", allow_module_level=True)
 from gradstore.projection import by_triton

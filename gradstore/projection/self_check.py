@@ -233,7 +233,7 @@ def report(
         )
         _say(proved=count)
     except CheckError as failure:
-        _say(fault=str(failure))
+        _say(fault=str(failure), hang=isinstance(failure, HangError))
     os._exit(0)  # leaving in the ordinary way would wait for the device
 
 

@@ -50,6 +50,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Report:
+    """How a check ended.
+
+    Attributes:
+        fault: what went wrong, or "" if nothing did.
+        problems: how many were solved.
+        hang: whether a product did not end.
+    """
+
+    fault: str
+    problems: int
+    hang: bool = False
+
+
+@dataclass(frozen=True)
 class Choice:
     """The path that a device takes.
 
@@ -96,10 +111,12 @@ def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool
     if kept is not None:
         return kept
     began = time.monotonic()
-    fault, solved = check_apart([str(index), path.name, kind, precision])
-    if fault is None:  # no process of its own can be had, as where a device is for one process alone
-        fault, solved = _check_here(path, index, kind, precision)
-    return _kept(path, index, kind, precision, Verdict(fault, solved, round(time.monotonic() - began, 1), _now()))
+    report = check_apart([str(index), path.name, kind, precision])
+    if report is None:  # no process of its own can be had, as where a device is for one process alone
+        report = _check_here(path, index, kind, precision)
+    found = Verdict(report.fault, report.problems, round(time.monotonic() - began, 1), _now())
+    # A device that is busy with other work can look like one that hangs, so that is asked again by the next process.
+    return found if report.hang else _kept(path, index, kind, precision, found)
 
 
 @contextmanager
@@ -149,9 +166,7 @@ def outlook(index: int, kind: str = "rademacher", precision: str = "fast") -> st
     return "; ".join(("the slow reference in torch", *passed_over))
 
 
-def check_apart(
-    arguments: Sequence[str], program: Sequence[str] = ("-m", self_check.__name__)
-) -> tuple[str | None, int]:
+def check_apart(arguments: Sequence[str], program: Sequence[str] = ("-m", self_check.__name__)) -> Report | None:
     """Check a path in a process of its own.
 
     Args:
@@ -159,14 +174,14 @@ def check_apart(
         program: what the interpreter runs; for tests.
 
     Returns:
-        What went wrong, "" if nothing did, None if the process could not even open the device; and the problems solved.
+        How it ended; None if the process could not even open the device.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, *program, *arguments]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     except OSError:
-        return None, 0
+        return None
     timer = Timer(CHECK_SECONDS, process.kill)
     timer.start()
     try:
@@ -177,7 +192,7 @@ def check_apart(
     return _read_report(text.splitlines(), process.returncode, timed_out=timed_out)
 
 
-def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> tuple[str | None, int]:
+def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> Report | None:
     facts: dict[str, object] = {}
     problems = 0
     for line in lines:
@@ -186,14 +201,16 @@ def _read_report(lines: Sequence[str], code: int, *, timed_out: bool) -> tuple[s
             if isinstance(said, dict):
                 facts |= said
                 problems += "problem" in said
-    if "fault" in facts:
-        return str(facts["fault"]), max(0, problems - 1)
     if "proved" in facts:
-        return "", problems
+        return Report("", problems)
+    solved = max(0, problems - 1)
+    if "fault" in facts:
+        return Report(str(facts["fault"]), solved, bool(facts.get("hang")))
     if "ready" not in facts:
-        return None, 0
+        return None
     end = "did not end" if timed_out else f"ended with status {code}"
-    return f"the process that checked it {end} ({facts.get('problem', 'before the first problem')})", problems
+    where = facts.get("problem", "before the first problem")
+    return Report(f"the process that checked it {end} ({where})", solved, timed_out)
 
 
 def _kept(path: GpuPath, index: int, kind: str, precision: str, found: Verdict) -> Verdict:
@@ -206,13 +223,13 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> tuple[str, int]:
+def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> Report:
     device, tiles = torch.device("cuda", index), path.rows(kind, precision)
     try:
         solved = self_check.check(path.accumulate, kind, precision, tiles, device, finished=self_check.on_device(index))
     except self_check.CheckError as failure:
-        return str(failure), 0
-    return "", solved
+        return Report(str(failure), 0, isinstance(failure, self_check.HangError))
+    return Report("", solved)
 
 
 def _file(path: GpuPath, index: int, kind: str, precision: str) -> Path:
