@@ -17,7 +17,7 @@ from torch import Tensor
 from gradstore.jacobians.fresh import reused
 
 # Values that are held in float64 at once, unless one row has more; a GPU is asked for few large pieces, not many small.
-_WIDENED = {"cpu": 1 << 19, "cuda": 1 << 23}
+_WIDENED = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 class JacobianBlock:
