@@ -275,10 +275,10 @@ def repeat(record: Recorder) -> None:
 
 
 def tests(record: Recorder) -> None:
-    """The GPU tests, path by path, 25 seconds a test."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "--timeout", "25", "--tb=short"]
+    """The GPU tests, path by path, a minute a test: the first of each kind checks its paths."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "--timeout", "60", "--tb=short"]
     files = ["tests/test_cuda_gpu.py", "tests/test_streams.py", "-p", "no:cacheprovider", "--durations=12"]
-    with_several = ["-n", "6"] if shutil.which("nvidia-smi") else []
+    with_several = ["-n", "4"] if shutil.which("nvidia-smi") else []
     began = time.perf_counter()
     code = subprocess.run([*command, *files, *with_several], cwd=ROOT).returncode
     record("GPU tests", code, "exit", note=f"{time.perf_counter() - began:.0f} s")

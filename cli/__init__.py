@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -93,8 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _status(arguments: list[str], traceback: bool) -> int:
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _say_warning
+        with _said_in_a_line():
             gradstore.main(arguments, prog_name="gradstore", standalone_mode=False)
         return 0
     except click.exceptions.Exit as stop:
@@ -122,9 +124,28 @@ def _status(arguments: list[str], traceback: bool) -> int:
         return 1
 
 
-def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning of the library as one line, without the place in its source."""
-    say(f"note: {message}")
+class _Notes(logging.Handler):
+    """Says what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        say(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def _said_in_a_line() -> Iterator[None]:
+    """What the library warns of, or logs because it takes its time, as one line each, without places in its source."""
+    log, notes = logging.getLogger("gradstore"), _Notes()
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+            yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
 
 
 def _terminate(number: int, frame: FrameType | None) -> Any:

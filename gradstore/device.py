@@ -37,9 +37,12 @@ def full_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = torch.backends.cuda.matmul
+    # From 2.9 on torch has another name for it, and refuses the old one once somebody has used the new one.
+    name, full = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, full)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(settings, name, before)

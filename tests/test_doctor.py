@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +148,20 @@ def test_in_a_terminal(columns, more, tmp_path):
     assert b"Traceback" not in text
     assert b"bug:" not in text
     assert text.count(b"\r\n  ok ") >= 2
+
+
+def test_what_the_library_warns_of_or_logs_is_one_line(tmp_path, monkeypatch):
+    def diagnose(again):
+        logging.getLogger("gradstore.projection.trust").info("checking %s", "wgmma")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("projecting by mma: wgmma: a fault", RuntimeWarning, 2)
+        return []
+
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
+    done = run(tmp_path, "doctor")
+    assert done.err == "note: checking wgmma\nnote: projecting by mma: wgmma: a fault\n"
+    assert not logging.getLogger("gradstore").handlers
 
 
 def test_a_check_on_the_cpu_takes_no_large_problem():

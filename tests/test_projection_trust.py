@@ -217,6 +217,13 @@ def test_the_program_says_what_it_finds_line_by_line(tmp_path, monkeypatch):
     assert [next(iter(line)) for line in lines] == ["ready", "problem", "fault"]
 
 
+def test_a_check_is_announced_since_it_takes_seconds(machine, monkeypatch, caplog):
+    caplog.set_level("INFO", "gradstore")
+    choose(monkeypatch, EmulatedPath("wgmma", "raises"))
+    said = "checking wgmma for rademacher fast products on Some Card; its verdict is kept"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
 # ---- what is said of it --------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from gradstore.errors import GradstoreError
 from gradstore.projection import self_check
 from gradstore.projection.cuda.source import cache_folder, publish
 from gradstore.projection.paths import PATHS, GpuPath
+
+_log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 180.0  # for a whole check: some seconds for torch, one for each variant to compile, and the products
 _OWN_SOURCES = ("self_check.py", "entries.py", "philox.py")
@@ -111,6 +114,8 @@ def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool
     if kept is not None:
         return kept
     began = time.monotonic()
+    device = torch.cuda.get_device_name(index)
+    _log.info("checking %s for %s %s products on %s; its verdict is kept", path.name, kind, precision, device)
     report = check_apart([str(index), path.name, kind, precision])
     if report is None:  # no process of its own can be had, as where a device is for one process alone
         report = _check_here(path, index, kind, precision)
