@@ -27,14 +27,14 @@ class FeaturizeBar:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} rows"),
+            TextColumn("{task.fields[rows]}"),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[bytes]}"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=None, rate="", bytes="")
+        self._task = self._bar.add_task(title, total=None, rows="", rate="", bytes="")
 
     def __enter__(self) -> FeaturizeBar:
         """Start drawing."""
@@ -51,14 +51,13 @@ class FeaturizeBar:
         """Show a state of the run."""
         self.used = True
         rate = f"{state.computed / state.seconds:.1f} rows/s" if state.computed and state.seconds else ""
+        rows = f"{state.rows}/{state.total} rows"
         size = f"{state.rows / state.total * state.size / 1e9:.2f}/{state.size / 1e9:.2f} GB"
-        self._bar.update(self._task, completed=state.rows, total=state.total, rate=rate, bytes=size)
+        self._bar.update(self._task, completed=state.rows, total=state.total, rows=rows, rate=rate, bytes=size)
         tenth = 10 * state.rows // state.total
         if not self._console.is_terminal and tenth > self._tenth:
             self._tenth = tenth
-            self._console.print(
-                f"{self._title}: {state.rows}/{state.total} rows  {rate}  {size}", soft_wrap=True, highlight=False
-            )
+            self._console.print(f"{self._title}: {rows}  {rate}  {size}", soft_wrap=True, highlight=False)
 
 
 class CountBar:

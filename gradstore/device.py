@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -38,11 +38,23 @@ def full_float32(device: torch.device) -> Iterator[None]:
         yield
         return
     settings = torch.backends.cuda.matmul
-    # From 2.9 on torch has another name for it, and refuses the old one once somebody has used the new one.
-    name, full = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, full)
+    before = _matmul_settings()
+    settings.allow_tf32 = False  # both names
     try:
         yield
     finally:
-        setattr(settings, name, before)
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
+def _matmul_settings() -> dict[str, object]:
+    """What the user has set of float32 products, by torch's older name and by the one that it has from 2.9 on.
+
+    The older one cannot be read, nor a product taken, while the two disagree, as they do once the newer has been set.
+    """
+    settings, found = torch.backends.cuda.matmul, {}
+    with suppress(RuntimeError):
+        found["allow_tf32"] = settings.allow_tf32
+    if hasattr(settings, "fp32_precision"):
+        found["fp32_precision"] = settings.fp32_precision
+    return found

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import pty
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal import SCREENS, in_terminal
 from test_cli import run
 
 from gradstore import diagnosis
@@ -126,28 +123,11 @@ def test_a_mistyped_command_is_one_error(words, tmp_path):
     assert "Error:" in done.err
 
 
-@pytest.mark.parametrize("columns", [40, 80, 160])
-@pytest.mark.parametrize("more", [{}, {"TERM": "dumb"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}])
+@pytest.mark.parametrize(("columns", "more"), SCREENS)
 def test_in_a_terminal(columns, more, tmp_path):
-    program = "import sys, gradstore_cli; sys.argv = ['gradstore', 'doctor']; gradstore_cli.main()"
-    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": os.pathsep.join(sys.path), **more}
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    text = b""
-    while True:
-        try:
-            part = os.read(master, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        text += part
-    os.close(master)
-    assert process.wait(60) == 0
-    assert b"Traceback" not in text
-    assert b"bug:" not in text
-    assert text.count(b"\r\n  ok ") >= 2
+    screen = in_terminal(tmp_path, "doctor", columns=columns, **more)
+    assert screen.went_well, screen.text
+    assert screen.text.count("\r\n  ok ") >= 2
 
 
 def test_what_the_library_warns_of_or_logs_is_one_line(tmp_path, monkeypatch):
