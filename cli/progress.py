@@ -37,8 +37,7 @@ class FeaturizeBar:
         self._task = self._bar.add_task(title, total=None, rows="", rate="", bytes="")
 
     def __enter__(self) -> FeaturizeBar:
-        """Start drawing."""
-        self._bar.start()
+        """Draw from the first state on, below what is said of the plan."""
         return self
 
     def __exit__(
@@ -50,6 +49,7 @@ class FeaturizeBar:
     def __call__(self, state: State) -> None:
         """Show a state of the run."""
         self.used = True
+        self._bar.start()
         rate = f"{state.computed / state.seconds:.1f} rows/s" if state.computed and state.seconds else ""
         rows = f"{state.rows}/{state.total} rows"
         size = f"{state.rows / state.total * state.size / 1e9:.2f}/{state.size / 1e9:.2f} GB"
