@@ -98,7 +98,7 @@ def smoke(name: str) -> Callable[[Recorder], None]:
 def solve(accumulate: self_check.Accumulate, kind: str, precision: str, problem: self_check.Problem) -> bool:
     entries, block = Entries(kind, 2**63 + 5, 3), problem.block().cuda()
     out = torch.zeros(problem.rows, problem.count, device="cuda")
-    accumulate(entries, out, block, problem.start, problem.first_k, precision)
+    accumulate(entries, out, block, problem.start, problem.first_k, precision, workspace=problem.workspace)
     finish(f"{kind} {precision} {problem}")
     k = problem.first_k + torch.arange(problem.count, device="cuda")
     want = torch.zeros(problem.rows, problem.count, dtype=torch.float64, device="cuda")
@@ -244,7 +244,7 @@ def race(record: Recorder) -> None:
 def repeat(record: Recorder) -> None:
     """The same bits 50 times, and four products on four streams, which a launch that is not cooperative may not end."""
     path = next(path for path in PATHS if path.name == fastest())
-    entries, block = Entries("rademacher", 7, 0), torch.randn(640, 60000, device="cuda")
+    entries, block = Entries("rademacher", 7, 0), torch.randn(640, 200_000, device="cuda")  # in three launches
 
     def product() -> torch.Tensor:
         out = torch.zeros(640, K, device="cuda")

@@ -20,7 +20,7 @@ class SlabProduct:
     Args:
         device: a `CudaDevice`.
         count: rows of P.
-        columns: parameters in a slab, a multiple of 128.
+        columns: parameters in a slab, a multiple of 4096.
     """
 
     def __init__(self, device, count: int, columns: int) -> None:

@@ -134,14 +134,14 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _said_in_a_line() -> Iterator[None]:
-    """What the library warns of, or logs because it takes its time, as one line each, without places in its source."""
+    """Warnings, and what the library logs because it takes its time, as one line each, without places in a source."""
     log, notes = logging.getLogger("gradstore"), _Notes()
     level = log.level
     log.addHandler(notes)
     log.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+            warnings.showwarning = lambda message, *_, **__: say(f"note: {' '.join(str(message).split())}")
             yield
     finally:
         log.removeHandler(notes)

@@ -21,7 +21,7 @@ def doctor(again: bool, as_json: bool) -> None:
 
     Each is compared with the entries of P on small odd problems: bit for bit for signs, within its stated error for
     normals. A GPU's are checked in a process of their own, when they are first used or by this command, and the verdict
-    is kept until the driver, torch or gradstore changes. One that fails is not used. Exit status 4 if any fails.
+    is kept until the driver, torch or gradstore changes. A GPU does not use one that fails. Exit status 4 if any fails.
     """
     from gradstore.diagnosis import diagnose
     from gradstore.environment import system_card

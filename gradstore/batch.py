@@ -88,7 +88,8 @@ def project_rows(plan: Plan, rows: range) -> Tensor:
     """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
     inputs = to_device(plan.examples.read(rows)[0], plan.device)
     sums = _project(plan, [inputs], [rows], Stopwatch())
-    sums.require_good(plan)
+    with plan.projection.explained(plan.device):
+        sums.require_good(plan)
     return sums.features.mul_(plan.projection.scale)
 
 
@@ -145,7 +146,7 @@ class _Sums:
 
 def _finished(sums: _Sums, plan: Plan, columns: Columns) -> Columns:
     """Check, round and fetch what was computed."""
-    with sums.handover.taken():
+    with plan.projection.explained(plan.device), sums.handover.taken():
         sums.require_good(plan)
         encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
         sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
@@ -205,7 +206,7 @@ def _project(
     def room(columns: int) -> Tensor:
         return reused((len(rows), gradients, columns), features)
 
-    with Beside(logits.device) as beside:
+    with projection.explained(plan.device), Beside(logits.device) as beside:
         for blocks in zip(*streams, strict=True):
             dense = mixed or _is_dense(projection, blocks[0])
             name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None, audit)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gradstore.projection import native, self_check, trust
+from gradstore.projection import native, reference, self_check, trust
 from gradstore.projection.entries import KINDS, Entries
 from gradstore.projection.paths import PATHS, PRECISIONS, GpuPath
 
@@ -54,33 +55,49 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 
 def _on_cpu(kind: str) -> Finding:
     status = native.status()
-    if status.path != "native":
-        return Finding("cpu", "reference", kind, "exact", "ok", True, f"{status.why}; {status.hint}")
-
-    def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str) -> None:
-        native.accumulate(entries, out, block, start, first_k)
-
-    began = time.monotonic()
-    try:
-        solved = self_check.check(
-            accumulate, kind, "exact", _CPU_TILES, torch.device("cpu"), finished=lambda: lambda: True
-        )
-    except self_check.CheckError as failure:
-        return Finding("cpu", status.level, kind, "exact", "wrong", True, str(failure))
-    note = f"{solved} products right, {time.monotonic() - began:.1f} s"
-    return Finding("cpu", status.level, kind, "exact", "ok", True, note)
+    path = status.level if status.path == "native" else "reference"
+    hint = f"; {status.why}; {status.hint}" if status.why else ""
+    return _by_this_process("cpu", path, kind, torch.device("cpu"), lambda: lambda: True, hint)
 
 
 def _on_gpu(index: int, kind: str, precision: str, *, again: bool) -> list[Finding]:
     device = f"{torch.cuda.get_device_name(index)}, cuda:{index}"
-    found = [
-        _path_on_gpu(device, path, index, kind, precision, again=again) for path in PATHS if path.suits(index, kind)
-    ]
+    paths = [path for path in PATHS if path.suits(index, kind)]
+    found = [_path_on_gpu(device, path, index, kind, precision, again=again) for path in paths]
     first = next((i for i, finding in enumerate(found) if finding.state == "ok"), None)
-    if first is None:
-        return [*found, Finding(device, "reference", kind, precision, "ok", True, "in torch, hundreds of times slower")]
-    found[first] = replace(found[first], used=True)
-    return found
+    if first is not None:
+        found[first] = replace(found[first], used=True)
+        return found
+    where, finished = torch.device("cuda", index), self_check.on_device(index)
+    slow = _by_this_process(device, "reference", kind, where, finished, "; in torch, hundreds of times slower")
+    return [*found, replace(slow, precision=precision)]
+
+
+def _by_this_process(
+    name: str, path: str, kind: str, device: torch.device, finished: Callable[[], Callable[[], bool]], more: str
+) -> Finding:
+    """Check what needs no process of its own: compiled code of the CPU, or torch."""
+
+    def accumulate(
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
+    ) -> None:
+        product = reference.accumulate if path == "reference" else native.accumulate
+        product(entries, out, block, start, first_k)
+
+    began = time.monotonic()
+    try:
+        solved = self_check.check(accumulate, kind, "exact", _CPU_TILES, device, finished=finished, crowd=False)
+    except self_check.CheckError as failure:
+        return Finding(name, path, kind, "exact", "wrong", True, f"{failure}{more}")
+    note = f"{solved} products right, {time.monotonic() - began:.1f} s{more}"
+    return Finding(name, path, kind, "exact", "ok", True, note)
 
 
 def _path_on_gpu(device: str, path: GpuPath, index: int, kind: str, precision: str, *, again: bool) -> Finding:

@@ -100,7 +100,7 @@ def featurize(
             Σ_c P_c g^c as [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         dtype: of the stored features: "float16", "float32" or "int8".
-        precision: of the fused kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact"
+        precision: of the kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact"
             (about 1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
         batch_size: rows projected together, rounded down to whole groups; None doubles it from one group on while rows
             do not become slower and the memory allows. Out of memory, half as many are tried.
@@ -146,7 +146,7 @@ def featurize(
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
             run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note)
-            with plan.projection.explained(plan.device), freed_at_once(run.scarce, plan.memory):
+            with freed_at_once(run.scarce, plan.memory):
                 run.write_missing()
     return open_store(out)
 

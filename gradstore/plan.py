@@ -40,7 +40,7 @@ class Settings:
         seed: of the projection.
         layout: "per-class", "sum" or "mixed".
         dtype: of the stored features.
-        precision: "fast" or "exact", of the fused kernels on a GPU (see `Projection`).
+        precision: "fast" or "exact", of the kernels on a GPU (see `Projection`).
     """
 
     proj_dim: int = 10240

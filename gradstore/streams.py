@@ -60,7 +60,9 @@ class Beside:
             work()
             return
         while len(self._unfinished) >= self._ahead:
-            self._unfinished.popleft()[0].synchronize()
+            event, held = self._unfinished.popleft()
+            event.synchronize()
+            del held  # only now
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             work()

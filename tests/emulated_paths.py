@@ -5,8 +5,10 @@ Run as a program it checks one of them in this process, as `self_check` does on 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ SOURCE_FAULTS = {
     "wrong-word": ("entries.cuh", "(u32)(b >> 32), k,", "(u32)(b >> 32), k + (b == 1),"),
     "does-not-compile": ("entries.cuh", "constexpr int GROUP", "constant int GROUP"),
 }
-FAULTS = ("", *SOURCE_FAULTS, "hangs", "dies", "raises", "no-device")
+FAULTS = ("", *SOURCE_FAULTS, "hangs", "dies", "raises", "memory", "killed", "no-device", "no-start")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,21 @@ class EmulatedPath:
         return ""
 
     def accumulate(
-        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
     ) -> None:
+        more = {} if workspace is None else {"workspace": workspace}
+        if self.fault == "memory":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "raises":
             raise RuntimeError("launching the projection failed: CUDA_ERROR_LAUNCH_FAILED")
         if self.fault == "dies":
@@ -71,13 +86,13 @@ class EmulatedPath:
         if self.name == "triton":
             from gradstore.projection import by_triton
 
-            by_triton.accumulate(entries, out, block, start, first_k, precision)
+            by_triton.accumulate(entries, out, block, start, first_k, precision, **more)
         else:
             from test_cuda_source import Emulation
 
             folder = Path(os.environ["EMULATED_FOLDER"]) / (self.fault if self.fault in SOURCE_FAULTS else "right")
             device = Emulation(folder, self.name == "wgmma")
-            cuda.accumulate(device, entries, out, block, start, first_k, precision)
+            cuda.accumulate(device, entries, out, block, start, first_k, precision, **more)
 
 
 def spoiled_source(folder: Path, fault: str) -> Path:
@@ -95,7 +110,10 @@ def main(arguments: list[str]) -> None:
     """Check a path: index, name:fault, kind, precision."""
     name, _, fault = arguments[1].partition(":")
     if fault == "no-device":
-        sys.exit("CUDA-capable device(s) is/are busy or unavailable")
+        print(json.dumps({"unavailable": "CUDA-capable device(s) is/are busy or unavailable"}))
+        return
+    if fault == "no-start":
+        raise ImportError("cannot import name 'gradstore'")
     base = Path(os.environ["EMULATED_FOLDER"])
     if fault in SOURCE_FAULTS:
         source.FOLDER = spoiled_source(base / f"src-{fault}", fault)
@@ -104,7 +122,8 @@ def main(arguments: list[str]) -> None:
         self_check.FINISH_SECONDS = 0.2
     ended = time.monotonic() if fault != "hangs" else None
     path = EmulatedPath(name, fault)
-    self_check.report(path.accumulate, *arguments[2:4], (TILE,), torch.device("cpu"), lambda: lambda: ended is not None)
+    cpu, kinds = torch.device("cpu"), arguments[2:4]
+    self_check.report(path.accumulate, *kinds, (TILE,), cpu, lambda: lambda: ended is not None, crowd=False)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import os
+import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
@@ -122,8 +125,18 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch):
     monkeypatch.setattr(driver.source, "nvrtc_version", missing)
     wanted = "the compiler NVRTC cannot be used (No module named 'cuda'); pip install 'gradstore[cuda]'"
     assert PATHS[0].missing(0) == PATHS[1].missing(0) == wanted
-    monkeypatch.setattr("gradstore.projection.paths.find_spec", lambda name: None)
-    assert PATHS[2].missing(0) == "Triton is not installed; pip install triton"
+
+
+@pytest.mark.parametrize("broken", ["", "raise RuntimeError('no driver')", "__version__ = None"])
+def test_a_triton_that_cannot_be_imported_is_missing(tmp_path, broken):
+    """None at all, one that fails, and a folder of that name."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(broken)
+    code = "from gradstore.projection.paths import PATHS; print(PATHS[2].missing(0))"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert re.match(r"Triton cannot be imported \(.*\); pip install triton", done.stdout)
 
 
 def test_every_variant_is_proved(card):

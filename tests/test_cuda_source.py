@@ -205,7 +205,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row(folder):
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_bits_do_not_depend_on_neighbours_memory_or_processors(folder, precision, monkeypatch):
-    block = gradients(70, 45000)  # four spans, as many launches as the workspace asks for
+    block = gradients(70, 45000)  # six spans and a bit, as many launches as the workspace asks for
     whole = emulate(folder, block, 8000, 20, precision=precision)
     parts = [emulate(folder, part, 8000, 20, precision=precision) for part in block.split([1, 40, 29])]
     assert torch.equal(torch.cat(parts), whole)

@@ -119,13 +119,14 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row():
 
 
 @pytest.mark.parametrize("precision", ["fast", "exact"])
-def test_bits_do_not_depend_on_neighbours_or_memory(precision, monkeypatch):
+def test_bits_do_not_depend_on_neighbours_or_memory(precision):
     block = gradients(70, 9000)
     whole = accumulate(block, 4000, precision=precision)
     parts = [accumulate(part, 4000, precision=precision) for part in block.split([1, 40, 29])]
     assert torch.equal(torch.cat(parts), whole)
-    monkeypatch.setattr(by_triton, "WORKSPACE_BYTES", 1)
-    assert torch.equal(accumulate(block, 4000, precision=precision), whole)
+    small, entries = torch.zeros(70, 40), Entries("rademacher", 2**63 + 5, 3)
+    by_triton.accumulate(entries, small, block, 4000, 0, precision, workspace=1)  # a tile of rows and a span at a time
+    assert torch.equal(small, whole)
     assert torch.equal(accumulate(block, 4000, 13, first_k=7, precision=precision), whole[:, 7:20])
 
 
@@ -138,8 +139,11 @@ def test_it_adds_to_an_output_of_any_layout():
 
 
 def test_it_solves_the_problems_that_a_card_is_asked():
-    tiles, finished = (16,), lambda: lambda: True
-    assert self_check.check(by_triton.accumulate, "rademacher", "fast", tiles, CPU, finished=finished) == 6
+    def product(*given, workspace):
+        by_triton.accumulate(*given, workspace=workspace or by_triton.WORKSPACE_BYTES)
+
+    given = {"finished": lambda: lambda: True, "crowd": False}
+    assert self_check.check(product, "rademacher", "fast", (16,), CPU, **given) == 7
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------

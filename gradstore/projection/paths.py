@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +49,15 @@ class GpuPath(Protocol):
         """What a product waited for in vain before the device failed, or ""."""
 
     def accumulate(
-        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
     ) -> None:
         """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place; see `cuda.accumulate`."""
 
@@ -87,14 +96,23 @@ class Fused:
 
     def gave_up(self, index: int) -> str:
         """See `GpuPath`."""
-        return cuda.device(index, hopper=self.name == "wgmma").gave_up()
+        return cuda.gave_up(index, hopper=self.name == "wgmma")
 
     def accumulate(
-        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
     ) -> None:
         """See `GpuPath`."""
         device = cuda.device(block.device.index, hopper=self.name == "wgmma")
-        cuda.accumulate(device, entries, out, block, start, first_k, precision)
+        more = {} if workspace is None else {"workspace": workspace}
+        cuda.accumulate(device, entries, out, block, start, first_k, precision, **more)
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ class ByTriton:
 
     def missing(self, index: int) -> str:
         """See `GpuPath`."""
-        return "" if find_spec("triton") else "Triton is not installed; pip install triton"
+        return _triton_missing()
 
     def rows(self, kind: str, precision: str) -> tuple[int, ...]:
         """See `GpuPath`."""
@@ -121,7 +139,8 @@ class ByTriton:
         """See `GpuPath`."""
         import triton
 
-        return {"triton": triton.__version__}
+        set_here = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+        return {"triton": triton.__version__, **set_here}
 
     def sources(self) -> tuple[Path, ...]:
         """See `GpuPath`."""
@@ -132,12 +151,32 @@ class ByTriton:
         return ""
 
     def accumulate(
-        self, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
     ) -> None:
         """See `GpuPath`."""
         from gradstore.projection import by_triton
 
-        by_triton.accumulate(entries, out, block, start, first_k, precision)
+        more = {} if workspace is None else {"workspace": workspace}
+        by_triton.accumulate(entries, out, block, start, first_k, precision, **more)
+
+
+@cache
+def _triton_missing() -> str:
+    """Why Triton cannot be used, or ""."""
+    try:
+        from gradstore.projection import triton_kernels
+
+        return "" if triton_kernels.triton.__version__ else "this Triton has no version"
+    except Exception as error:  # whatever a broken installation raises
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
 
 
 PATHS: tuple[GpuPath, ...] = (Fused("wgmma"), Fused("mma"), ByTriton())

@@ -29,17 +29,17 @@ class Projection:
     are a prefix of those of a larger one (with another scale), and blocks of parameters can be projected one at a time
     and added up.
 
-    The bits of a row's result depend on its own values, ``start`` and the backend (for normals on the CPU, its SIMD
-    level as well); not on the rows beside it, the number of threads, or which rows k are asked for together.
+    The bits of a row's result depend on its own values, ``start`` and the `path` taken (for normals on the CPU, its
+    SIMD level as well); not on the rows beside it, the number of threads, or which rows k are asked for together.
 
     Args:
         kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).
         dim: the projected dimension K, in [1, 2^31].
         seed: in [0, 2^64).
         stream: an independent matrix for each number in [0, 2^31), under one seed.
-        backend: "native" (compiled code on the CPU, the fused kernels on NVIDIA devices), "cuda" (the fused kernels on
-            NVIDIA devices only), "reference" (torch everywhere), or "auto", which takes the first that can be had here.
-        precision: of the fused kernels: "fast" (gradients rounded to one float16: relative error of a feature vector
+        backend: "native" (compiled code on the CPU, the kernels of `path` on GPUs), "cuda" (kernels on GPUs only),
+            "reference" (torch everywhere), or "auto", which takes the first that can be had here.
+        precision: of kernels on GPUs: "fast" (gradients rounded to one float16: relative error of a feature vector
             about 2e-4) or "exact" (to two: about 1e-6). The CPU and the reference are always right to float32
             rounding, but for normals on a processor's matrix unit: about 1e-6, below 2e-6.
 
@@ -123,20 +123,18 @@ class Projection:
             raise UsageError("bad output", where="out", expected=f"float32 [{block.shape[0]}, K]", got=got)
         _check_range("start", start, 0, 2**63 - block.shape[1])
         _check_range("first_k", first_k, 0, self.dim - out.shape[1] + 1)
-        path, source = self.path(block.device), block.detach()
-        if path == "native":
-            native.accumulate(self._entries, out, source, start, first_k)
-        elif path == "reference":
-            reference.accumulate(self._entries, out, source, start, first_k)
-        else:
-            chosen = trust.chosen(block.device.index, self.kind, self.precision).path
-            assert chosen is not None
+        chosen, source = self._choice(block.device).path, block.detach()
+        if chosen is not None:
             chosen.accumulate(self._entries, out, source, start, first_k, self.precision)
+        elif self.path(block.device) == "native":
+            native.accumulate(self._entries, out, source, start, first_k)
+        else:
+            reference.accumulate(self._entries, out, source, start, first_k)
 
     def working_bytes(self, rows: int, columns: int) -> int:
         """Bytes that projecting a block holds on a CPU beside gradients and features, whatever the processor.
 
-        A few megabytes a thread come to that; GPUs hold less than 256 MB.
+        A few megabytes a thread come to that; a GPU holds less than 256 MB.
         """
         return native.working_bytes(self.kind, rows, columns)
 
@@ -146,26 +144,30 @@ class Projection:
         On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken.
         Warns once where a faster one could be had but for something that is missing, or has failed.
         """
-        if device.type == "cuda" and self.backend != "reference":
-            chosen = trust.chosen(device.index, self.kind, self.precision).path
-            return f"{chosen.name} {self.precision}" if chosen else "reference"
+        chosen = self._choice(device).path
+        if chosen is not None:
+            return f"{chosen.name} {self.precision}"
         return "native" if device.type == "cpu" and self.backend == "native" else "reference"
 
     def passed_over(self, device: torch.device) -> tuple[str, ...]:
         """Why a GPU does not take each faster path that it could have, a line each."""
-        if device.type != "cuda" or self.backend == "reference":
-            return ()
-        return trust.chosen(device.index, self.kind, self.precision).passed_over
-
-    def explained(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within: where a device fails because the product gave up, the error says so; see `trust.explained`."""
-        if device.type != "cuda" or self.backend == "reference":
-            return nullcontext()
-        return trust.explained(device.index, self.kind, self.precision)
+        return self._choice(device).passed_over
 
     def fused(self, device: torch.device) -> bool:
         """Whether P is multiplied by kernels of a GPU, which take few large blocks rather than many small ones."""
-        return device.type == "cuda" and self.path(device) != "reference"
+        return self._choice(device).path is not None
+
+    def explained(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within: where a device fails because the product gave up, the error says so; see `trust.explained`."""
+        if self._choice(device).path is None:
+            return nullcontext()
+        return trust.explained(device.index, self.kind, self.precision)
+
+    def _choice(self, device: torch.device) -> trust.Choice:
+        """The path of a GPU; none where there is no GPU, or the reference is asked for."""
+        if device.type != "cuda" or self.backend == "reference":
+            return trust.Choice(None, ())
+        return trust.chosen(device.index, self.kind, self.precision)
 
     @property
     def _entries(self) -> Entries:

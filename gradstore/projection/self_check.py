@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +28,22 @@ FINISH_SECONDS = 5.0  # for a problem that takes milliseconds
 _SEED, _STREAM = 2**63 + 5, 3
 _OUTLIER = 30.0  # times the tolerance of a typical value, from which a single value is called wrong
 
-Accumulate = Callable[[Entries, Tensor, Tensor, int, int, str], None]
+
+class Accumulate(Protocol):
+    """Adds ``block @ P[first_k :, start :].T`` to an output in place, as `GpuPath.accumulate` does."""
+
+    def __call__(
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int | None = None,
+    ) -> None:
+        """See the class."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,8 @@ class Problem:
         count: rows of P.
         start: the first parameter.
         first_k: the first row of P.
+        dtype: of the gradients; one-hot ones and small integers are exact in each.
+        workspace: bytes for a launch; None for what the path takes of itself.
     """
 
     gradients: str
@@ -49,28 +67,41 @@ class Problem:
     count: int
     start: int
     first_k: int
+    dtype: torch.dtype = torch.float32
+    workspace: int | None = None
 
     def __str__(self) -> str:
         """As messages name it."""
         shape = f"{self.rows} x {self.columns} by {self.count} rows of P"
-        return f"{self.gradients} gradients, {shape}, from parameter {self.start} and row {self.first_k} on"
+        kind = f"{self.gradients} {str(self.dtype).removeprefix('torch.')} gradients"
+        launches = "" if self.workspace is None else f", {self.workspace >> 20} MB a launch"
+        return f"{kind}, {shape}, from parameter {self.start} and row {self.first_k} on{launches}"
 
     def block(self) -> Tensor:
-        """The gradients, float32 [rows, columns]."""
+        """The gradients, [rows, columns]."""
         generator = torch.Generator().manual_seed(self.rows + self.columns)
         shape = self.rows, self.columns
         if self.gradients == "one-hot":
-            block = torch.zeros(shape)
+            block = torch.zeros(shape, dtype=self.dtype)
             block[torch.arange(self.rows), torch.arange(self.rows) * 5 % self.columns] = 1.0
             return block
         if self.gradients == "integers":
-            return torch.randint(-8, 9, shape, generator=generator).float()
+            return torch.randint(-8, 9, shape, generator=generator, dtype=torch.int8).to(self.dtype)
         spread = torch.randn(shape, generator=generator).mul_(2).exp_()
-        return torch.randn(shape, generator=generator) * spread
+        return (torch.randn(shape, generator=generator) * spread).to(self.dtype)
 
 
 class CheckError(Exception):
-    """A problem that came out wrong or did not end; its text is one clause."""
+    """A problem that was not solved; its text is one clause.
+
+    Attributes:
+        lasting: whether it says something of the path, and not only of this moment: memory that ran out, or a device
+            that is busy and looks as if it hung.
+    """
+
+    def __init__(self, text: str, *, lasting: bool) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 class HangError(CheckError):
@@ -86,14 +117,17 @@ def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
     """
     for rows in tiles:
         yield Problem("one-hot", rows, 256, 128, 0, 0)
-        yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9)
+        yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9, torch.float16)
         yield Problem("uneven", rows, 9000, 257, 8192 * 3 - 129, 2**31 - 257)
     most = tiles[-1]
     yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
     yield Problem("integers", 1, 1, 1, 0, 0)
-    yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0)  # carries of the generator's counter
+    # Carries of the generator's counter; many launches, whose memory is used again and again.
+    yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0, torch.bfloat16)
+    yield Problem("integers", most + 1, 60000, 70, 8192 - 128, 1, torch.float16, 1 << 20)
     if crowd:
         yield Problem("integers", 3 * most + 1, 40000, 3000, 8192 - 128, 1)
+        yield Problem("integers", 3 * most + 1, 100000, 1500, 128, 1, torch.bfloat16, 8 << 20)
 
 
 def check(
@@ -105,17 +139,19 @@ def check(
     *,
     finished: Callable[[], Callable[[], bool]],
     begin: Callable[[Problem], None] = lambda problem: None,
+    crowd: bool = True,
 ) -> int:
     """Solve all problems on a device and compare.
 
     Args:
-        accumulate: adds ``block @ P[first_k :, start :].T`` to an output, as `Projection.accumulate` does.
+        accumulate: of the path.
         kind: "rademacher" or "gaussian".
         precision: "fast" or "exact".
         tiles: see `problems`.
         device: where the tensors are.
         finished: after a product was queued, gives a call that says whether it has ended.
         begin: told of each problem before it is solved.
+        crowd: see `problems`.
 
     Returns:
         How many problems there were.
@@ -125,7 +161,7 @@ def check(
         HangError: the first that did not end within `FINISH_SECONDS`.
     """
     solved = 0
-    for problem in problems(tiles, crowd=device.type != "cpu"):
+    for problem in problems(tiles, crowd=crowd):
         begin(problem)
         _solve(accumulate, Entries(kind, _SEED, _STREAM), precision, problem, device, finished)
         solved += 1
@@ -143,14 +179,15 @@ def _solve(
     block = problem.block()
     out = torch.full((problem.rows, problem.count), 2.0, device=device)
     try:
-        accumulate(entries, out, block.to(device), problem.start, problem.first_k, precision)
+        given = block.to(device), problem.start, problem.first_k, precision
+        accumulate(entries, out, *given, workspace=problem.workspace)
         _wait(finished(), problem)
         got = out.cpu()
     except CheckError:
         raise
     except Exception as error:
         line = str(error).strip().split("\n")[0]
-        raise CheckError(f"{type(error).__name__}: {line} ({problem})") from error
+        raise CheckError(f"{type(error).__name__}: {line} ({problem})", lasting=not _passing(error)) from error
     k = _sample(problem.count)
     stop = problem.start + problem.columns
     want = 2 + block.double() @ entries.columns(problem.first_k + k, problem.start, stop).T
@@ -158,10 +195,15 @@ def _solve(
     require_equal(got[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
 
 
+def _passing(error: Exception) -> bool:
+    """Whether an error says more of the moment than of the path."""
+    text = str(error).lower().replace("_", " ")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError, OSError)) or "out of memory" in text
+
+
 def _sample(count: int) -> Tensor:
     """Which rows of P are compared: all of a few, and some of each tile of many."""
-    step = max(1, count // 400)
-    return torch.arange(count) if step == 1 else torch.arange(0, count, step)
+    return torch.arange(count) if count <= 400 else torch.arange(0, count, count // 150)
 
 
 def require_equal(got: Tensor, want: Tensor, tolerance: float, problem: object, k: Tensor) -> None:
@@ -177,12 +219,12 @@ def require_equal(got: Tensor, want: Tensor, tolerance: float, problem: object, 
     typical = want.abs().mean() * tolerance * _OUTLIER
     wrong = torch.nonzero(~((got - want).abs() <= typical))
     if len(wrong) == 0:  # many small differences
-        raise CheckError(f"relative error {error:.1e} where {tolerance:.0e} is allowed ({problem})")
+        text = f"relative error {error:.1e} where {tolerance:.0e} is allowed ({problem})"
+        raise CheckError(text, lasting=True)
     row, place = wrong[0].tolist()
     values = f"{got[row, place].item():.7g} instead of {want[row, place].item():.7g}"
-    raise CheckError(
-        f"{len(wrong)} of {got.numel()} values are wrong, first row {row}, k {int(k[place])}: {values} ({problem})"
-    )
+    where = f"{len(wrong)} of {got.numel()} values are wrong, first row {row}, k {int(k[place])}"
+    raise CheckError(f"{where}: {values} ({problem})", lasting=True)
 
 
 def _wait(finished: Callable[[], bool], problem: Problem) -> None:
@@ -190,7 +232,7 @@ def _wait(finished: Callable[[], bool], problem: Problem) -> None:
     end = time.monotonic() + FINISH_SECONDS
     while not finished():
         if time.monotonic() > end:
-            raise HangError(f"it did not end within {FINISH_SECONDS:.0f} s ({problem})")
+            raise HangError(f"it did not end within {FINISH_SECONDS:.0f} s ({problem})", lasting=False)
         time.sleep(0.0002)
 
 
@@ -206,8 +248,12 @@ def main(arguments: list[str]) -> None:
     index, (name, kind, precision) = int(arguments[0]), arguments[1:4]
     path = next(path for path in PATHS if path.name == name)
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    torch.zeros(1, device=device)
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:  # as where it is for one process alone
+        _say(unavailable=str(error).split("\n")[0])
+        return
     report(path.accumulate, kind, precision, path.rows(kind, precision), device, on_device(index))
 
 
@@ -218,6 +264,8 @@ def report(
     tiles: tuple[int, ...],
     device: torch.device,
     finished: Callable[[], Callable[[], bool]],
+    *,
+    crowd: bool = True,
 ) -> None:
     """Print what `check` finds, as `trust.check_apart` reads it, and leave the process."""
     _say(ready=True)
@@ -230,10 +278,11 @@ def report(
             device,
             finished=finished,
             begin=lambda problem: _say(problem=str(problem)),
+            crowd=crowd,
         )
         _say(proved=count)
     except CheckError as failure:
-        _say(fault=str(failure), hang=isinstance(failure, HangError))
+        _say(fault=str(failure), lasting=failure.lasting)
     os._exit(0)  # leaving in the ordinary way would wait for the device
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from gradstore.projection.cuda.driver import OLDEST, device, is_hopper, missing
+from gradstore.projection.cuda.driver import OLDEST, device, gave_up, is_hopper, missing
 from gradstore.projection.cuda.geometry import PRECISIONS, row_tiles
 from gradstore.projection.cuda.product import accumulate
 from gradstore.projection.cuda.source import nvrtc_version
 
-__all__ = ["OLDEST", "PRECISIONS", "accumulate", "device", "is_hopper", "missing", "nvrtc_version", "row_tiles"]
+__all__ = [
+    "OLDEST",
+    "PRECISIONS",
+    "accumulate",
+    "device",
+    "gave_up",
+    "is_hopper",
+    "missing",
+    "nvrtc_version",
+    "row_tiles",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,10 +29,20 @@ def missing() -> str:
     return ""
 
 
-@cache
+_devices: dict[tuple[int, bool], CudaDevice] = {}
+
+
 def device(index: int, *, hopper: bool) -> CudaDevice:
     """The device of an index, with the kernels of one form of the product that were loaded on it."""
-    return CudaDevice(index, hopper=hopper)
+    if (index, hopper) not in _devices:
+        _devices[index, hopper] = CudaDevice(index, hopper=hopper)
+    return _devices[index, hopper]
+
+
+def gave_up(index: int, *, hopper: bool) -> str:
+    """What a product of this form waited for in vain, or "" if none did; asks nothing of the device."""
+    found = _devices.get((index, hopper))
+    return found.gave_up() if found else ""
 
 
 def is_hopper(index: int) -> bool:
@@ -161,6 +170,8 @@ class StreamLanes:
 
     def __init__(self, index: int) -> None:
         self._main, self._side = torch.cuda.current_stream(index), torch.cuda.Stream(index)
+        while self._side == self._main:  # torch hands out the same few streams again and again
+            self._side = torch.cuda.Stream(index)
         self._side.wait_stream(self._main)
         self._filled: dict[int, torch.cuda.Event] = {}
         self._read: dict[int, torch.cuda.Event] = {}

@@ -48,7 +48,15 @@ class Device(Protocol):
 
 
 def accumulate(
-    device: Device, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, precision: str
+    device: Device,
+    entries: Entries,
+    out: Tensor,
+    block: Tensor,
+    start: int,
+    first_k: int,
+    precision: str,
+    *,
+    workspace: int = WORKSPACE_BYTES,
 ) -> None:
     """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place, on the current stream.
 
@@ -65,6 +73,7 @@ def accumulate(
         start: flat parameter index of the first column; any non-negative integer.
         first_k: the row of P that column 0 of ``out`` belongs to.
         precision: "fast" or "exact".
+        workspace: bytes for the packed gradients of a launch. No bit depends on it.
 
     Holds 160 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
     or ``block`` whose columns are not adjacent is copied.
@@ -75,9 +84,9 @@ def accumulate(
     source = source if source.stride(1) == 1 else source.contiguous()
     target = out if out.stride(1) == 1 else out.contiguous()
     variant = variant_for(entries.kind, precision, len(source), device.hopper)
-    for rows in slabs(variant, len(source), WORKSPACE_BYTES):
+    for rows in slabs(variant, len(source), workspace):
         part = slice(rows.start, rows.stop)
-        _Slab(device, variant, entries, target[part], source[part], start, first_k).run()
+        _Slab(device, variant, entries, target[part], source[part], start, first_k, workspace).run()
     if target is not out:
         out.copy_(target)
 
@@ -86,10 +95,19 @@ class _Slab:
     """Rows of gradients that are packed together."""
 
     def __init__(
-        self, device: Device, variant: Variant, entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int
+        self,
+        device: Device,
+        variant: Variant,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        workspace: int,
     ) -> None:
         self.device, self.variant, self.entries = device, variant, entries
         self.out, self.block, self.start, self.first_k = out, block, start, first_k
+        self.workspace = workspace
         self.row_tiles = -(-len(block) // variant.rows)
         self.k_tiles = -(-out.shape[1] // variant.rows_of_p)
         self.padded_rows = self.row_tiles * variant.rows
@@ -98,7 +116,7 @@ class _Slab:
         """Queue all launches."""
         (rows, columns), count = self.block.shape, self.out.shape[1]
         resident = self.device.resident(self.variant)
-        plan = list(launches(self.variant, rows, count, self.start, columns, WORKSPACE_BYTES, resident))
+        plan = list(launches(self.variant, rows, count, self.start, columns, self.workspace, resident))
         slots = [self._slot(plan) for _ in plan[:_SLOTS]]
         with self.device.lanes() as lanes:
             for number, launch in enumerate(plan):

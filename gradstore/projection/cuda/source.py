@@ -88,7 +88,12 @@ def _fetched(size_of: Callable[..., Any], fetch: Callable[..., Any], program: An
 def cache_folder() -> Path:
     """Where compiled code is kept: ``GRADSTORE_CACHE``, or the user's cache directory."""
     chosen = os.environ.get("GRADSTORE_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradstore"
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradstore"
+    except RuntimeError:  # there is no home: a place where nothing can be, so that it costs time only
+        return Path(os.devnull) / "gradstore"
 
 
 def nvrtc_version() -> tuple[int, int]:
