@@ -22,7 +22,7 @@ from gradstore.projection import cuda, self_check
 from gradstore.projection.cuda import source
 from gradstore.projection.cuda.geometry import variant_for
 from gradstore.projection.entries import Entries
-from gradstore.projection.paths import PATHS
+from gradstore.projection.paths import PATHS, Accumulate
 from gradstore.projection_audit import AuditSchedule
 
 ROOT = Path(__file__).parent.parent
@@ -88,17 +88,18 @@ def smoke(name: str) -> Callable[[Recorder], None]:
             for precision in cuda.PRECISIONS if path.suits(0, kind) else ():
                 tiles = path.rows(kind, precision)
                 for problem in self_check.problems((tiles[0], tiles[-1]), crowd=True):
-                    wrong += not solve(path.accumulate, kind, precision, problem)
+                    wrong += not solve(path.product(0), kind, precision, problem)
         record(f"smoke {name}: wrong problems", wrong, "")
         sys.exit(wrong > 0)
 
     return run
 
 
-def solve(accumulate: self_check.Accumulate, kind: str, precision: str, problem: self_check.Problem) -> bool:
+def solve(accumulate: Accumulate, kind: str, precision: str, problem: self_check.Problem) -> bool:
     entries, block = Entries(kind, 2**63 + 5, 3), problem.block().cuda()
     out = torch.zeros(problem.rows, problem.count, device="cuda")
-    accumulate(entries, out, block, problem.start, problem.first_k, precision, workspace=problem.workspace)
+    more = {} if problem.workspace is None else {"workspace": problem.workspace}
+    accumulate(entries, out, block, problem.start, problem.first_k, precision, **more)
     finish(f"{kind} {precision} {problem}")
     k = problem.first_k + torch.arange(problem.count, device="cuda")
     want = torch.zeros(problem.rows, problem.count, dtype=torch.float64, device="cuda")
@@ -171,7 +172,8 @@ def random_block(rows: int, columns: int, dtype: torch.dtype = torch.float32) ->
 def product_of(name: str, kind: str, precision: str, block: torch.Tensor) -> Callable[[], None]:
     path = next(path for path in PATHS if path.name == name)
     entries, out = Entries(kind, SEED, 0), torch.zeros(len(block), K, device="cuda")
-    return lambda: path.accumulate(entries, out, block, 0, 0, precision)
+    product = path.product(0)
+    return lambda: product(entries, out, block, 0, 0, precision)
 
 
 def fastest() -> str:
@@ -248,7 +250,7 @@ def repeat(record: Recorder) -> None:
 
     def product() -> torch.Tensor:
         out = torch.zeros(640, K, device="cuda")
-        path.accumulate(entries, out, block, 128, 0, "fast")
+        path.product(0)(entries, out, block, 128, 0, "fast")
         return out
 
     first, same = product(), 0

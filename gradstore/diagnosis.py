@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,16 +79,7 @@ def _by_this_process(
 ) -> Finding:
     """Check what needs no process of its own: compiled code of the CPU, or torch."""
 
-    def accumulate(
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
+    def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, *_: Any, **__: Any) -> None:
         product = reference.accumulate if path == "reference" else native.accumulate
         product(entries, out, block, start, first_k)
 

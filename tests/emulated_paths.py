@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gradstore.projection import cuda, self_check
 from gradstore.projection.cuda import source
-from gradstore.projection.entries import Entries
 
 TILE = 32
 # What is changed in the headers: file, what stands there, what is put in its place.
@@ -63,18 +61,10 @@ class EmulatedPath:
     def gave_up(self, index: int) -> str:
         return ""
 
-    def accumulate(
-        self,
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
-        more = {} if workspace is None else {"workspace": workspace}
+    def product(self, index: int):
+        return self.accumulate
+
+    def accumulate(self, *given, **more) -> None:
         if self.fault == "memory":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         if self.fault == "killed":
@@ -86,13 +76,13 @@ class EmulatedPath:
         if self.name == "triton":
             from gradstore.projection import by_triton
 
-            by_triton.accumulate(entries, out, block, start, first_k, precision, **more)
+            by_triton.accumulate(*given, **more)
         else:
             from test_cuda_source import Emulation
 
             folder = Path(os.environ["EMULATED_FOLDER"]) / (self.fault if self.fault in SOURCE_FAULTS else "right")
             device = Emulation(folder, self.name == "wgmma")
-            cuda.accumulate(device, entries, out, block, start, first_k, precision, **more)
+            cuda.accumulate(device, *given, **more)
 
 
 def spoiled_source(folder: Path, fault: str) -> Path:

@@ -56,7 +56,7 @@ def accumulate(entries, out, block, start=0, first_k=0, precision="exact", path=
     path = path or trust.chosen(0, entries.kind, precision).path
     if not path.suits(0, entries.kind):
         pytest.skip(f"{path.name} has no {entries.kind}")
-    path.accumulate(entries, out, block, start, first_k, precision)
+    path.product(block.device.index)(entries, out, block, start, first_k, precision)
     return out
 
 

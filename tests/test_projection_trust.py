@@ -220,7 +220,7 @@ def test_a_check_that_takes_too_long_is_ended(monkeypatch):
 def test_every_problem_is_solved_in_the_stated_order_and_counted():
     solved = []
 
-    def right(entries, out, block, start, first_k, precision, workspace):
+    def right(entries, out, block, start, first_k, precision, **more):
         k = first_k + torch.arange(out.shape[1])
         out += (block.double() @ entries.columns(k, start, start + block.shape[1]).T).float()
 
@@ -249,7 +249,7 @@ def test_every_problem_is_solved_in_the_stated_order_and_counted():
     ],
 )
 def test_any_wrong_output_is_a_failure(kind, spoil):
-    def wrong(entries, out, block, start, first_k, precision, workspace):
+    def wrong(entries, out, block, start, first_k, precision, **more):
         k = first_k + torch.arange(out.shape[1])
         out += (block.double() @ entries.columns(k, start, start + block.shape[1]).T).float()
         spoil(out, block)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,23 @@ from gradstore.projection.entries import Entries
 
 PRECISIONS = cuda.PRECISIONS
 _HERE = Path(__file__).parent
+
+
+class Accumulate(Protocol):
+    """Adds ``block @ P[first_k : first_k + K', start : start + p].T`` to an output in place; see `cuda.accumulate`."""
+
+    def __call__(
+        self,
+        entries: Entries,
+        out: Tensor,
+        block: Tensor,
+        start: int,
+        first_k: int,
+        precision: str,
+        *,
+        workspace: int = ...,
+    ) -> None:
+        """See the class."""
 
 
 class GpuPath(Protocol):
@@ -48,18 +65,8 @@ class GpuPath(Protocol):
     def gave_up(self, index: int) -> str:
         """What a product waited for in vain before the device failed, or ""."""
 
-    def accumulate(
-        self,
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
-        """Add ``block @ P[first_k : first_k + K', start : start + p].T`` to ``out`` in place; see `cuda.accumulate`."""
+    def product(self, index: int) -> Accumulate:
+        """What multiplies by P on a device."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +105,9 @@ class Fused:
         """See `GpuPath`."""
         return cuda.gave_up(index, hopper=self.name == "wgmma")
 
-    def accumulate(
-        self,
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
+    def product(self, index: int) -> Accumulate:
         """See `GpuPath`."""
-        device = cuda.device(block.device.index, hopper=self.name == "wgmma")
-        more = {} if workspace is None else {"workspace": workspace}
-        cuda.accumulate(device, entries, out, block, start, first_k, precision, **more)
+        return partial(cuda.accumulate, cuda.device(index, hopper=self.name == "wgmma"))
 
 
 @dataclass(frozen=True)
@@ -150,22 +145,11 @@ class ByTriton:
         """See `GpuPath`; its programs wait for nothing."""
         return ""
 
-    def accumulate(
-        self,
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
+    def product(self, index: int) -> Accumulate:
         """See `GpuPath`."""
         from gradstore.projection import by_triton
 
-        more = {} if workspace is None else {"workspace": workspace}
-        by_triton.accumulate(entries, out, block, start, first_k, precision, **more)
+        return by_triton.accumulate
 
 
 @cache

@@ -125,7 +125,8 @@ class Projection:
         _check_range("first_k", first_k, 0, self.dim - out.shape[1] + 1)
         chosen, source = self._choice(block.device).path, block.detach()
         if chosen is not None:
-            chosen.accumulate(self._entries, out, source, start, first_k, self.precision)
+            product = chosen.product(block.device.index)
+            product(self._entries, out, source, start, first_k, self.precision)
         elif self.path(block.device) == "native":
             native.accumulate(self._entries, out, source, start, first_k)
         else:

@@ -16,34 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradstore.projection.entries import Entries
+from gradstore.projection.paths import PATHS, Accumulate
 
 TOLERANCE = {"fast": 4e-4, "exact": 3e-6}  # relative error of the feature vectors of a problem
 FINISH_SECONDS = 5.0  # for a problem that takes milliseconds
 _SEED, _STREAM = 2**63 + 5, 3
 _OUTLIER = 30.0  # times the tolerance of a typical value, from which a single value is called wrong
-
-
-class Accumulate(Protocol):
-    """Adds ``block @ P[first_k :, start :].T`` to an output in place, as `GpuPath.accumulate` does."""
-
-    def __call__(
-        self,
-        entries: Entries,
-        out: Tensor,
-        block: Tensor,
-        start: int,
-        first_k: int,
-        precision: str,
-        *,
-        workspace: int | None = None,
-    ) -> None:
-        """See the class."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +163,9 @@ def _solve(
     block = problem.block()
     out = torch.full((problem.rows, problem.count), 2.0, device=device)
     try:
-        given = block.to(device), problem.start, problem.first_k, precision
-        accumulate(entries, out, *given, workspace=problem.workspace)
+        workspace = problem.workspace
+        product = accumulate if workspace is None else partial(accumulate, workspace=workspace)
+        product(entries, out, block.to(device), problem.start, problem.first_k, precision)
         _wait(finished(), problem)
         got = out.cpu()
     except CheckError:
@@ -243,8 +228,6 @@ def on_device(index: int) -> Callable[[], Callable[[], bool]]:
 
 def main(arguments: list[str]) -> None:
     """Check one path of one device: index, path, kind, precision."""
-    from gradstore.projection.paths import PATHS
-
     index, (name, kind, precision) = int(arguments[0]), arguments[1:4]
     path = next(path for path in PATHS if path.name == name)
     device = torch.device("cuda", index)
@@ -254,7 +237,7 @@ def main(arguments: list[str]) -> None:
     except (RuntimeError, AssertionError) as error:  # as where it is for one process alone
         _say(unavailable=str(error).split("\n")[0])
         return
-    report(path.accumulate, kind, precision, path.rows(kind, precision), device, on_device(index))
+    report(path.product(index), kind, precision, path.rows(kind, precision), device, on_device(index))
 
 
 def report(

@@ -134,7 +134,7 @@ def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> Verdict
     try:
         with torch.cuda.device(index):
             finished = self_check.on_device(index)
-            solved = self_check.check(path.accumulate, kind, precision, tiles, device, finished=finished)
+            solved = self_check.check(path.product(index), kind, precision, tiles, device, finished=finished)
     except self_check.HangError as hang:
         verdicts.keep(path, index, kind, precision, Verdict(str(hang), at=verdicts.now()))
         raise GradstoreError(
