@@ -75,7 +75,7 @@ def accumulate(
         precision: "fast" or "exact".
         workspace: bytes for the packed gradients of a launch. No bit depends on it.
 
-    Holds 160 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
+    Holds 168 MB of packed gradients, less where there are fewer, and 8 bytes for each (row, span) and tile. An ``out``
     or ``block`` whose columns are not adjacent is copied.
     """
     if out.numel() == 0 or block.shape[1] == 0:
