@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from contextlib import suppress
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -74,11 +73,6 @@ def first_start(log: Path, disk: Disk) -> dict[str, str | int] | None:
             if isinstance(event, dict) and event.get("event") == "start":
                 return event
     return None
-
-
-def now_utc() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def system_card() -> dict[str, str]:

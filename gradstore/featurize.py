@@ -13,7 +13,8 @@ import numpy as np
 from gradstore.background import Columns, in_background
 from gradstore.batch import Stopwatch, audit_schedule, compute
 from gradstore.batch_size import BatchSize, is_out_of_memory
-from gradstore.environment import environment, now_utc, require_same_environment
+from gradstore.clock import now_utc
+from gradstore.environment import environment, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
 from gradstore.heap import freed_at_once

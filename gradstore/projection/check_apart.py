@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from threading import Timer
 
+from gradstore.clock import now_utc
 from gradstore.projection import self_check
-from gradstore.projection.verdicts import Verdict, now
+from gradstore.projection.verdicts import Verdict
 
 CHECK_SECONDS = 180.0  # for a whole check: some seconds for torch, one for each variant to compile, and the products
 # Not `-m`, which looks for modules in the working directory first.
@@ -67,12 +68,12 @@ def read_report(lines: Sequence[str], end: str, seconds: float) -> Verdict | Non
     if "unavailable" in facts:
         return None
     if "proved" in facts:
-        return Verdict("", problems, seconds=seconds, at=now())
+        return Verdict("", problems, seconds=seconds, at=now_utc())
     solved = max(0, problems - 1)
     if "fault" in facts:
-        return Verdict(str(facts["fault"]), solved, bool(facts.get("lasting")), seconds, now())
+        return Verdict(str(facts["fault"]), solved, bool(facts.get("lasting")), seconds, now_utc())
     where = facts.get("problem", "before the first problem")
-    return Verdict(f"the process that checked it {end} ({where})", solved, False, seconds, now())
+    return Verdict(f"the process that checked it {end} ({where})", solved, False, seconds, now_utc())
 
 
 def _ending(code: int, complaints: str) -> str:

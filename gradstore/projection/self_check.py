@@ -5,7 +5,7 @@ precision's tolerance. Between them the problems have ragged rows, K and p, star
 2^32, rows of P up to 2^31, several spans, and more work than a device does at once.
 
 Run as a program it checks one path of one device, a JSON line before each problem, so that a device that hangs or dies
-takes a process of its own with it; see `trust.py`.
+takes a process of its own with it; see `check_apart.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Problem:
         return f"{kind}, {shape}, from parameter {self.start} and row {self.first_k} on{launches}"
 
     def block(self) -> Tensor:
-        """The gradients, [rows, columns]."""
+        """The gradients, `dtype` [rows, columns]."""
         generator = torch.Generator().manual_seed(self.rows + self.columns)
         shape = self.rows, self.columns
         if self.gradients == "one-hot":
@@ -250,7 +250,7 @@ def report(
     *,
     crowd: bool = True,
 ) -> None:
-    """Print what `check` finds, as `trust.check_apart` reads it, and leave the process."""
+    """Print what `check` finds, as `check_apart` reads it, and leave the process."""
     _say(ready=True)
     try:
         count = check(

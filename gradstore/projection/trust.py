@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 
+from gradstore.clock import now_utc
 from gradstore.errors import GradstoreError
 from gradstore.projection import self_check, verdicts
 from gradstore.projection.check_apart import check_apart
@@ -118,7 +119,7 @@ def explained(index: int | None, kind: str, precision: str) -> Iterator[None]:
         if path is None or not why:
             raise
         fault = f"it gave up waiting for {why} in a run"
-        verdicts.keep(path, number, kind, precision, Verdict(fault, at=verdicts.now()))
+        verdicts.keep(path, number, kind, precision, Verdict(fault, at=now_utc()))
         raise GradstoreError(
             "the projection does not go on",
             where=f"cuda:{number}",
@@ -136,7 +137,7 @@ def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> Verdict
             finished = self_check.on_device(index)
             solved = self_check.check(path.product(index), kind, precision, tiles, device, finished=finished)
     except self_check.HangError as hang:
-        verdicts.keep(path, index, kind, precision, Verdict(str(hang), at=verdicts.now()))
+        verdicts.keep(path, index, kind, precision, Verdict(str(hang), at=now_utc()))
         raise GradstoreError(
             f"{path.name} hung the device when it was checked",
             where=f"cuda:{index}",
@@ -144,5 +145,5 @@ def _check_here(path: GpuPath, index: int, kind: str, precision: str) -> Verdict
             hint="Run the same command again, which takes another way",
         ) from hang
     except self_check.CheckError as failure:
-        return Verdict(str(failure), 0, failure.lasting, round(time.monotonic() - began, 1), verdicts.now())
-    return Verdict("", solved, seconds=round(time.monotonic() - began, 1), at=verdicts.now())
+        return Verdict(str(failure), 0, failure.lasting, round(time.monotonic() - began, 1), now_utc())
+    return Verdict("", solved, seconds=round(time.monotonic() - began, 1), at=now_utc())

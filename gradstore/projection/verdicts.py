@@ -6,7 +6,6 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -49,11 +48,6 @@ def keep(path: GpuPath, index: int, kind: str, precision: str, found: Verdict) -
     """Put a verdict in the place of an earlier one, where the cache can be written; without it checks are repeated."""
     with suppress(OSError):
         publish(file_of(path, index, kind, precision), json.dumps(asdict(found)).encode())
-
-
-def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def file_of(path: GpuPath, index: int, kind: str, precision: str) -> Path:
