@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @memory_option("2GB")
 @as_json
 def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: int, **settings: Any) -> None:
-    """Fit a kernel generalised linear model that imitates the network (eq. 1 and 2).
+    """Fit a kernel generalised linear model that imitates the network (eq. 1).
 
     TRAIN is the store of the training split. The surrogate is bound to its fingerprint.
     """

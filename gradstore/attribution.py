@@ -51,18 +51,56 @@ class Attribution:
         """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits."""
         return self.values[a] - self.values[b]
 
-    def visual(self, c: int | None = None) -> np.ndarray:
-        """The form that is drawn: W_ci κ(x, x_i) over its largest magnitude, float64 [n] within [-1, 1].
+    def class_means(self) -> np.ndarray:
+        """Mean attribution of each class's training examples to each logit (App. M.1.1), float64 [classes, classes].
 
-        b_c / n, the same for every example, is left out, so that an example without similarity is drawn as 0.
+        Row c holds the means that, each times the training examples of its class, add up to logit c (eq. 22); NaN for a
+        class without examples.
+
+        Raises:
+            UsageError: the labels of the training examples are not known.
+        """
+        labels = self._known_labels()
+        rows = [labels == c for c in range(len(self.classes))]
+        means = [self.values[:, own].mean(axis=1) if own.any() else np.full(len(self.values), np.nan) for own in rows]
+        return np.stack(means, axis=1)
+
+    def visual(self, c: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A_viz (eq. 23): a class's logit divided among the training examples of that class alone.
+
+        For the n_c examples i of class c, with the share of all others spread evenly over them,
+
+            A_viz(x, x_i) = W_ci κ(x, x_i) + b_c / n_c + 1/n_c Σ_{j not of class c} W_cj κ(x, x_j),
+
+        so that they add up to logit c. (Eq. 23 is printed with a further sum over i, and with W_ci in the last term;
+        with either, its values would not add up to the logit.)
 
         Args:
             c: class; default the predicted one.
+
+        Returns:
+            Their rows, int64 [n_c], and A_viz, float64 [n_c].
+
+        Raises:
+            UsageError: the labels of the training examples are not known, or none has this class.
         """
         c = self.predicted if c is None else c
-        own = self.values[c] - self.intercept[c] / self.values.shape[1]
-        largest = np.abs(own).max(initial=0.0)
-        return own / largest if largest > 0 else own
+        rows = np.flatnonzero(self._known_labels() == c)
+        if not len(rows):
+            raise UsageError("no training example is of this class", where="class", got=self.classes[c])
+        n = self.values.shape[1]
+        own = self.values[c] - self.intercept[c] / n
+        others = own.sum() - own[rows].sum()
+        return rows, own[rows] + (self.intercept[c] + others) / len(rows)
+
+    def _known_labels(self) -> np.ndarray:
+        if self.labels is None:
+            raise UsageError(
+                "the labels of the training examples are not known",
+                where="attribution",
+                expected="queries in a store, of a surrogate fitted on a store",
+            )
+        return self.labels
 
     def top(self, k: int = 5, c: int | None = None, rather_than: int | None = None) -> Contributions:
         """The training examples that speak most for and against a class.

@@ -49,13 +49,15 @@ class Faithfulness:
     """A surrogate against its network on m queries.
 
     Attributes:
-        tau: Kendall's τ_K (tau-b, ties allowed for) of the correct class's probability.
+        tau: Kendall's τ_K of the correct class's probability (App. G, whose definition knows no ties; tau-b, which is
+            the same without ties, allows for them).
         tau_unsaturated: the same over queries where neither probability rounds to 0 or 1 in float32, as in the paper.
         spearman: rank correlation of the probability.
         pearson: correlation of the probability itself; App. H says why it misleads.
         pearson_log_odds: correlation of the log-odds.
-        tad: test accuracy differential, surrogate minus network.
-        r_miss: of the queries that either gets wrong, the share that both do (eq. 21).
+        tad: test accuracy differential, surrogate minus network, as a share (eq. 20).
+        r_miss: misclassification coincidence rate (eq. 21): of the queries that either gets wrong, the share where both
+            predict the same wrong class.
         agreement: share of queries where both predict the same class.
         network_accuracy: share that the network gets right.
         surrogate_accuracy: share that the surrogate gets right.
@@ -126,10 +128,11 @@ def faithfulness(
     Raises:
         UsageError: there are no queries, shapes differ, or a query has no label.
     """
-    labels = _checked_labels(labels, network, surrogate)
+    labels = checked_labels(labels, network, surrogate)
     ours, theirs = log_odds(surrogate, labels), log_odds(network, labels)
-    right = (network.argmax(1) == labels).astype(float), (surrogate.argmax(1) == labels).astype(float)
-    same = (network.argmax(1) == surrogate.argmax(1)).astype(float)
+    predicted = network.argmax(1), surrogate.argmax(1)
+    right = tuple((classes == labels).astype(float) for classes in predicted)
+    same = (predicted[0] == predicted[1]).astype(float)
     clear = ~(saturated(ours) | saturated(theirs))
     rng = np.random.default_rng(seed)
     resamples = [rng.integers(0, len(labels), len(labels)) for _ in range(bootstrap)]
@@ -144,7 +147,7 @@ def faithfulness(
         pearson=over(pearson, expit(theirs), expit(ours)),
         pearson_log_odds=over(pearson, theirs, ours),
         tad=over(lambda net, sur: _mean(sur - net), *right),
-        r_miss=over(r_miss, *right),
+        r_miss=over(r_miss, labels, *predicted),
         agreement=over(_mean, same),
         network_accuracy=over(_mean, right[0]),
         surrogate_accuracy=over(_mean, right[1]),
@@ -168,13 +171,25 @@ def pearson(a: np.ndarray, b: np.ndarray) -> Measure:
     return _correlation(a, b, lambda: pearsonr(a, b).statistic, rounding=1e-11)
 
 
-def r_miss(network_right: np.ndarray, surrogate_right: np.ndarray) -> Measure:
-    """Misclassification coincidence rate (eq. 21): mistakes of both over mistakes of either."""
-    wrong = network_right == 0, surrogate_right == 0
+def r_miss(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> Measure:
+    """Misclassification coincidence rate (eq. 21): both wrong and of one mind, over either wrong.
+
+        |{f ≠ z} ∩ {g ≠ z} ∩ {f = g}| / |{f ≠ z} ∪ {g ≠ z}|
+
+    Args:
+        labels: correct classes z, int64 [m].
+        network: predicted classes f, int64 [m].
+        surrogate: predicted classes g, int64 [m].
+
+    Returns:
+        Undefined where neither makes a mistake.
+    """
+    wrong = network != labels, surrogate != labels
     either = int((wrong[0] | wrong[1]).sum())
     if either == 0:
-        return Measure(None, None, len(network_right), "neither makes a mistake")
-    return Measure(float((wrong[0] & wrong[1]).sum() / either), None, len(network_right))
+        return Measure(None, None, len(labels), "neither makes a mistake")
+    alike = wrong[0] & wrong[1] & (network == surrogate)
+    return Measure(float(alike.sum() / either), None, len(labels))
 
 
 def saturated(odds: np.ndarray) -> np.ndarray:
@@ -219,7 +234,12 @@ def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], rou
     return Measure(float(compute()), None, len(a))
 
 
-def _checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> np.ndarray:
+def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> np.ndarray:
+    """Labels as int64 [m].
+
+    Raises:
+        UsageError: there are no queries, shapes differ, or a query has no label.
+    """
     labels = np.asarray(labels)
     if network.shape != surrogate.shape or labels.shape != network.shape[:1]:
         raise UsageError(

@@ -137,7 +137,7 @@ def forensics(
 ) -> Forensics:
     """Flag each query of which at least `votes` of the k most similar training examples are poisoned.
 
-    The neighbours are taken over all training examples, poisoned or not (Engel et al., ICLR 2024, Table 3).
+    The neighbours are taken over all training examples, poisoned or not (Engel et al., ICLR 2024, §4).
 
     Args:
         train: store of the training split.

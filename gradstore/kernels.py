@@ -67,7 +67,12 @@ REPRESENTATION = {
     for kernel in (
         Kernel("ck", "cosine of the inputs of the final linear layer", sums_classes=True, normalised=True),
         Kernel("embedding", "cosine by the diagonal of Σ_l ⟨h_i^l, h_j^l⟩", sums_classes=True, normalised=True),
-        Kernel("embedding-layerwise", "Σ_l of the cosines of h_i^l and h_j^l", sums_classes=True, normalised=False),
+        Kernel(
+            "embedding-layerwise",
+            "Σ_l ⟨h_i^l, h_j^l⟩ / sqrt(Σ_l ‖h_i^l‖² ‖h_j^l‖²) (App. B)",
+            sums_classes=True,
+            normalised=False,
+        ),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.attribution import class_index
+from gradstore.attribution import Attribution, class_index
 from gradstore.errors import UsageError
 
 N, M, C, K = 70, 9, 3, 20
@@ -62,14 +63,38 @@ def test_contrast_and_ranking(fitted: tuple) -> None:
         assert list(top.opponents) == sorted(np.flatnonzero(values < 0), key=lambda i: values[i])[:4]
 
 
-def test_the_drawn_form_is_bounded_and_leaves_the_intercept_out(fitted: tuple) -> None:
-    model, _, test = fitted
-    found = gs.attribute(model, test, 2)
-    for c in range(C):
-        drawn, raw = found.visual(c), model.coef_[c] * found.similarity
-        assert np.abs(drawn).max() == pytest.approx(1)
-        np.testing.assert_allclose(drawn * np.abs(raw).max(), raw, atol=1e-9 * np.abs(raw).max())
-    assert (found.visual() == found.visual(found.predicted)).all()
+def by_hand() -> Attribution:
+    """Two classes, three examples of labels 0, 1, 1: W_0 κ = (1, 2, 3), W_1 κ = (4, 5, 6), b = (0.3, 0.6)."""
+    weighted, intercept = np.array([[1.0, 2, 3], [4, 5, 6]]), np.array([0.3, 0.6])
+    values = weighted + intercept[:, None] / 3
+    return Attribution(values, np.ones(3), values.sum(axis=1), intercept, ("a", "b"), row=0, labels=np.array([0, 1, 1]))
+
+
+def test_a_viz_is_eq_23() -> None:
+    """Of class 0 its one example takes all, 1 + 0.3 + (2 + 3); of class 1 two share 0.6 and 4."""
+    found = by_hand()
+    for c, rows, values in ((0, [0], [6.3]), (1, [1, 2], [5 + 0.3 + 2, 6 + 0.3 + 2])):
+        own, shares = found.visual(c)
+        assert own.tolist() == rows
+        np.testing.assert_allclose(shares, values)
+        assert shares.sum() == pytest.approx(found.logits[c])
+    assert found.visual()[0].tolist() == [1, 2]  # of the predicted class
+
+
+def test_class_means_are_those_of_app_m() -> None:
+    means = by_hand().class_means()
+    np.testing.assert_allclose(means, [[1.1, 2.6], [4.2, 5.7]])
+    np.testing.assert_allclose(means @ [1, 2], by_hand().logits)  # eq. 22
+    assert np.isnan(replace(by_hand(), labels=np.array([0, 0, 0])).class_means()[:, 1]).all()
+
+
+def test_what_needs_labels_says_so() -> None:
+    unknown = replace(by_hand(), labels=None)
+    for ask in (unknown.visual, unknown.class_means):
+        with pytest.raises(UsageError, match=r"labels of the training examples are not known"):
+            ask()
+    with pytest.raises(UsageError, match=r"no training example is of this class.*got b"):
+        replace(by_hand(), labels=np.array([0, 0, 0])).visual(1)
 
 
 def test_from_a_gram_matrix_and_an_array(fitted: tuple, tmp_path: Path) -> None:

@@ -205,12 +205,42 @@ def test_the_embedding_kernel_sums_the_grams_of_layers(cnn: gs.Project) -> None:
     summed = sum((x.double() @ y.double().T for x, y in zip(a, b, strict=True)), torch.zeros(1)).numpy()
     own = [sum((x.double().square().sum(1) for x in side), torch.zeros(1)).sqrt().numpy() for side in (a, b)]
     np.testing.assert_allclose(gs.exact_gram(cnn, "train", "test", "embedding"), summed / np.outer(*own), atol=2e-6)
-    layerwise = sum(cosine(x, y) for x, y in zip(a, b, strict=True))
-    np.testing.assert_allclose(gs.exact_gram(cnn, "train", "test", "embedding-layerwise"), layerwise, atol=1e-5)
+    squares = [np.stack([x.double().square().sum(1).numpy() for x in side], 1) for side in (a, b)]
+    written = summed / np.sqrt(squares[0] @ squares[1].T)
+    np.testing.assert_allclose(gs.exact_gram(cnn, "train", "test", "embedding-layerwise"), written, atol=2e-6)
     chosen = gs.exact_gram(cnn, "train", "test", "embedding", layers=r"features\.(0|4)|head")
     x, y = (torch.cat([side[0], side[4], side[-1]], 1) for side in (a, b))
     np.testing.assert_allclose(chosen, cosine(x, y), atol=2e-6)
     np.testing.assert_array_equal(np.diag(gs.exact_gram(cnn, kernel="embedding")), 1.0)
+
+
+def test_the_embedding_kernel_of_app_b_by_hand() -> None:
+    """Two layers h¹ = x and h² = W x of x = (1, 0) and (1, 1), with W = diag(2, 0):
+
+    h¹: (1, 0), (1, 1); h²: (2, 0), (2, 0); squared norms (1, 4) and (2, 4)
+    E(0, 0) = (1 + 4) / sqrt(1·1 + 4·4), E(1, 1) = (2 + 4) / sqrt(2·2 + 4·4), E(0, 1) = (1 + 4) / sqrt(1·2 + 4·4)
+    """
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[2.0, 0], [0, 0]]))
+    x = torch.tensor([[1.0, 0], [1, 1]])
+    project = gs.Project(model=model, splits={"train": TensorDataset(x, torch.zeros(2).long())})
+    expected = [[5 / 17**0.5, 5 / 18**0.5], [5 / 18**0.5, 6 / 20**0.5]]
+    np.testing.assert_allclose(gs.exact_gram(project, kernel="embedding-layerwise"), expected, rtol=1e-6)
+    cosines = [[1, 5 / 30**0.5], [5 / 30**0.5, 1]]
+    np.testing.assert_allclose(gs.exact_gram(project, kernel="embedding"), cosines, rtol=1e-6)
+
+
+def test_examples_without_a_layer_in_common_are_named() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1))  # x = 1 gives (1, 0), x = -1 gives (0, 1)
+    with torch.no_grad():
+        model[1].weight.fill_(-1)
+        model[1].bias.fill_(1)
+    x = torch.tensor([[1.0], [-1]])
+    project = gs.Project(model=model, splits={"train": TensorDataset(x, torch.zeros(2).long())})
+    with pytest.raises(NonFiniteError, match="rows 0 and 1 have no layer in common"):
+        gs.exact_gram(project, kernel="embedding-layerwise")
+    assert gs.exact_gram(project, kernel="embedding")[0, 1] == 0
 
 
 def test_a_module_called_twice_and_one_never_called() -> None:

@@ -14,8 +14,8 @@ from synthetic import clustered, write_store
 
 import gradstore as gs
 from gradstore.errors import UsageError
-from gradstore.faithfulness import evaluate, faithfulness, kendall, r_miss, tied_pairs
-from gradstore.linearisation import MAPS, linearise, linearise_store
+from gradstore.faithfulness import Measure, evaluate, faithfulness, kendall, r_miss, tied_pairs
+from gradstore.linearisation import MAPS, Linearisation, class_logits, linearise, linearise_store, r_squared
 from gradstore.surrogate.alpha import log_odds
 
 
@@ -55,7 +55,7 @@ def test_measures_of_a_worked_example() -> None:
     found = faithfulness(labels, network, surrogate, bootstrap=0)
     assert found.network_accuracy.value == pytest.approx(4 / 6)
     assert found.tad.value == pytest.approx(0)
-    assert found.r_miss.value == pytest.approx(1 / 3)
+    assert found.r_miss.value == pytest.approx(1 / 3)  # query 3, of 1, 3 and 5
     assert found.agreement.value == pytest.approx(4 / 6)
     a, b = np.array([2.0, 1, 3, -1, 1, -2]), np.array([3.0, -1, 2, -2, 1, 1])
     assert found.tau.value == pytest.approx(tau_b(a, b))
@@ -63,6 +63,20 @@ def test_measures_of_a_worked_example() -> None:
     ranks = [np.array([sorted(v).index(x) + (np.sum(v == x) - 1) / 2 for x in v]) for v in (a, b)]
     assert found.spearman.value == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert found.ties == (1, 1)
+
+
+def test_r_miss_is_eq_21() -> None:
+    """Mistakes count as shared only where both name the same class: truth 0, network 1, surrogate 2 shares nothing."""
+
+    def of(labels: list[int], network: list[int], surrogate: list[int]) -> float | None:
+        return r_miss(np.array(labels), np.array(network), np.array(surrogate)).value
+
+    assert of([0], [1], [2]) == 0.0
+    assert of([0], [1], [1]) == 1.0
+    # right, alike, different, the network alone, the surrogate alone
+    assert of([0, 0, 0, 0, 0], [0, 1, 1, 2, 0], [0, 1, 2, 0, 2]) == pytest.approx(1 / 4)
+    logits = np.eye(3)
+    assert faithfulness(np.array([0]), logits[[1]], logits[[2]], bootstrap=0).r_miss.value == 0.0
 
 
 def test_saturated_probabilities_are_counted_and_ranked_all_the_same() -> None:
@@ -80,7 +94,7 @@ def test_what_is_undefined_says_why() -> None:
     found = faithfulness(labels, right, right + np.arange(5)[:, None] * [1, 0], bootstrap=3)
     assert str(found.tau) == "n/a (all probabilities of the network are equal)"
     assert str(found.r_miss) == "n/a (neither makes a mistake)"
-    assert r_miss(np.ones(3), np.array([1.0, 0, 1])).value == 0
+    assert r_miss(labels, labels, np.array([0, 1, 0, 0, 0])).value == 0
     certain = np.array([[35.0 + i, 0] for i in range(5)])
     found = faithfulness(labels, certain, certain, bootstrap=0)
     assert found.pearson.note == "all probabilities of the network are equal up to rounding"
@@ -116,29 +130,95 @@ def test_bad_input_gets_one_line(labels: np.ndarray, surrogate: np.ndarray, mess
         faithfulness(np.zeros(0, int), np.zeros((0, 2)), np.zeros((0, 2)))
 
 
-@pytest.mark.parametrize(("name", "nu"), [("phi1", 1.0), ("phi2", 0.4), ("phi3", 1.8)])
-def test_linearisation_finds_the_curve_that_made_the_data(name: str, nu: float) -> None:
+def two_classes(z: np.ndarray) -> np.ndarray:
+    """Logits of two classes of which the second's logit is z."""
+    return np.stack([np.zeros_like(z), z], axis=1)
+
+
+TRUE = {
+    "phi1": {"nu": 1.7, "mu": -0.4},
+    "phi2": {"nu": 6.0, "mu": -2.0, "alpha": 0.5, "beta": 0.7},
+    "phi3": {"nu": -5.0, "mu": 0.3, "alpha": -0.5, "beta": 0.4},
+}
+
+
+def test_maps_by_hand() -> None:
+    """Φ² passes ν/2 + μ at α and 3ν/4 + μ at α + β ln 3; Φ³ passes 1/2 + μ at α and ν/4 + 1/2 + μ at α - 2β."""
+    maps = {
+        name: Linearisation(name, "logits", p, Measure(0, None, 0), Measure(0, None, 0), 0) for name, p in TRUE.items()
+    }
+    assert maps["phi1"](np.array(2.0)) == pytest.approx(1.7 * 2 - 0.4)
+    np.testing.assert_allclose(maps["phi2"](np.array([0.5, 0.5 + 0.7 * np.log(3)])), [3 - 2, 4.5 - 2])
+    np.testing.assert_allclose(maps["phi3"](np.array([-0.5, -0.5 - 0.8])), [0.5 + 0.3, -1.25 + 0.5 + 0.3])
+
+
+def test_r_squared_by_hand() -> None:
+    """Observations 1, 2, 3 against 1, 2, 4: residuals 0, 0, -1, spread 2. The other way the spread is 14/3."""
+    y, x = np.array([1.0, 2, 3]), np.array([1.0, 2, 4])
+    assert r_squared(x, y).value == pytest.approx(1 - 1 / 2)
+    assert r_squared(y, x).value == pytest.approx(1 - 3 / 14)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_linearisation_finds_the_curve_that_made_the_data(name: str) -> None:
     rng = np.random.default_rng(3)
     z = rng.uniform(-4, 5, 400)
-    s = {"phi3": 0.5 + np.arctan((z - 0.5) / 0.7) / np.pi}.get(name, expit((z - 0.5) / 0.7))
-    p = s ** (1 / nu)
-    found = linearise(np.log(p / (1 - p)), z, name, bootstrap=20)
-    np.testing.assert_allclose(found.parameters, [0.5, 0.7, nu][: len(found.parameters)], rtol=1e-3)
-    assert found.r2.value > 0.9999
-    assert found.r2.n == 200
-    assert found.masked == 0
+    y = Linearisation(name, "logits", TRUE[name], Measure(0, None, 0), Measure(0, None, 0), 0)(z)
+    found = linearise(rng.integers(0, 2, 400), two_classes(y), two_classes(z), name, bootstrap=20)
+    assert found.parameters == pytest.approx(TRUE[name], rel=1e-4)
+    assert found.r2.value == pytest.approx(1)
+    assert found.r2_log_p.value == pytest.approx(1)
+    assert (found.r2.n, found.masked) == (200, 0)
+
+
+def test_linearisation_of_probabilities() -> None:
+    rng = np.random.default_rng(5)
+    z, labels = rng.uniform(-4, 5, 400), rng.integers(0, 2, 400)
+    network = two_classes((z - 0.5) / 0.7)  # p = Φ²(z) of ν = 1, μ = 0
+    found = linearise(labels, network, two_classes(z), "phi2", target="probabilities", bootstrap=0)
+    assert found.parameters == pytest.approx({"nu": 1, "mu": 0, "alpha": 0.5, "beta": 0.7}, rel=1e-3, abs=1e-5)
+    assert found.r2.value == pytest.approx(1)
+    straight = linearise(labels, network, two_classes(z), "phi1", target="probabilities", bootstrap=0)
+    assert 0.8 < straight.r2.value < 0.99
+    assert str(straight.r2_log_p) == "n/a (the map leaves (0, 1))"
+
+
+def test_of_more_than_two_classes_all_are_compared() -> None:
+    rng = np.random.default_rng(6)
+    surrogate, labels = rng.standard_normal((60, 3)), rng.integers(0, 3, 60)
+    logits = class_logits(surrogate)
+    p = softmax(surrogate, axis=1)
+    np.testing.assert_allclose(logits, np.log(p / (1 - p)))
+    network = surrogate + 0.5 * rng.standard_normal((60, 3))
+    found = linearise(labels, network, surrogate, bootstrap=0)
+    rows = np.random.default_rng(0).permutation(60)
+    fit, judge = rows[:30], rows[30:]
+    slope, intercept = np.polyfit(logits[fit].ravel(), class_logits(network)[fit].ravel(), 1)
+    assert found.parameters == pytest.approx({"nu": slope, "mu": intercept})
+    mapped, truth = slope * logits[judge] + intercept, class_logits(network)[judge]
+    assert found.r2.value == pytest.approx(r_squared(mapped.ravel(), truth.ravel()).value)
+    own = np.arange(30), labels[judge]
+    assert found.r2_log_p.value == pytest.approx(
+        r_squared(np.log(expit(mapped[own])), np.log(softmax(network, axis=1)[judge][own])).value
+    )
 
 
 def test_linearisation_judges_on_rows_it_was_not_fitted_on_and_masks_saturated_ones() -> None:
     rng = np.random.default_rng(4)
-    z = rng.standard_normal(300)
+    z, labels = rng.standard_normal(300), np.zeros(300, int)
     network = z + rng.standard_normal(300)
-    assert linearise(network, z, bootstrap=0).r2.value == pytest.approx(0.5, abs=0.15)
-    assert linearise(rng.standard_normal(300), z, bootstrap=0).r2.value < 0.1
+
+    def found(y: np.ndarray, x: np.ndarray) -> Linearisation:
+        return linearise(labels[: len(x)], two_classes(y), two_classes(x), bootstrap=0)
+
+    assert found(network, z).r2.value == pytest.approx(0.5, abs=0.15)
+    assert found(rng.standard_normal(300), z).r2.value < 0.1
     network[:30] = 500
-    assert linearise(network, z, bootstrap=0).masked == 30
-    assert "not saturated" in linearise(network[:35], z[:35]).r2.note
-    assert "are equal" in linearise(network, np.zeros(300)).r2.note
+    assert found(network, z).masked == 30
+    assert "not saturated" in found(network[:35], z[:35]).r2.note
+    assert "are equal" in found(network, np.zeros(300)).r2.note
+    with pytest.raises(UsageError, match=r"unknown map .*phi1, phi2, phi3"):
+        linearise(labels, two_classes(network), two_classes(z), "phi4")
 
 
 def test_a_store_is_compared_with_its_networks_logits(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from benchmarks.paper.order import minimum_of_sgd
 from benchmarks.paper.recipes.badnet_cifar10 import stamped
 from benchmarks.paper.recipes.runner import RECIPES, run_recipes
 from benchmarks.paper.tables import over_seeds, read_csv
-from benchmarks.paper.thought_experiment import thought_experiment
+from benchmarks.paper.thought_experiment import SIGMA, convergence, pairs
 from gradstore.errors import CorruptError, ProjectError, UnsafeError
 
 
@@ -127,11 +127,22 @@ def test_the_attack_stays_in_its_ball_and_lowers_the_margin() -> None:
     assert {victim for _, victim in ATTACKS.values()} == {"network", "svm"}
 
 
-def test_pearson_prefers_the_surrogate_that_knows_less() -> None:
-    cluster, monotone = thought_experiment()
-    assert cluster.pearson > 0.98 > monotone.pearson
-    assert monotone.tau == pytest.approx(1)
-    assert cluster.tau < 0.6
+def test_clusters_hold_pearson_near_one_but_not_tau() -> None:
+    independent, dependent = (pair.measures() for pair in pairs(rate=1.0))
+    assert independent["Pearson"] > 0.98
+    assert dependent["Pearson"] > 0.98
+    assert independent["Kendall"] == pytest.approx(1 / 2, abs=0.02)
+    assert dependent["Kendall"] == pytest.approx(3 / 4, abs=0.02)
+
+
+def test_tau_converges_slowest_as_the_noise_vanishes() -> None:
+    for found in convergence():
+        ratio = found["sigma"] / SIGMA
+        if ratio <= 1:  # beyond, the clusters overlap
+            expected = 1 / 2 + np.arcsin(1 / np.sqrt(1 + ratio**2)) / np.pi
+            assert found["Kendall"] == pytest.approx(expected, abs=0.02)
+        assert found["Kendall"] < found["Spearman"] < 1
+        assert found["Kendall"] < found["Pearson"] < 1
 
 
 def test_the_nearest_come_in_order_and_ties_by_row() -> None:

@@ -31,7 +31,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.FeatureStore, g
 
 
 def reference(gram: np.ndarray, labels: np.ndarray, alpha: float, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W and b of eq. 1 and 2 with the penalty alpha/2 tr(W K Wᵀ), by another route: BFGS on W in float64."""
+    """W and b of the softmax cross-entropy with the penalty alpha/2 tr(W K Wᵀ), by BFGS on W in float64."""
     n, c = len(gram), labels.max() + 1
     target, floor = np.eye(c)[labels], gram + 1e-10 * np.eye(n)
     root = np.linalg.cholesky(floor)
@@ -54,7 +54,7 @@ def balanced(labels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kernel", ["proj-trntk", "proj-pntk", "proj-trntk0"])
 @pytest.mark.parametrize("memory", ["2GB", "9MB"], ids=["on the Gram matrix", "on the features"])
-def test_multinomial_is_the_minimum_of_eq_2(
+def test_multinomial_is_the_minimum_of_its_objective(
     stores: tuple, kernel: str, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = stores

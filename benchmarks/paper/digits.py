@@ -25,6 +25,7 @@ FURTHER = {
     "R² Φ³": "r2_phi3",
     "Pearson p": "pearson",
     "Spearman": "spearman",
+    "R² ln p": "r2_log_p_phi1",
     "R_miss": "r_miss",
     "τ unsaturated": "tau_unsaturated",
 }
@@ -148,6 +149,7 @@ def _judged(
             "iterations": model.n_iter_,
             **values(judged.measures),
             **{f"r2_{curve.name}": curve.r2.value for curve in judged.curves},
+            "r2_log_p_phi1": judged.curves[0].r2_log_p.value,
         }
     )
     return judged

@@ -15,8 +15,7 @@ import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.faithfulness import Faithfulness, faithfulness
 from gradstore.gram_file import Gram
-from gradstore.linearisation import MAPS, Linearisation, linearise
-from gradstore.surrogate.alpha import log_odds
+from gradstore.linearisation import MAPS, Linearisation, class_logits, linearise
 from gradstore.surrogate.training_data import two_logits
 
 KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
@@ -25,7 +24,7 @@ BACKENDS: Mapping[str, Mapping[str, object]] = {
     "sgd": {"backend": "sgd", "alpha": 1e-2, "max_iter": 300},
     "multinomial": {"backend": "multinomial", "alpha": 1e-4, "max_iter": 600},
 }
-"""The paper's fit of its multi-class models, and the softmax of its equations."""
+"""The fit that the paper's scripts make of their multi-class models, and the softmax that its text describes."""
 SGD_ALPHA_OF_TWO = 1e-4
 """The paper fits models of two classes with a weaker penalty."""
 
@@ -160,12 +159,21 @@ def affordable(found: Experiment, kernel: str, backend: str, memory: str) -> gs.
 
 @dataclass(frozen=True)
 class Judged:
-    """A surrogate on one split."""
+    """A surrogate on one split.
+
+    Attributes:
+        measures: how faithful it is.
+        curves: the maps of App. L.
+        ours: the surrogate's logits, of the second of two classes or of all, float64 [m, 1 or classes].
+        theirs: the network's.
+        correct: bool, of the same shape: of the correct class.
+    """
 
     measures: Faithfulness
     curves: tuple[Linearisation, ...]
     ours: np.ndarray
     theirs: np.ndarray
+    correct: np.ndarray
 
 
 def judge(
@@ -179,6 +187,7 @@ def judge(
     outputs = found.outputs[split]
     labels = outputs.labels if labels is None else labels
     basis = model.log_odds_basis(found.grams[kernel][split])
-    ours, theirs = log_odds(basis, labels), log_odds(outputs.logits, labels)
-    curves = tuple(linearise(theirs, ours, name, bootstrap=0) for name in MAPS)
-    return Judged(faithfulness(labels, outputs.logits, basis, bootstrap=0), curves, ours, theirs)
+    ours, theirs = class_logits(basis), class_logits(outputs.logits)
+    curves = tuple(linearise(labels, outputs.logits, basis, name, bootstrap=0) for name in MAPS)
+    correct = labels[:, None] == (np.ones((1, 1)) if ours.shape[1] == 1 else np.arange(ours.shape[1]))
+    return Judged(faithfulness(labels, outputs.logits, basis, bootstrap=0), curves, ours, theirs, correct)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.paper.experiment import Experiment, Judged
-from benchmarks.paper.thought_experiment import MadeUp
+from benchmarks.paper.thought_experiment import MEASURES, SIGMA, Pair
 
 NAMES = {
     "trntk": "trNTK",
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def most_similar(found: Experiment, path: Path, kernel: str = "proj-trntk", queries: int = 5, k: int = 5) -> None:
-    """Fig. 1: a query of each of the first classes beside the training examples that a kernel finds most similar."""
+    """A query of each of the first classes beside the training examples most similar to it (as App. M.2)."""
     splits, gram, outputs = found.project.splits, found.grams[kernel]["test"], found.outputs["test"]
     figure, axes = plt.subplots(queries, k + 1, figsize=(1.35 * (k + 1), 1.65 * queries), layout="constrained")
     for c in range(queries):
@@ -40,11 +40,11 @@ def most_similar(found: Experiment, path: Path, kernel: str = "proj-trntk", quer
 
 
 def realisation(judged: Mapping[str, Judged], path: Path) -> None:
-    """Fig. 2: the network's log-odds against the surrogate's after Φ¹; the dashed line is equality."""
+    """The network's logits against the surrogate's after Φ¹, every class of every query (as Fig. 1 and App. L.1)."""
     figure, axes = plt.subplots(1, len(judged), figsize=(3.6 * len(judged), 3.7), squeeze=False, layout="constrained")
     for axis, (name, found) in zip(axes[0], judged.items(), strict=True):
         _against(axis, found, name)
-    _finish(figure, path, "Log-odds of the correct class: network against surrogate")
+    _finish(figure, path, "Logits of every class: network against surrogate")
 
 
 def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
@@ -70,14 +70,27 @@ def residuals(found: Experiment, path: Path, proj_dim: int) -> dict[str, float]:
     }
 
 
-def made_up(found: MadeUp, path: Path) -> None:
-    """Figs 5 and 6: a made-up surrogate's probabilities, and what each correlation says of them."""
-    figure, axis = plt.subplots(figsize=(4.2, 3.8), layout="constrained")
-    axis.scatter(found.surrogate, found.network, s=4, alpha=0.4)
-    axis.set(xlabel="surrogate's probability", ylabel="network's probability")
-    _finish(
-        figure, path, f"“{found.name}”: Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}, τ {found.tau:.3f}"
-    )
+def made_up(found: Sequence[Pair], path: Path) -> None:
+    """Fig. 5: answers of two models that are independent, and of two that are not."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3.8 * len(found), 3.7), layout="constrained")
+    for axis, pair in zip(axes, found, strict=True):
+        axis.scatter(pair.a, pair.b, s=4, alpha=0.3)
+        axis.set(xlabel="answer of F_A", ylabel="answer of F_B")
+        said = pair.measures()
+        axis.set_title(f"{pair.name}: Pearson {said['Pearson']:.2f}, τ {said['Kendall']:.2f}", fontsize=9)
+    _finish(figure, path, "Made-up models: clusters hold Pearson's correlation near 1")
+
+
+def converging(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Fig. 6: how each correlation nears 1 as the noise between two models vanishes."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    for name in MEASURES:
+        axis.plot([row["sigma"] / SIGMA for row in rows], [row[name] for row in rows], "o-", ms=3, label=name)
+    axis.set_xscale("log", base=2)
+    axis.invert_xaxis()
+    axis.set(xlabel="added noise, in units of the model's own", ylabel="correlation")
+    axis.legend()
+    _finish(figure, path, "Correlation of F_A with F_A + noise: τ nears 1 slowest")
 
 
 def attacks(rows: Sequence[Mapping[str, object]], path: Path) -> None:
@@ -120,7 +133,7 @@ def by_seed(name: str, judged: Sequence[Judged], path: Path) -> None:
         axis.axis("off")
     for seed, found in enumerate(judged):
         _against(axes.flat[seed], found, f"seed {seed}")
-    _finish(figure, path, f"{name}: log-odds of the correct class, network against trNTK surrogate")
+    _finish(figure, path, f"{name}: logits of the second class, network against trNTK surrogate")
 
 
 def _against(axis: plt.Axes, found: Judged, name: str) -> None:
@@ -130,7 +143,12 @@ def _against(axis: plt.Axes, found: Judged, name: str) -> None:
         return
     x = curve(found.ours)
     ends = [min(x.min(), found.theirs.min()), max(x.max(), found.theirs.max())]
-    axis.scatter(x, found.theirs, s=5, alpha=0.35)
+    if found.theirs.shape[1] == 1:
+        axis.scatter(x, found.theirs, s=5, alpha=0.35)
+    else:
+        for chosen, label in ((found.correct, "correct class"), (~found.correct, "other classes")):
+            axis.scatter(x[chosen], found.theirs[chosen], s=5, alpha=0.35, label=label)
+        axis.legend(fontsize=8)
     axis.plot(ends, ends, "k--", lw=0.8)
     axis.set(xlabel="surrogate, after Φ¹", ylabel="network")
     axis.set_title(f"{name}: R² {curve.r2.value:.2f}, τ {found.measures.tau.value or 0:.2f}", fontsize=9)

@@ -48,7 +48,7 @@ def projected_cosines(kernel: str, stores: Sequence[FeatureStore], rows: int) ->
 
 
 def exact_cosines(project: Project, inputs: Tensor) -> dict[str, Tensor]:
-    """Cosine-normalised trNTK (eq. 8) and pNTK (eq. 7) without projection, under the names of their projected kin.
+    """Exact trNTK (eq. 5) and the cosine of pNTK (eq. 7 without its projection), named as their projected kin.
 
     Args:
         project: a prepared project.

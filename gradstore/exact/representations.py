@@ -1,11 +1,11 @@
 """Kernels of hidden representations: the conjugate kernel, and the embedding kernel over many layers.
 
-Engel et al. (ICLR 2024, App. B) compare them with the tangent kernels (Tables 6-8). h^l(x) is the output of module l,
-flattened; layers are put side by side, so that a sum of their Gram matrices is the Gram matrix of one feature map.
+Engel et al. (ICLR 2024) define them in App. B and compare them with the tangent kernels. h^l(x) is the output of module
+l, flattened; layers are put side by side, so that a sum of their Gram matrices is the Gram matrix of one feature map.
 
 The embedding kernel comes with two normalisations. "embedding" divides the summed Gram matrix by its diagonal, as the
-paper's scripts do, which gives a unit diagonal and lets layers of large norm weigh more. "embedding-layerwise" takes
-the cosine in every layer and adds them up, as the formula is written; its diagonal is the number of layers.
+scripts published with the paper do, which gives a unit diagonal. "embedding-layerwise" is the formula of App. B, see
+`layerwise`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gradstore.device import choose_device
 from gradstore.errors import NonFiniteError, ProjectError, UsageError
+from gradstore.exact.layerwise import Layered, multiply_layered
 from gradstore.exact.selection import Selection
 from gradstore.examples import Inputs
 from gradstore.jacobians.subject import length, take
@@ -50,14 +51,25 @@ class RepresentationTiles:
         probe = to_device(a.read(range(min(2, len(a)))), self.device)
         choose = final_linear if kernel.name == "ck" else modules_matching
         self.layers = choose(project, probe, layers)
-        width = sum(part.shape[1] for part in self._representations(probe))
+        widths = [part.shape[1] for part in self._representations(probe)]
+        held = 4 * sum(widths) + (8 * len(widths) if self._layerwise else 0)
         self.grid = plan_grid(
-            len(a), len(b), symmetric=a is b, held=4 * width, loading=12 * width, value=12, memory=memory, ahead=False
+            len(a),
+            len(b),
+            symmetric=a is b,
+            held=held,
+            loading=12 * sum(widths),
+            value=20 if self._layerwise else 12,
+            memory=memory,
+            ahead=False,
         )
         self.shape = (len(a), len(b))
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped."""
+        if self._layerwise:
+            load = partial(self._load_layered, self.a), partial(self._load_layered, self.b)
+            return self.grid.tiles(*load, multiply_layered, skip)
         return self.grid.tiles(partial(self._load, self.a), partial(self._load, self.b), multiply, skip)
 
     def attributes(self) -> dict[str, str | int]:
@@ -74,18 +86,26 @@ class RepresentationTiles:
             "data_b": self.b.digest,
         }
 
+    @property
+    def _layerwise(self) -> bool:
+        return self.kernel.name == "embedding-layerwise"
+
     def _load(self, selection: Selection, rows: range) -> Operand:
-        parts = self._representations(to_device(selection.read(rows), self.device))
+        return self._operand(torch.cat(self._parts(selection, rows), dim=1), selection, rows)
+
+    def _load_layered(self, selection: Selection, rows: range) -> Layered:
+        parts = self._parts(selection, rows)
+        norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
         own = selection.rows[rows.start : rows.stop]
-        if self.kernel.name == "embedding-layerwise":
-            parts = [
-                part / _norms(part, own, selection.split, name)[:, None].float()
-                for part, name in zip(parts, self.layers, strict=True)
-            ]
-        phi = torch.cat(parts, dim=1)
-        norms = torch.ones(len(phi), dtype=torch.float64)
-        if self.kernel.normalised:
-            norms = _norms(phi, own, selection.split, "all chosen layers")
+        return Layered(self._operand(torch.cat(parts, dim=1), selection, rows), torch.stack(norms, dim=1).square(), own)
+
+    def _parts(self, selection: Selection, rows: range) -> list[Tensor]:
+        return self._representations(to_device(selection.read(rows), self.device))
+
+    def _operand(self, phi: Tensor, selection: Selection, rows: range) -> Operand:
+        norms = _norms(phi, selection.rows[rows.start : rows.stop], selection.split, "all chosen layers")
+        if not self.kernel.normalised:
+            norms = torch.ones(len(phi), dtype=torch.float64)
         made = Operand.empty(len(phi), 1, phi.shape[1], normalised=self.kernel.normalised, arithmetic="float32")
         made.fill(0, phi[:, None], 1 / norms[:, None], rows)
         return made

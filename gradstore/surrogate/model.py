@@ -29,9 +29,10 @@ Data = FeatureStore | Gram | np.ndarray
 class KernelGLM(ClassifierMixin, BaseEstimator):
     """A surrogate of a network: logits W κ(x, X) + b over the n training examples X (Engel et al., ICLR 2024, eq. 1).
 
+    It learns what the network learnt; its aim is the network's softmax (eq. 2), and `evaluate` says how near it comes.
     Two ways to fit it (`backend`):
 
-    - "multinomial": cross-entropy of the softmax (eq. 2) with a penalty alpha/2 Σ_c ‖Σ_i W_ci Φ(x_i)‖² in the space
+    - "multinomial": cross-entropy of the softmax with a penalty alpha/2 Σ_c ‖Σ_i W_ci Φ(x_i)‖² in the space
       of the kernel, by L-BFGS. Reads the features, one pass an iteration; where n < D and n² values fit the memory, it
       works on a factor of the Gram matrix instead, with the same result.
     - "sgd": the paper's: scikit-learn's `SGDClassifier(loss="log_loss", penalty="l2")` on rows of the Gram matrix, with

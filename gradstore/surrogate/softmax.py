@@ -1,6 +1,6 @@
-"""Multinomial kernel logistic regression: L-BFGS on the softmax cross-entropy (eq. 1 and 2), in feature space.
+"""Multinomial kernel logistic regression: L-BFGS on the softmax cross-entropy, in feature space.
 
-With θ_c = Σ_i W_ci Φ(x_i), one vector per class, the surrogate's logits W κ(x, X) + b are ⟨θ_c, Φ(x)⟩ + b_c, and
+With θ_c = Σ_i W_ci Φ(x_i), one vector per class, the logits W κ(x, X) + b (eq. 1) are ⟨θ_c, Φ(x)⟩ + b_c, and
     min  1/n Σ_i s_i H(y_i, softmax(logits_i)) + α/2 Σ_c ‖θ_c‖²
 is an ordinary multinomial logistic regression that needs one pass over Φ an evaluation. Where its gradient vanishes,
 W_ci = s_i (y_ic − p_ic) / (α n) exactly, so W comes from the residuals, and no Gram matrix is needed (Zhu and Hastie,
