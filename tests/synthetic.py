@@ -26,10 +26,11 @@ def write_store(
     logits: np.ndarray | None = None,
     names: Sequence[str] = (),
     n: int | None = None,
+    poisoned: np.ndarray | None = None,
 ) -> FeatureStore:
     """A finished store of features float32 [n, c, K]; with `n`, one of which only the first rows are written so far."""
     count, c, K = features.shape
-    schema = Schema(c=c, K=K, classes=len(names) or c, dtype=dtype)
+    schema = Schema(c=c, K=K, classes=len(names) or c, dtype=dtype, truth=poisoned is not None)
     identity = {
         "projection": {"kind": "rademacher", "K": K, "seed": 0, "version": 1},
         "parameters": {"count": 1, "blocks": [["w", [1]]]},
@@ -47,7 +48,8 @@ def write_store(
             if rows.stop > count:
                 break
             with writer.shard(index) as shard:
-                shard.write(_columns(features, outputs, rows, dtype))
+                truth = {} if poisoned is None else {"poisoned": poisoned[rows.start : rows.stop].astype(np.uint8)}
+                shard.write(_columns(features, outputs, rows, dtype) | truth)
     return open_store(path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,30 @@ def cnn() -> gs.Project:
     labels = torch.arange(90) % 4
     splits = {"train": TensorDataset(images[:60], labels[:60]), "test": TensorDataset(images[60:], labels[60:])}
     return gs.Project(model=SmallCNN(), splits=splits)
+
+
+def test_kernels_by_hand() -> None:
+    """F^c(x) = w_c · x has g^c(x) = x in the place of w_c; of x = (1, 2) and x' = (3, 1), ⟨x, x'⟩ = 5.
+
+    Eq. 4: 5 where the classes are the same, 0 elsewhere. Eq. 5: (5 + 5) / (√(5 + 5) √(10 + 10)). Eq. 6: 10 / 2.
+    """
+    model = nn.Linear(2, 2, bias=False)
+    x = torch.tensor([[1.0, 2], [3, 1]])
+    project = gs.Project(model=model, splits={"train": TensorDataset(x, torch.zeros(2).long())})
+    expected = {"trntk": 10 / 200**0.5, "trntk0": 10.0, "pntk": 5.0, "pntk-cosine": 1 / 2**0.5}
+    for kernel, value in expected.items():
+        assert gs.exact_gram(project, kernel=kernel)[0, 1] == pytest.approx(value)
+    np.testing.assert_allclose(gs.exact_gram(project, kernel="entk")[:2, 2:], 5 * np.eye(2), atol=1e-6)
+
+
+def test_the_kernel_is_the_sum_over_parameter_tensors(cnn: gs.Project) -> None:
+    """App. D: trNTK⁰ = Σ_l trNTK_l⁰, and trNTK divides it by the square roots of its diagonal on either side."""
+    names = [name for name, _ in cnn.model.named_parameters()]
+    parts = [replace(cnn, parameters=re.escape(name)) for name in names]
+    summed = sum((gs.exact_gram(part, kernel="trntk0") for part in parts), np.zeros((60, 60)))
+    np.testing.assert_allclose(summed, gs.exact_gram(cnn, kernel="trntk0"), rtol=1e-5, atol=1e-5 * summed.max())
+    root = np.diag(1 / np.sqrt(np.diag(summed)))
+    np.testing.assert_allclose(root @ summed @ root, gs.exact_gram(cnn, kernel="trntk"), atol=1e-6)
 
 
 def test_the_identities_between_kernels(cnn: gs.Project) -> None:

@@ -66,6 +66,17 @@ def test_two_stores_give_the_dense_products(stores: tuple, kernel: str, memory: 
     np.testing.assert_allclose(written[:], expected, rtol=2e-6, atol=2e-6 * scale)
 
 
+def test_projected_kernels_by_hand(tmp_path: Path) -> None:
+    """P g^c of two examples: (1, 0), (0, 2) and (1, 1), (1, 0).
+
+    Eq. 8: (1 + 0) / (√(1 + 4) √(2 + 1)). Eq. 7, of the sums (1, 2) and (2, 1): 4 / (√5 √5).
+    """
+    store = write_store(tmp_path / "s", np.array([[[1.0, 0], [0, 2]], [[1, 1], [1, 0]]]))
+    expected = {"proj-trntk": 1 / 15**0.5, "proj-pntk": 4 / 5, "proj-trntk0": 1.0}
+    for kernel, value in expected.items():
+        assert gs.gram(store, kernel=kernel, out=tmp_path / f"{kernel}.h5")[0, 1] == pytest.approx(value, rel=1e-6)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("memory", ["400KB", "1GB"])
 def test_one_store_computes_the_upper_half_and_writes_both(
