@@ -10,8 +10,9 @@ import numpy as np
 from gradstore.batch import row_columns
 from gradstore.errors import UsageError
 from gradstore.memory import parse_bytes
-from gradstore.plan import Plan, Settings
+from gradstore.plan import Plan
 from gradstore.project import Project
+from gradstore.settings import Settings
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 
@@ -77,7 +78,7 @@ def featurize_queries(
         UsageError: a row that the split does not have, or too little memory.
         ProjectError, NonFiniteError: as `featurize`.
     """
-    plan = Plan(project, split, Settings.of(train.identity), device, parse_bytes(memory))
+    plan = Plan(project, split, Settings.of(train.identity, where=train.path), device, parse_bytes(memory))
     n, group = plan.manifest.n, plan.manifest.group
     wanted = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
     bad = wanted[(wanted < 0) | (wanted >= n)]
