@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from gradstore.batch import row_columns
 from gradstore.errors import UsageError
+from gradstore.indices import Choice, chosen_rows
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan
 from gradstore.project import Project
@@ -57,7 +58,7 @@ def featurize_queries(
     train: FeatureStore,
     *,
     split: str,
-    rows: Sequence[int] | None = None,
+    rows: Choice | None = None,
     device: str = "auto",
     memory: int | str = "2GB",
 ) -> FreshRows:
@@ -70,7 +71,7 @@ def featurize_queries(
         project: the model and data.
         train: the training store, for its settings.
         split: name of the split.
-        rows: wanted rows of the split, in this order; default all.
+        rows: wanted rows of the split, as indices in this order or a bool mask; default all.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         memory: bytes for activations, Jacobian blocks and features, beside the model and the result.
 
@@ -80,10 +81,7 @@ def featurize_queries(
     """
     plan = Plan(project, split, Settings.of(train.identity, where=train.path), device, parse_bytes(memory))
     n, group = plan.manifest.n, plan.manifest.group
-    wanted = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
-    bad = wanted[(wanted < 0) | (wanted >= n)]
-    if bad.size:
-        raise UsageError("no such query row", where="--rows", expected=f"0 to {n - 1}", got=int(bad[0]))
+    wanted = chosen_rows(rows, n, where="--rows", what="query row")
     starts = np.unique(wanted // group) * group
     spans = [range(int(start), min(int(start) + group, n)) for start in starts]
     kept = plan.manifest.schema.empty(len(wanted))
