@@ -86,7 +86,7 @@ class Forensics:
             "k": self.neighbours[0].k,
             "threshold": self.threshold,
             "queries": len(self.votes),
-            "flagged": [{"store": str(r.queries.path), "row": int(r.rows[q])} for r, q in flagged],
+            "flagged": [{"store": str(r.queries.path), "row": int(r.split_rows[q])} for r, q in flagged],
             "votes": np.bincount(self.votes, minlength=self.neighbours[0].k + 1).tolist(),
             "confusion": None if found is None else confusion_dict(found),
             "culprits": [

@@ -33,8 +33,8 @@ class Residuals:
 
     Attributes:
         kernel: name of the projected kernel.
-        rows_a: int64 [q], rows of the first store.
-        rows_b: int64 [q], rows of the second.
+        rows_a: int64 [q], positions in the first store.
+        rows_b: int64 [q], positions in the second.
         exact: float64 [q].
         projected: float64 [q].
         standard_error: float64 [q], predicted from the features (see `gradstore.standard_error`).
@@ -122,8 +122,9 @@ class Residuals:
         return write_residual(self.page(), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write one line a pair; see `write_csv`."""
-        columns = (self.rows_a, self.rows_b, self.exact, self.projected, self.standard_error)
+        """Write one line a pair, with the rows' indices in their splits; see `write_csv`."""
+        rows = self.a.rows[self.rows_a], self.b.rows[self.rows_b]
+        columns = (*rows, self.exact, self.projected, self.standard_error)
         header = ["row_a", "row_b", "exact", "projected", "standard_error"]
         lines = (
             [int(i), int(j), *(repr(float(value)) for value in values)] for i, j, *values in zip(*columns, strict=True)
@@ -170,7 +171,8 @@ def residual(
         _require_same_project(project, store)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
     splits = (a.manifest.split, other.manifest.split)
-    exact = exact_gram(project, *splits, _EXACT[kernel], rows_a=rows_a, rows_b=rows_b, memory=memory, device=device)
+    chosen_a, chosen_b = a.rows[rows_a], other.rows[rows_b]
+    exact = exact_gram(project, *splits, _EXACT[kernel], rows_a=chosen_a, rows_b=chosen_b, memory=memory, device=device)
     projected, errors = _projected(chosen, a, other, rows_a, rows_b)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), np.asarray(exact).ravel(), projected.ravel(), errors.ravel())

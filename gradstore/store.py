@@ -122,6 +122,22 @@ class FeatureStore:
             hint="Run the same `gradstore featurize` command again to continue",
         )
 
+    def require_stored(self, what: str) -> FeatureStore:
+        """This store, since it is one on the disk; rows in memory refuse, saying that `what` is kept beside a store."""
+        return self
+
+    def unchecked(self) -> FeatureStore:
+        """A handle on the same rows that does not compare their digests, for who has read them once."""
+        return FeatureStore(self.path, verify=False, disk=self.disk)
+
+    def holds_same_rows(self, other: FeatureStore) -> bool:
+        """Whether another handle is on the same rows of the same store."""
+        return (
+            type(other) is type(self)
+            and self.path.resolve() == other.path.resolve()
+            and self.manifest == other.manifest
+        )
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
@@ -376,7 +392,7 @@ class FeatureStore:
         """Path, shape and projection on one line."""
         n, c, K = self.shape
         shape = f"[{n}, {c}, {K}] {self.schema.dtype}"
-        return f"FeatureStore({str(self.path)!r}, {shape}, fingerprint {self.fingerprint[:8]}…)"
+        return f"{type(self).__name__}({str(self.path)!r}, {shape}, fingerprint {self.fingerprint[:8]}…)"
 
     def _repr_html_(self) -> str:
         """The card as a table for notebooks."""
