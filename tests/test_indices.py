@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import clustered, write_store
 from torch import nn
@@ -36,6 +36,7 @@ def as_given(values: list, data: st.DataObject) -> Any:
     return {"list": values, "tuple": tuple(values), "scalars": list(array), "array": array, "strided": strided}[kind]
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.data())
 def test_every_way_to_name_rows_means_the_same(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 40))
