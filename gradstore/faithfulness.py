@@ -15,6 +15,7 @@ from scipy.special import expit
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from gradstore.errors import UsageError
+from gradstore.indices import class_indices
 from gradstore.store import FeatureStore
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
@@ -107,7 +108,7 @@ def evaluate(
         Others: as `KernelGLM.logits`.
     """
     basis = model.log_odds_basis(queries)
-    given = queries.labels if labels is None else np.asarray(labels)
+    given = queries.labels if labels is None else labels
     return faithfulness(given, two_logits(queries.logits), basis, bootstrap=bootstrap, seed=seed)
 
 
@@ -124,7 +125,7 @@ def faithfulness(
         seed: of the resamples.
 
     Raises:
-        UsageError: there are no queries, shapes differ, or a query has no label.
+        UsageError: there are no queries, shapes differ, or a query has no label, or one that is no whole number.
     """
     labels = _checked_labels(labels, network, surrogate)
     ours, theirs = log_odds(surrogate, labels), log_odds(network, labels)
@@ -220,7 +221,7 @@ def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], rou
 
 
 def _checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels)
+    labels = class_indices(labels, where="labels")
     if network.shape != surrogate.shape or labels.shape != network.shape[:1]:
         raise UsageError(
             "labels and logits do not fit together",
@@ -238,4 +239,4 @@ def _checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarr
             expected=f"a class below {network.shape[1]} for each of {len(labels)} queries",
             got=f"{missing.size} without, the first in row {missing[0]}",
         )
-    return labels.astype(np.int64)
+    return labels

@@ -1,4 +1,4 @@
-"""Which rows: every argument that chooses rows or an index goes through here.
+"""Which rows: every argument that chooses rows, an index or classes by their indices goes through here.
 
 Rows are a bool mask of all of them, or their indices as a list, range, slice, array or tensor; one integer is one row.
 Indices are counted from 0 and never from the end, where -1 is likelier a mistake; a slice is cut to what there is, as
@@ -101,6 +101,23 @@ def row_mask(
     mask = np.zeros(n, bool)
     mask[chosen_rows(rows, n, where=where, what=what, once=True, error=error)] = True
     return mask
+
+
+def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: object) -> np.ndarray:
+    """Labels as int64 of their own shape; whether there are such classes is for others to say.
+
+    Raises:
+        UsageError: they are no whole numbers; names the first that is none.
+    """
+    array = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if array.dtype.kind in "biu" or array.size == 0:
+        return array.astype(np.int64)
+    values = array.astype(np.float64) if array.dtype.kind == "f" else np.full(array.shape, np.nan)
+    whole = (values == np.round(values)) & (np.abs(values) < 2**53)
+    if not whole.all():
+        first = _shown(array[~whole].tolist()[0])
+        raise UsageError("labels are no indices of classes", where=where, expected="whole numbers", got=first)
+    return array.astype(np.int64)
 
 
 def _as_array(rows: Any, n: int) -> np.ndarray | None:

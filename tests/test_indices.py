@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 import gradstore as gs
 from gradstore.errors import ProjectError, UsageError
 from gradstore.forensics import read_poisoned
-from gradstore.indices import chosen_row, chosen_rows, row_mask
+from gradstore.indices import chosen_row, chosen_rows, class_indices, row_mask
 
 N = 6
 INTEGERS = [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64]
@@ -136,6 +136,25 @@ def test_one_row() -> None:
             chosen_row(row, N, where="row")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="none, for there are no rows"):
         chosen_row(0, 0, where="row")
+
+
+@pytest.mark.parametrize("labels", [[0, 2, -1], np.array([0, 2, -1], np.int8), torch.tensor([0.0, 2.0, -1.0])])
+def test_labels_are_whole_numbers(labels: Any) -> None:
+    np.testing.assert_array_equal(class_indices(labels, where="y"), np.array([0, 2, -1]), strict=True)
+
+
+@pytest.mark.parametrize("wrong", [1.5, float("nan"), float("inf"), 1e300, "cat", None])
+def test_labels_that_would_be_rounded_are_refused_everywhere(wrong: Any, stores: tuple, tmp_path: Path) -> None:
+    message = r"labels are no indices of classes \(expected whole numbers, got "
+    labels = [0, 1, 2] * 3 + [wrong] * 3
+    with pytest.raises(UsageError, match=message):
+        gs.KernelGLM().fit(stores[1], labels)
+    model = gs.KernelGLM(alpha=1.0).fit(stores[0])
+    with pytest.raises(UsageError, match=message):
+        gs.evaluate(model, stores[1], labels, bootstrap=0)
+    np.save(tmp_path / "grads.npy", np.ones((12, 4), np.float32))
+    with pytest.raises(UsageError, match=message):
+        gs.import_features(tmp_path / "grads.npy", tmp_path / "out", gs.Provenance("trak", "mine"), labels=labels)
 
 
 # -- everywhere --------------------------------------------------------------------------------------------------
