@@ -45,7 +45,6 @@ class Features:
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
         self.shape = store.shape
-        self._blank = np.broadcast_to(np.zeros((), bool), self.shape)
 
     @property
     def size(self) -> int:
@@ -74,7 +73,7 @@ class Features:
         """
         if copy is False:
             raise ValueError(f"the features of {self._store.path} are on the disk, so reading them makes a copy")
-        return self._read(np.arange(len(self)), (), np.dtype(dtype or self.dtype))
+        return self._read(np.arange(len(self)), (), self.dtype if dtype is None else np.dtype(dtype))
 
     def __getitem__(self, key: Any) -> Any:
         """Features float32, a new array, or a single value.
@@ -89,7 +88,7 @@ class Features:
         """
         parts = self._parts(key)
         try:
-            _ = self._blank[parts]
+            _ = _blank(self.shape)[parts]
         except IndexError as error:
             raise self._refusal(str(error)) from None
         place = next(i for i, part in enumerate(parts) if part is not None and part is not Ellipsis)
@@ -133,8 +132,8 @@ class Features:
     def _read(self, rows: np.ndarray, rest: tuple[Any, ...], dtype: np.dtype | None = None) -> np.ndarray:
         """Some rows int64 [r], ascending and distinct, and of each what the indices `rest` of [c, K] leave."""
         schema, path = self._store.schema, (slice(None), *rest)
-        one = np.broadcast_to(np.zeros((), bool), (1, *self.shape[1:]))[path]
-        out = np.empty((len(rows), *one.shape[1:]), dtype or self.dtype)
+        one = _blank((1, *self.shape[1:]))[path]
+        out = np.empty((len(rows), *one.shape[1:]), self.dtype if dtype is None else dtype)
         step = max(1, _PIECE_BYTES // (schema.row_bytes + 4 * schema.c * schema.K))
         room = schema.empty(min(step, len(rows)))
         for at in range(0, len(rows), step):
@@ -146,6 +145,11 @@ class Features:
                 columns = self._store.gather(piece, room)
             out[at : at + len(piece)] = decode(columns["features"], columns["scale"]).numpy()[path]
         return out
+
+
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a shape whose values all share one byte."""
+    return np.broadcast_to(np.zeros((), bool), shape)
 
 
 def _plain(part: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def test_it_is_an_array_to_numpy(both: tuple) -> None:
             comparison()
     with pytest.raises(TypeError, match="item assignment"):
         features[0] = 0
+    assert len(pickle.dumps(features)) < len(pickle.dumps(features._store)) + 500
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(features))[3:5], plain[3:5])
     assert repr(features).startswith("Features([23, 3, 12] float32, read from ")
 
 
