@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNELS = ("proj-trntk", "proj-pntk", "proj-trntk0")
+_MOST_ROWS = 10**8  # that a list of spans may name
 
 
 def as_json(function: F) -> F:
@@ -91,18 +92,22 @@ def kernel_help() -> str:
     return "proj-trntk (eq. 8), proj-pntk (eq. 7) or proj-trntk0 (not normalised)."
 
 
-def parse_rows(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Rows written as "0:100", "3,5,8" or a mixture; None for all."""
+def parse_rows(context: click.Context, parameter: click.Parameter, value: str | None) -> Sequence[int] | None:
+    """Rows written as "0:100", "3,5,8" or a mixture; None for all. One span stays a range, however long it is."""
     if value is None:
         return None
-    rows: list[int] = []
+    spans = []
     for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?::\s*(\d{1,18})\s*)?", part, re.ASCII)
         if match is None:
             raise click.BadParameter(f"expected rows such as 0:100 or 3,5,8, got {value!r}", context, parameter)
         start = int(match.group(1))
-        rows.extend(range(start, int(match.group(2))) if match.group(2) else [start])
-    return rows
+        spans.append(range(start, int(match.group(2)) if match.group(2) else start + 1))
+        if not spans[-1]:
+            raise click.BadParameter(f"there are no rows in {part.strip()!r}", context, parameter)
+    if sum(map(len, spans)) > _MOST_ROWS and len(spans) > 1:
+        raise click.BadParameter(f"more rows than any split has: {value!r}", context, parameter)
+    return spans[0] if len(spans) == 1 else [row for span in spans for row in span]
 
 
 def parse_assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

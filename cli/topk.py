@@ -11,6 +11,8 @@ from .options import as_json, kernel_help, memory_option, parse_assignments, par
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gradstore.store import FeatureStore
     from gradstore.topk import TopK
 
@@ -62,7 +64,7 @@ def topk(
     queries: Path,
     k: int,
     kernel: str,
-    rows: list[int] | None,
+    rows: Sequence[int] | None,
     split: str,
     options: dict[str, str],
     device: str,
@@ -114,7 +116,7 @@ def topk(
 
 
 def _featurize(
-    train: FeatureStore, file: Path, options: dict[str, str], split: str, rows: list[int] | None, device: str
+    train: FeatureStore, file: Path, options: dict[str, str], split: str, rows: Sequence[int] | None, device: str
 ) -> FeatureStore:
     import gradstore as gs
 

@@ -12,6 +12,7 @@ import torch
 
 from gradstore.errors import UsageError
 from gradstore.gram_file import Gram
+from gradstore.indices import chosen_row
 from gradstore.kernels import Kernel, feature_map
 from gradstore.memory import parse_bytes
 from gradstore.store import FeatureStore, open_store
@@ -48,8 +49,12 @@ class Attribution:
         return int(self.logits.argmax())
 
     def contrast(self, a: int, b: int) -> np.ndarray:
-        """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits."""
-        return self.values[a] - self.values[b]
+        """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits.
+
+        Raises:
+            UsageError: there is no such class.
+        """
+        return self.values[self._class(a)] - self.values[self._class(b)]
 
     def class_means(self) -> np.ndarray:
         """Mean attribution of each class's training examples to each logit (App. M.1.1), float64 [classes, classes].
@@ -82,9 +87,9 @@ class Attribution:
             Their rows, int64 [n_c], and A_viz, float64 [n_c].
 
         Raises:
-            UsageError: the labels of the training examples are not known, or none has this class.
+            UsageError: the labels of the training examples are not known, there is no such class, or none has it.
         """
-        c = self.predicted if c is None else c
+        c = self._class(c)
         rows = np.flatnonzero(self._known_labels() == c)
         if not len(rows):
             raise UsageError("no training example is of this class", where="class", got=self.classes[c])
@@ -111,11 +116,11 @@ class Attribution:
             rather_than: compare with this class instead of with nothing.
 
         Raises:
-            UsageError: k is below 1, or a class is compared with itself.
+            UsageError: k is below 1, there is no such class, or one is compared with itself.
         """
         if k < 1:
             raise UsageError("k is too small", where="-k", expected="at least 1", got=k)
-        c = self.predicted if c is None else c
+        c = self._class(c)
         if c == rather_than:
             raise UsageError("a class cannot be compared with itself", where="--rather-than", got=self.classes[c])
         values = self.values[c] if rather_than is None else self.contrast(c, rather_than)
@@ -137,6 +142,9 @@ class Attribution:
             "contributors": [self._record(i, found) for i in found.contributors],
             "opponents": [self._record(i, found) for i in found.opponents],
         }
+
+    def _class(self, c: int | None) -> int:
+        return self.predicted if c is None else chosen_row(c, len(self.values), where="c", what="class")
 
     def _record(self, i: int, found: Contributions) -> dict[str, Any]:
         label = -1 if self.labels is None else int(self.labels[i])
@@ -187,9 +195,7 @@ def attribute(
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
     """
-    m = queries.shape[0]
-    if not 0 <= row < m:
-        raise UsageError("no such query row", where="row", expected=f"0 to {m - 1}", got=row)
+    row = chosen_row(row, queries.shape[0], where="row", what="query row")
     labels = None
     if isinstance(queries, FeatureStore):
         model.binding_.require_queries(queries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ from torch import Tensor
 from gradstore.batch import project_rows
 from gradstore.errors import GradstoreError, ProjectError
 from gradstore.memory import format_bytes, parse_bytes
-from gradstore.plan import Plan, Settings, to_device
+from gradstore.plan import Plan, to_device
 from gradstore.project import Project, call_model
+from gradstore.settings import Given, Settings, takes_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # A Jacobian of float32 sums may differ from looped autograd's by rounding.
 _JACOBIAN_TOLERANCE = 1e-4
@@ -36,18 +40,14 @@ class Check:
     error: GradstoreError | None = None
 
 
+@takes_settings
 def checks(
     project: Project,
     *,
     split: str = "train",
-    proj_dim: int = 10240,
-    projection: str = "rademacher",
-    seed: int = 0,
-    layout: str = "per-class",
     device: str = "auto",
-    dtype: str = "float16",
-    precision: str = "fast",
     memory: int | str = "2GB",
+    **settings: Unpack[Given],
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
 
@@ -60,8 +60,7 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        settings = Settings(proj_dim, projection, seed, layout, dtype, precision)
-        found["plan"] = Plan(project, split, settings, device, parse_bytes(memory))
+        found["plan"] = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [

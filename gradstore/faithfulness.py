@@ -15,6 +15,7 @@ from scipy.special import expit
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from gradstore.errors import UsageError
+from gradstore.indices import class_indices
 from gradstore.store import FeatureStore
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
@@ -109,7 +110,7 @@ def evaluate(
         Others: as `KernelGLM.logits`.
     """
     basis = model.log_odds_basis(queries)
-    given = queries.labels if labels is None else np.asarray(labels)
+    given = queries.labels if labels is None else labels
     return faithfulness(given, two_logits(queries.logits), basis, bootstrap=bootstrap, seed=seed)
 
 
@@ -126,7 +127,7 @@ def faithfulness(
         seed: of the resamples.
 
     Raises:
-        UsageError: there are no queries, shapes differ, or a query has no label.
+        UsageError: there are no queries, shapes differ, a query has no label, or one that is no whole number.
     """
     labels = checked_labels(labels, network, surrogate)
     ours, theirs = log_odds(surrogate, labels), log_odds(network, labels)
@@ -238,9 +239,9 @@ def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarra
     """Labels as int64 [m].
 
     Raises:
-        UsageError: there are no queries, shapes differ, or a query has no label.
+        UsageError: there are no queries, shapes differ, a query has no label, or one that is no whole number.
     """
-    labels = np.asarray(labels)
+    labels = class_indices(labels, where="labels")
     if network.shape != surrogate.shape or labels.shape != network.shape[:1]:
         raise UsageError(
             "labels and logits do not fit together",
@@ -258,4 +259,4 @@ def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarra
             expected=f"a class below {network.shape[1]} for each of {len(labels)} queries",
             got=f"{missing.size} without, the first in row {missing[0]}",
         )
-    return labels.astype(np.int64)
+    return labels

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +20,9 @@ from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
 from gradstore.heap import freed_at_once
 from gradstore.memory import parse_bytes
-from gradstore.plan import Plan, Settings, to_device
+from gradstore.plan import Plan, to_device
 from gradstore.project import Project
+from gradstore.settings import Given, Settings, takes_settings
 from gradstore.storage.disk import Disk
 from gradstore.storage.manifest import Shard
 from gradstore.storage.shards import ShardFile
@@ -28,6 +30,9 @@ from gradstore.store import FeatureStore, open_store
 from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Write = Callable[[Callable[[], Columns]], None]  # takes the next rows of a shard, once they are computed
 
@@ -59,18 +64,13 @@ class Progress:
     busy: Mapping[str, float]
 
 
+@takes_settings
 def featurize(
     project: Project,
     *,
     split: str,
     out: str | os.PathLike[str],
-    proj_dim: int = 10240,
-    projection: str = "rademacher",
-    seed: int = 0,
-    layout: str = "per-class",
     device: str = "auto",
-    dtype: str = "float16",
-    precision: str = "fast",
     batch_size: int | None = None,
     memory: int | str = "2GB",
     allow_other_versions: bool = False,
@@ -82,6 +82,7 @@ def featurize(
     on_note: Callable[[str], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     disk: Disk | None = None,
+    **settings: Unpack[Given],
 ) -> FeatureStore:
     """Store the projected per-example Jacobians of one split: `P ∇_θ F^c(x; θ) / sqrt(K)` for every row and class.
 
@@ -94,15 +95,7 @@ def featurize(
         project: model, weights and splits.
         split: name of the split to featurize.
         out: directory of the store.
-        proj_dim: projected dimension K.
-        projection: "rademacher" or "gaussian".
-        seed: of the projection.
-        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores
-            Σ_c P_c g^c as [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
-        dtype: of the stored features: "float16", "float32" or "int8".
-        precision: of the kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact"
-            (about 1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
         batch_size: rows projected together, rounded down to whole groups; None doubles it from one group on while rows
             do not become slower and the memory allows. Out of memory, half as many are tried.
         memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
@@ -118,6 +111,7 @@ def featurize(
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
         progress: called after every batch.
         disk: where bytes go; for tests.
+        **settings: those of `gradstore.settings.Settings`, which says what each does; a store keeps them for good.
 
     Returns:
         The finished store, opened.
@@ -131,8 +125,7 @@ def featurize(
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
             not that by P.
     """
-    settings = Settings(proj_dim, projection, seed, layout, dtype, precision)
-    plan = Plan(project, split, settings, device, parse_bytes(memory))
+    plan = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
     smaller = None
     if grow_from is not None:
         smaller = SmallerStore(open_store(grow_from), plan.manifest)

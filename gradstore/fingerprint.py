@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,34 +17,38 @@ from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.project import Project
 from gradstore.projection import Projection
 from gradstore.schema import MEANING
+from gradstore.settings import Given, Settings, takes_settings
 from gradstore.weights import weights_digest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def identity(
     project: Project,
     examples: Examples,
     blocks: Sequence[ParameterBlock],
-    projection: Projection,
+    settings: Settings,
     *,
     classes: int,
-    layout: str,
-    dtype: str,
 ) -> dict[str, Any]:
     """Everything that decides what the rows of a store are, as nested plain values.
 
     Not part of it: the text of the project file, batch size, device index, workers, paths and clocks.
     """
-    model = model_identity(project, blocks, projection, classes=classes, layout=layout, dtype=dtype)
+    model = model_identity(project, blocks, settings, classes=classes)
     return {**model, "data": data_identity(examples, project.poisoned_mask(examples.split))}
 
 
 def model_identity(
-    project: Project, blocks: Sequence[ParameterBlock], projection: Projection, *, classes: int, layout: str, dtype: str
+    project: Project, blocks: Sequence[ParameterBlock], settings: Settings, *, classes: int
 ) -> dict[str, Any]:
     """The identity without the data; its digest is the fingerprint."""
+    chosen = settings.identity()
     return {
         "format": MEANING,
-        "projection": _projection_identity(projection),
+        **chosen,
+        "projection": {**chosen["projection"], "version": Projection.VERSION},
         "parameters": {
             "count": sum(block.size for block in blocks),
             "blocks": [[block.name, list(block.shape)] for block in blocks],
@@ -52,15 +56,7 @@ def model_identity(
         "weights": weights_digest(project.model),
         "precision": str(next(project.model.parameters()).dtype).removeprefix("torch."),
         "classes": classes,
-        "layout": layout,
-        "dtype": dtype,
     }
-
-
-def _projection_identity(projection: Projection) -> dict[str, Any]:
-    """P, and the least precision of products with it; not named where it is "fast", which every device reaches."""
-    found = {"kind": projection.kind, "K": projection.dim, "seed": projection.seed, "version": Projection.VERSION}
-    return found if projection.precision == "fast" else {**found, "precision": projection.precision}
 
 
 def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
@@ -94,28 +90,39 @@ def fingerprint_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def fingerprint(
-    project: Project,
-    *,
-    proj_dim: int = 10240,
-    projection: str = "rademacher",
-    seed: int = 0,
-    layout: str = "per-class",
-    dtype: str = "float16",
-    precision: str = "fast",
-) -> str:
+@takes_settings
+def fingerprint(project: Project, **settings: Unpack[Given]) -> str:
     """The fingerprint of a store of `project` featurized with these settings (`gradstore.fingerprint`).
 
     Runs the model on one example of the first split, to count its logits.
+
+    Args:
+        project: model, weights and splits.
+        **settings: those of `gradstore.settings.Settings`.
+
+    Raises:
+        UsageError: a setting is unusable.
+        ProjectError: the project is wrong.
     """
+    return fingerprint_of(identity_of_model(project, Settings(**settings)))
+
+
+def identity_of_model(project: Project, settings: Settings) -> dict[str, Any]:
+    """The identity, without the data, of a store of `project` featurized with these settings.
+
+    Runs the model on one example of the first split, to count its logits.
+
+    Raises:
+        UsageError: a setting is unusable.
+        ProjectError: the project is wrong.
+    """
+    settings.make_projection()  # which refuses what is out of range
     project.prepare()
     inputs, _ = project.examples(next(iter(project.splits))).read([0])
     with torch.no_grad():
         classes = project.logits(inputs).shape[1]
     blocks = parameter_blocks(project.model, project.parameters)
-    entries = Projection(projection, proj_dim, seed, precision=precision)
-    content = model_identity(project, blocks, entries, classes=classes, layout=layout, dtype=dtype)
-    return fingerprint_of(content)
+    return model_identity(project, blocks, settings, classes=classes)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.project import row_mask
+from gradstore.indices import Choice, row_mask
 from gradstore.report import (
     Confusion,
     Culprit,
@@ -86,7 +86,7 @@ class Forensics:
             "k": self.neighbours[0].k,
             "threshold": self.threshold,
             "queries": len(self.votes),
-            "flagged": [{"store": str(r.queries.path), "row": int(r.rows[q])} for r, q in flagged],
+            "flagged": [{"store": str(r.queries.path), "row": int(r.split_rows[q])} for r, q in flagged],
             "votes": np.bincount(self.votes, minlength=self.neighbours[0].k + 1).tolist(),
             "confusion": None if found is None else confusion_dict(found),
             "culprits": [
@@ -129,7 +129,7 @@ def forensics(
     train: FeatureStore,
     queries: FeatureStore | Sequence[FeatureStore],
     *,
-    poisoned: np.ndarray | Sequence[int] | None = None,
+    poisoned: Choice | None = None,
     k: int = 5,
     votes: int = 3,
     kernel: str = "proj-trntk",
@@ -142,15 +142,16 @@ def forensics(
     Args:
         train: store of the training split.
         queries: one or more stores with the same fingerprint.
-        poisoned: bool mask [n] or row indices of the poisoned training examples; default what the store knows.
+        poisoned: bool mask [n], or row indices of the poisoned training examples, each once; default what the store
+            knows.
         k: neighbours that vote.
         votes: votes from which a query is flagged.
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
         memory: bytes held beside the results.
 
     Raises:
-        UsageError: it is not known which training examples are poisoned, or votes is not within 1 … k.
-        ProjectError: `poisoned` is no mask of the training rows.
+        UsageError: it is not known which training examples are poisoned, `poisoned` is neither a mask nor rows of
+            theirs, or votes is not within 1 … k.
         Others: as `topk`.
     """
     stores = [queries] if isinstance(queries, FeatureStore) else list(queries)
@@ -204,8 +205,7 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
     """Bool mask [n] from a file: one row index a line, or a `.npy` mask or index array (never unpickled).
 
     Raises:
-        UsageError: the file is missing or holds something else.
-        ProjectError: its rows are not rows of the training store.
+        UsageError: the file is missing, holds something else, or its rows are not rows of the training store.
     """
     try:
         value = (
@@ -220,12 +220,12 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
             expected="one row index a line, or a .npy mask or index array",
             got=str(error).splitlines()[0],
         ) from error
-    return row_mask(value, n, str(path))
+    return row_mask(value, n, where=str(path), what="training row")
 
 
-def _poisoned_mask(train: FeatureStore, poisoned: np.ndarray | Sequence[int] | None) -> np.ndarray:
+def _poisoned_mask(train: FeatureStore, poisoned: Choice | None) -> np.ndarray:
     if poisoned is not None:
-        return row_mask(poisoned, len(train), "--poisoned")
+        return row_mask(poisoned, len(train), where="--poisoned", what="training row")
     if train.poisoned is None:
         raise UsageError(
             "it is not known which training examples are poisoned",

@@ -2,53 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gradstore.batch import row_columns
 from gradstore.errors import UsageError
-from gradstore.memory import parse_bytes
-from gradstore.plan import Plan, Settings
+from gradstore.indices import Choice, chosen_rows
+from gradstore.memory import format_bytes, parse_bytes
+from gradstore.plan import Plan
 from gradstore.project import Project
+from gradstore.settings import Settings
+from gradstore.storage.digests import row_digests
 from gradstore.storage.disk import Disk
+from gradstore.storage.manifest import Manifest
+from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore
 
 
 class FreshRows(FeatureStore):
     """Rows that were featurized but never stored; whatever reads a store's rows can read them.
 
-    Position i holds row `rows[i]` of the split. Holds the features as they would be stored.
+    Position i holds row `rows[i]` of the split. Holds all rows as they would be stored, and copies what is read.
     """
 
     def __init__(self, plan: Plan, columns: Mapping[str, np.ndarray], path: Path) -> None:
-        self.path, self.manifest, self.disk, self.verify = path, plan.manifest, Disk(), True
-        self._columns = dict(columns)
+        self.path, self.disk, self.verify = path, Disk(), True
+        self.manifest = replace(plan.manifest, identity=_identity_of_some(plan.manifest, columns["row"]))
+        self._columns = {**columns, "digest": row_digests(plan.manifest.schema, columns)}
 
     def __len__(self) -> int:
         """Rows at hand."""
         return len(self._columns["row"])
 
-    def require_complete(self) -> FreshRows:
+    @property
+    def complete(self) -> bool:
         """Nothing is missing of what was asked for."""
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in memory."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def require_complete(self) -> FreshRows:
+        """These rows, of which none is missing."""
         return self
 
+    def require_stored(self, what: str) -> NoReturn:
+        """Refuse: there is no store on the disk.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{what} is kept beside a store, and these rows were featurized on the spot",
+            where=self.path,
+            expected="a store that `gradstore featurize` wrote",
+            got=f"{len(self)} rows in memory",
+            hint="Featurize the split into a store",
+        )
+
+    def unchecked(self) -> FreshRows:
+        """These rows, which nobody else can change."""
+        return self
+
+    def holds_same_rows(self, other: FeatureStore) -> bool:
+        """Whether the other are these rows themselves."""
+        return other is self
+
     def read(self, start: int, stop: int, *, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """Every column of positions start:stop; views, or copies where `out` is given."""
-        if not 0 <= start <= stop <= len(self):
-            raise UsageError(
-                "rows out of range", where=self.path, expected=f"within 0:{len(self)}", got=f"{start}:{stop}"
-            )
-        views = {name: column[start:stop] for name, column in self._columns.items()}
-        if out is None:
-            return views
-        for name, view in views.items():
-            np.copyto(out[name][: stop - start], view)
-        return {name: out[name][: stop - start] for name in views}
+        """Every column of positions start:stop, copied; as `FeatureStore.read`."""
+        self._require_range(start, stop)
+        data = self.schema.empty(stop - start) if out is None else out
+        for name in data:
+            np.copyto(data[name][: stop - start], self._columns[name][start:stop])
+        return {name: array[: stop - start] for name, array in data.items()}
+
+    def gather(self, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every column of scattered positions int64 [r], ascending, copied; as `FeatureStore.gather`."""
+        if len(rows):
+            self._require_range(int(rows[0]), int(rows[-1]) + 1)
+        data = {name: array[: len(rows)] for name, array in out.items()}
+        for name, array in data.items():
+            np.take(self._columns[name], rows, axis=0, out=array, mode="clip")  # "raise" would take them twice
+        return data
+
+    def stream(
+        self, start: int, stop: int, columns: Mapping[str, np.ndarray], room: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Features of positions start:stop, a few rows at a time, copied; as `FeatureStore.stream`."""
+        self._require_range(start, stop)
+        for name, column in columns.items():
+            np.copyto(column[: stop - start], self._columns[name][start:stop])
+        for at in range(start, stop, len(room)):
+            part = self._columns["features"][at : min(at + len(room), stop)]
+            np.copyto(room[: len(part)], part)
+            yield at, room[: len(part)]
+
+    def shard_file(self, index: int) -> ShardFile:
+        """Refuse, as `require_stored`: there is none."""
+        self.require_stored("a shard")
+
+    def card(self) -> dict[str, str]:
+        """What the rows are, for people."""
+        rows = f"{self.manifest.split}, {len(self)} of {self.manifest.n} rows, featurized on the spot"
+        return {**super().card(), "split": rows, "size": f"{format_bytes(self.nbytes)} in memory"}
 
     def _column(self, name: str) -> np.ndarray:
-        return self._columns[name]
+        return self._columns[name].copy()
+
+
+def _identity_of_some(manifest: Manifest, rows: np.ndarray) -> dict[str, Any]:
+    """The identity of a split's store, whose data says which rows these are where they are not all, in order."""
+    data = dict(manifest.identity["data"])
+    if not np.array_equal(rows, np.arange(manifest.n)):
+        data["rows"] = sha256(rows.tobytes()).hexdigest()
+    return {**manifest.identity, "data": data}
 
 
 def featurize_queries(
@@ -56,7 +130,7 @@ def featurize_queries(
     train: FeatureStore,
     *,
     split: str,
-    rows: Sequence[int] | None = None,
+    rows: Choice | None = None,
     device: str = "auto",
     memory: int | str = "2GB",
 ) -> FreshRows:
@@ -69,23 +143,24 @@ def featurize_queries(
         project: the model and data.
         train: the training store, for its settings.
         split: name of the split.
-        rows: wanted rows of the split, in this order; default all.
+        rows: wanted rows of the split, as indices in this order or a bool mask; default all.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         memory: bytes for activations, Jacobian blocks and features, beside the model and the result.
 
     Raises:
-        UsageError: a row that the split does not have, or too little memory.
+        UsageError: a row that the split does not have, no row at all, or too little memory.
+        MismatchError: the training store was imported, so that nothing can be featurized like it.
         ProjectError, NonFiniteError: as `featurize`.
     """
-    plan = Plan(project, split, Settings.of(train.identity), device, parse_bytes(memory))
+    plan = Plan(project, split, Settings.of(train.identity, where=train.path), device, parse_bytes(memory))
     n, group = plan.manifest.n, plan.manifest.group
-    wanted = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
-    bad = wanted[(wanted < 0) | (wanted >= n)]
-    if bad.size:
-        raise UsageError("no such query row", where="--rows", expected=f"0 to {n - 1}", got=int(bad[0]))
+    wanted = chosen_rows(rows, n, where="--rows", what="query row")
+    if not wanted.size:
+        raise UsageError("no query row is chosen", where="--rows", expected="at least one")
     starts = np.unique(wanted // group) * group
     spans = [range(int(start), min(int(start) + group, n)) for start in starts]
     kept = plan.manifest.schema.empty(len(wanted))
+    del kept["digest"]  # is made of the others
     for span, columns in zip(spans, row_columns(plan, spans), strict=True):
         places = np.flatnonzero((wanted >= span.start) & (wanted < span.stop))
         for name, column in columns.items():

@@ -142,7 +142,7 @@ class StoreTiles:
         arithmetic: str = "auto",
         device: str = "cpu",
     ) -> None:
-        self.symmetric = b is None or _same(a, b)
+        self.symmetric = b is None or a.holds_same_rows(b)
         self.a, self.b = a, a if b is None else b
         self.device = choose_device("cpu" if device == "auto" and arithmetic not in ("auto", "float32") else device)
         self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic, self.device)
@@ -218,7 +218,7 @@ class StoreTiles:
         return a, a if self.symmetric else self._reader(self.b, workers)
 
     def _reader(self, store: FeatureStore, workers: Workers) -> Load:
-        unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
+        unchecked = store.unchecked()
         checked = np.zeros(len(store), bool)
 
         def load(rows: range, made: Operand | None = None) -> Operand:
@@ -261,10 +261,6 @@ class StoreTiles:
 
 Load = Callable[..., Operand]
 """Reads some rows, into an operand that may be given."""
-
-
-def _same(a: FeatureStore, b: FeatureStore) -> bool:
-    return a.path.resolve() == b.path.resolve()
 
 
 def _within(device: torch.device, memory: int) -> int:

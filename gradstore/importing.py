@@ -16,6 +16,7 @@ import torch
 from gradstore.background import in_background
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.fingerprint import fingerprint_of
+from gradstore.indices import class_indices
 from gradstore.schema import DTYPES, MEANING, Schema
 from gradstore.storage.disk import Disk
 from gradstore.storage.encoding import encode
@@ -80,7 +81,7 @@ def import_features(
         the finished store, opened. Holds some tens of rows at a time.
 
     Raises:
-        UsageError: shapes do not fit, or the source is no array of floats.
+        UsageError: shapes do not fit, labels are no whole numbers, or the source is no array of floats.
         NonFiniteError: a row is NaN, infinite or zero; names it.
     """
     features = _mapped(Path(source), shape, source_dtype)
@@ -88,7 +89,7 @@ def import_features(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", where="--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(dtype))
     outputs = np.full((n, c), np.nan, np.float32) if logits is None else np.asarray(logits, np.float32)
-    truth = np.full(n, -1, np.int64) if labels is None else np.asarray(labels, np.int64)
+    truth = np.full(n, -1, np.int64) if labels is None else class_indices(labels, where=source)
     width = outputs.shape[1] if outputs.ndim == 2 else 0
     if outputs.shape != (n, width) or truth.shape != (n,) or (c > 1 and width != c):
         given = f"{list(truth.shape)} and {list(outputs.shape)}"

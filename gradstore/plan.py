@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +17,8 @@ from gradstore.memory import format_bytes
 from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.previews import preview_shape
 from gradstore.project import Project, require_deterministic
-from gradstore.projection import Projection
-from gradstore.schema import DTYPES, LAYOUTS, ONE_ROW, Schema
+from gradstore.schema import ONE_ROW, Schema
+from gradstore.settings import Settings
 from gradstore.storage.manifest import Manifest
 
 GROUP, LARGE_GROUP = 16, 64
@@ -28,45 +26,6 @@ SHARD_BYTES = 256 << 20
 # Work after which a shard is published, so that an interruption costs seconds: fixed numbers, not a measurement,
 # because shard boundaries must not depend on the clock.
 _SHARD_FLOPS = {"cpu": 4e12, "cuda": 1e15}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to featurize; all of it is part of a store's identity.
-
-    Attributes:
-        proj_dim: projected dimension K.
-        projection: "rademacher" or "gaussian".
-        seed: of the projection.
-        layout: "per-class", "sum" or "mixed".
-        dtype: of the stored features.
-        precision: "fast" or "exact", of the kernels on a GPU (see `Projection`).
-    """
-
-    proj_dim: int = 10240
-    projection: str = "rademacher"
-    seed: int = 0
-    layout: str = "per-class"
-    dtype: str = "float16"
-    precision: str = "fast"
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (("--layout", self.layout, LAYOUTS), ("--dtype", self.dtype, DTYPES)):
-            if value not in choices:
-                raise UsageError(
-                    f"unknown {name[2:]}", where=name, expected=f"one of {', '.join(choices)}", got=repr(value)
-                )
-
-    @classmethod
-    def of(cls, identity: Mapping[str, Any]) -> Settings:
-        """The settings that a store was made with."""
-        p = identity["projection"]
-        precision = p.get("precision", "fast")
-        return cls(p["K"], p["kind"], p["seed"], identity["layout"], identity["dtype"], precision)
-
-    def make_projection(self) -> Projection:
-        """The projection of these settings."""
-        return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
 
 
 class Plan:
@@ -137,9 +96,7 @@ class Plan:
             truth=project.poisoned_mask(self.split) is not None,
         )
         group = self._choose_group(schema)
-        content = identity(
-            project, self.examples, self.blocks, self.projection, classes=self.classes, layout=s.layout, dtype=s.dtype
-        )
+        content = identity(project, self.examples, self.blocks, s, classes=self.classes)
         return Manifest(
             identity=content,
             fingerprint=fingerprint_of(content),

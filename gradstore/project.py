@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import GradstoreError, ProjectError, UsageError
 from gradstore.examples import Examples, Inputs
+from gradstore.indices import row_mask
 from gradstore.show import Show
 from gradstore.weights import load_weights
 
@@ -95,7 +96,8 @@ class Project:
         """Which rows of a split are poisoned, bool [n], or None where the project does not say."""
         if not self.poisoned or self.poisoned.get(split) is None:
             return None
-        return row_mask(self.poisoned[split], len(self.examples(split)), f"Project(poisoned[{split!r}])")
+        n, where = len(self.examples(split)), f"Project(poisoned[{split!r}])"
+        return row_mask(self.poisoned[split], n, where=where, error=ProjectError)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Outputs [n, classes] of the model on stacked inputs, without gradients.
@@ -177,29 +179,6 @@ def require_deterministic(first: Tensor, second: Tensor) -> None:
             got=f"{second[i, c].item():.6g}",
             hint="Remove the randomness, or the state that a forward pass changes",
         )
-
-
-def row_mask(value: Any, n: int, where: str) -> np.ndarray:
-    """Bool mask [n] from a bool mask or an array of row indices.
-
-    Raises:
-        ProjectError: it is neither, or is for another number of rows.
-    """
-    array = np.asarray(value)
-    if array.dtype == bool and array.shape == (n,):
-        return array.copy()
-    if array.size == 0 and array.ndim == 1 and array.dtype != bool:
-        return np.zeros(n, bool)
-    if array.ndim == 1 and array.dtype.kind in "iu" and array.min() >= 0 and array.max() < n:
-        mask = np.zeros(n, bool)
-        mask[array] = True
-        return mask
-    raise ProjectError(
-        "not a mask of poisoned rows",
-        where=where,
-        expected=f"{n} booleans, or row indices below {n}",
-        got=f"{array.dtype} {list(array.shape)}",
-    )
 
 
 def load_project(path: str | Path, options: Mapping[str, Any] | None = None, function: str = "project") -> Project:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from gradstore.csv_file import write_csv
-from gradstore.errors import MismatchError, UsageError
+from gradstore.errors import UsageError
 from gradstore.exact.gram import exact_gram
-from gradstore.fingerprint import fingerprint
+from gradstore.fingerprint import data_identity, identity_of_model, require_same
 from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
-from gradstore.plan import Settings
 from gradstore.project import Project
 from gradstore.report import Fact, ResidualPage, write_residual
+from gradstore.settings import Settings
 from gradstore.shown import provenance
 from gradstore.standard_error import effective_dimension, standard_errors
 from gradstore.store import FeatureStore
@@ -33,8 +33,8 @@ class Residuals:
 
     Attributes:
         kernel: name of the projected kernel.
-        rows_a: int64 [q], rows of the first store.
-        rows_b: int64 [q], rows of the second.
+        rows_a: int64 [q], positions in the first store.
+        rows_b: int64 [q], positions in the second.
         exact: float64 [q].
         projected: float64 [q].
         standard_error: float64 [q], predicted from the features (see `gradstore.standard_error`).
@@ -122,8 +122,9 @@ class Residuals:
         return write_residual(self.page(), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write one line a pair; see `write_csv`."""
-        columns = (self.rows_a, self.rows_b, self.exact, self.projected, self.standard_error)
+        """Write one line a pair, with the rows' indices in their splits; see `write_csv`."""
+        rows = self.a.rows[self.rows_a], self.b.rows[self.rows_b]
+        columns = (*rows, self.exact, self.projected, self.standard_error)
         header = ["row_a", "row_b", "exact", "projected", "standard_error"]
         lines = (
             [int(i), int(j), *(repr(float(value)) for value in values)] for i, j, *values in zip(*columns, strict=True)
@@ -166,10 +167,12 @@ def residual(
     other = a if b is None else b
     require_comparable(a, other)
     require_served(chosen, a)
-    _require_same_project(project, a)
+    for store in (a,) if b is None else (a, b):
+        _require_same_project(project, store)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
     splits = (a.manifest.split, other.manifest.split)
-    exact = exact_gram(project, *splits, _EXACT[kernel], rows_a=rows_a, rows_b=rows_b, memory=memory, device=device)
+    chosen_a, chosen_b = a.rows[rows_a], other.rows[rows_b]
+    exact = exact_gram(project, *splits, _EXACT[kernel], rows_a=chosen_a, rows_b=chosen_b, memory=memory, device=device)
     projected, errors = _projected(chosen, a, other, rows_a, rows_b)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), np.asarray(exact).ravel(), projected.ravel(), errors.ravel())
@@ -204,19 +207,16 @@ def _projected(
 
 
 def _require_same_project(project: Project, store: FeatureStore) -> None:
-    settings = Settings.of(store.identity)
-    ours = fingerprint(
-        project,
-        proj_dim=settings.proj_dim,
-        projection=settings.projection,
-        seed=settings.seed,
-        layout=settings.layout,
-        dtype=settings.dtype,
+    """Refuse a store of other weights, parameters, classes or inputs than the project has now."""
+    n, split = store.manifest.n, store.manifest.split
+    ours = identity_of_model(project, Settings.of(store.identity, where=store.path))
+    theirs = {name: value for name, value in store.identity.items() if name != "data"}
+    inputs = data_identity(project.examples(split), n=n)["sampled rows"]
+    require_same(
+        {**theirs, "inputs": store.identity["data"]["sampled rows"]},
+        {**ours, "inputs": inputs},
+        where=store.path,
+        theirs="the store",
+        ours="the project",
+        data=False,
     )
-    if ours != store.fingerprint:
-        raise MismatchError(
-            "the store was made from another model or other weights than the project has now",
-            where=store.path,
-            expected=f"fingerprint {ours}",
-            got=store.fingerprint,
-        )

@@ -6,7 +6,7 @@ A handle holds a path and the manifest, so it can be pickled; it needs no lock a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.errors import CorruptError, UsageError
+from gradstore.features import Features
 from gradstore.hashing import NAMES
 from gradstore.memory import format_bytes
 from gradstore.schema import Schema
 from gradstore.storage.digests import THREADS, PartedDigests, row_digests
 from gradstore.storage.disk import Disk, MissingFileError
-from gradstore.storage.encoding import decode
 from gradstore.storage.manifest import Manifest
 from gradstore.storage.manifest_file import read_manifest
 from gradstore.storage.shards import VERIFY, ShardFile
@@ -122,11 +122,27 @@ class FeatureStore:
             hint="Run the same `gradstore featurize` command again to continue",
         )
 
+    def require_stored(self, what: str) -> FeatureStore:
+        """This store, since it is one on the disk; rows in memory refuse, saying that `what` is kept beside a store."""
+        return self
+
+    def unchecked(self) -> FeatureStore:
+        """A handle on the same rows that does not compare their digests, for who has read them once."""
+        return FeatureStore(self.path, verify=False, disk=self.disk)
+
+    def holds_same_rows(self, other: FeatureStore) -> bool:
+        """Whether another handle is on the same rows of the same store."""
+        return (
+            type(other) is type(self)
+            and self.path.resolve() == other.path.resolve()
+            and self.manifest == other.manifest
+        )
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
     def features(self) -> Features:
-        """Lazy features; `store.features[i:j]` is float32 [j - i, c, K]."""
+        """Features float32 [n, c, K] as an array that is read when it is indexed; see `Features`."""
         return Features(self)
 
     @cached_property
@@ -376,7 +392,7 @@ class FeatureStore:
         """Path, shape and projection on one line."""
         n, c, K = self.shape
         shape = f"[{n}, {c}, {K}] {self.schema.dtype}"
-        return f"FeatureStore({str(self.path)!r}, {shape}, fingerprint {self.fingerprint[:8]}…)"
+        return f"{type(self).__name__}({str(self.path)!r}, {shape}, fingerprint {self.fingerprint[:8]}…)"
 
     def _repr_html_(self) -> str:
         """The card as a table for notebooks."""
@@ -386,41 +402,3 @@ class FeatureStore:
             f"<tr><th style='text-align:left'>{k}</th><td>{escape(v)}</td></tr>" for k, v in self.card().items()
         )
         return f"<table><caption>{escape(str(self.path))}</caption>{rows}</table>"
-
-
-class Features:
-    """Lazy [n, c, K] view of a store's features; indexing reads float32."""
-
-    def __init__(self, store: FeatureStore) -> None:
-        self._store = store
-        self.shape = store.shape
-        self.dtype = np.dtype("float32")
-
-    def __len__(self) -> int:
-        """Rows."""
-        return self.shape[0]
-
-    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 features: [c, K] for an integer, [rows, c, K] for a slice or an array of rows."""
-        n = self.shape[0]
-        if isinstance(key, slice):
-            start, stop, step = key.indices(n)
-            if step == 1:
-                return self._decoded(start, max(stop, start))
-            return self[np.arange(start, stop, step)]
-        if isinstance(key, (int, np.integer)):
-            row = int(key) + (n if key < 0 else 0)
-            return self._decoded(row, row + 1)[0]
-        rows = np.asarray(key)
-        if rows.dtype == bool:
-            rows = np.flatnonzero(rows)
-        if rows.size == 0:
-            return np.empty((0, *self.shape[1:]), np.float32)
-        out = np.empty((len(rows), *self.shape[1:]), np.float32)
-        for i, row in enumerate(rows):
-            out[i] = self[int(row)]
-        return out
-
-    def _decoded(self, start: int, stop: int) -> np.ndarray:
-        data = self._store.read(start, stop)
-        return decode(data["features"], data["scale"]).numpy()

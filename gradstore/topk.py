@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from gradstore.errors import UsageError
+from gradstore.indices import Choice
 from gradstore.kernels import projected_kernel
 from gradstore.memory import parse_bytes
 from gradstore.search.class_weights import Classes
@@ -28,7 +25,7 @@ def topk(
     k: int = 5,
     kernel: str = "proj-trntk",
     *,
-    rows: Sequence[int] | np.ndarray | None = None,
+    rows: Choice | None = None,
     classes: Classes = None,
     mode: str = "exact",
     memory: int | str = "1GB",
@@ -46,7 +43,7 @@ def topk(
         queries: store of another split with the same fingerprint.
         k: neighbours a query.
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
-        rows: rows of the query store; default all.
+        rows: rows of the query store, as indices in any order or a bool mask; default all.
         classes: compare Φ = Σ_c w_c φ^c instead: weights as a mapping or text ("cat - dog": why the one rather than the
             other), or "predicted" for the class that the network predicts for each query. The kernel then decides only
             whether it is a cosine.

@@ -126,6 +126,19 @@ def test_bad_input_gets_one_line(fitted: tuple) -> None:
         gs.attribute(model, test, 0).top(0)
     with pytest.raises(UsageError, match="compared with itself"):
         gs.attribute(model, test, 0).top(1, c=1, rather_than=1)
+    for row in (-1, 1.0, True):
+        with pytest.raises(UsageError, match=f"no such query row .*expected 0 to {M - 1}, got {row}"):
+            gs.attribute(model, test, row)
+    found = gs.attribute(model, test, 0)
+    for wrong in (-1, C, 0.0):
+        for call in (
+            found.visual,
+            lambda c: found.top(2, c),
+            lambda c: found.contrast(0, c),
+            lambda c: found.as_dict(rather_than=c),
+        ):
+            with pytest.raises(UsageError, match=f"no such class .*expected 0 to {C - 1}, got {wrong}"):
+                call(wrong)
 
 
 def test_a_training_store_that_was_moved_is_named(tmp_path: Path) -> None:

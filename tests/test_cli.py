@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a project file and its two stores."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "project.py").write_text(PROJECT)
+    (folder / "mask.txt").write_text("0\n1\n1\n" * 16)
     for split in ("train", "test"):
         result = run(folder, "featurize project.py --split", split, "--out", split, "--proj-dim 256")
         assert result.status == 0, result.err
@@ -136,6 +137,13 @@ def test_init_check_info(folder: Path) -> None:
         ("topk train test -k 49", 2, "-k: k does not fit the training store (expected 1 to 48, got 49)"),
         ("topk train test --kernel ntk", 2, "--kernel: unknown kernel (expected one of proj-trntk"),
         ("topk train test --rows 8:12", 2, "--rows: no such query row (expected 0 to 9, got 10)"),
+        ("topk train test --rows 0:99999999999999", 2, "--rows: no such query row (expected 0 to 9, got 10)"),
+        ("topk train test --rows 1,0:99999999999999", 2, "more rows than any split has"),
+        ("topk train test --rows 5:5", 2, "there are no rows in '5:5'"),
+        ("topk train test --rows 3,7:2", 2, "there are no rows in '7:2'"),
+        ("topk train test --rows -1", 2, "expected rows such as 0:100 or 3,5,8, got '-1'"),
+        ("topk train test --rows 0,1,0,1,1,0,0,0,0,0", 2, "10 zeros and ones are likelier a mask"),
+        ("forensics train test --poisoned mask.txt", 2, "mask.txt: 48 zeros and ones are likelier a mask"),
         ("topk train test --rows x", 2, "expected rows such as 0:100 or 3,5,8, got 'x'"),
         ("topk train test --memory 1KB", 2, "--memory: too little memory (expected at least"),
         ("forensics train test --votes 6", 2, "--votes: the votes cannot be reached (expected 1 to k = 5, got 6)"),

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 import gradstore as gs
 from gradstore.errors import GradstoreError, ProjectError, UnsafeError, UsageError
 from gradstore.fingerprint import data_identity, differences, require_same
-from gradstore.project import row_mask
+from gradstore.indices import row_mask
 
 DATA = TensorDataset(torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
 
@@ -59,7 +59,7 @@ def test_poisoned_rows_may_be_a_mask_or_indices(value: Any) -> None:
 @pytest.mark.parametrize("value", [[6], [-1], np.ones(5, bool), np.ones(6), [[1]]])
 def test_what_is_no_mask_is_refused(value: Any) -> None:
     with pytest.raises(ProjectError, match="expected 6 booleans, or row indices below 6"):
-        row_mask(value, 6, "here")
+        row_mask(value, 6, where="here", error=ProjectError)
 
 
 class Returns(nn.Module):

@@ -26,11 +26,12 @@ from gradstore.errors import NonFiniteError
 from gradstore.fresh import featurize_queries
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
 from gradstore.jacobians.blocks import LazyBlock
-from gradstore.plan import Plan, Settings
+from gradstore.plan import Plan
 from gradstore.projection import Projection, native
 from gradstore.projection.entries import Entries
 from gradstore.projection.routes import accumulate_block, route
 from gradstore.projection_audit import ROWS_OF_P, AuditSchedule, Comparison, ProjectionAudit
+from gradstore.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 CPU = torch.device("cpu")

@@ -72,7 +72,12 @@ def test_the_page_and_the_table(made: tuple, tmp_path: Path) -> None:
 def test_a_store_of_another_model_is_refused(made: tuple) -> None:
     project, train, _ = made
     torch.manual_seed(1)
-    with pytest.raises(MismatchError, match="made from another model or other weights"):
+    with pytest.raises(MismatchError, match=r"what the store holds and what the project asks for(.|\n)*\n  weights "):
         gs.residual(gs.Project(model=SmallCNN(), splits=project.splits), train)
+    with pytest.raises(MismatchError, match=r"\n  parameters\.count "):
+        gs.residual(gs.Project(model=project.model, splits=project.splits, parameters=".*weight"), train)
+    x, labels = project.splits["train"].tensors
+    with pytest.raises(MismatchError, match=r"\n  inputs "):
+        gs.residual(gs.Project(model=project.model, splits={"train": TensorDataset(x + 1, labels)}), train)
     with pytest.raises(UsageError, match="unknown kernel"):
         gs.residual(project, train, kernel="cosine")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import overload
 
@@ -14,6 +14,7 @@ from gradstore.exact.jacobian_tiles import JacobianTiles
 from gradstore.exact.representations import RepresentationTiles
 from gradstore.exact.selection import Selection
 from gradstore.gram_file import Gram, Report, write_tiles
+from gradstore.indices import Choice
 from gradstore.kernels import REPRESENTATION, exact_kernel
 from gradstore.memory import parse_bytes
 from gradstore.project import Project
@@ -28,8 +29,8 @@ def exact_gram(
     b: str | None = ...,
     kernel: str = ...,
     *,
-    rows_a: Sequence[int] | np.ndarray | None = ...,
-    rows_b: Sequence[int] | np.ndarray | None = ...,
+    rows_a: Choice | None = ...,
+    rows_b: Choice | None = ...,
     out: None = ...,
     memory: int | str = ...,
     device: str = ...,
@@ -46,8 +47,8 @@ def exact_gram(
     b: str | None = ...,
     kernel: str = ...,
     *,
-    rows_a: Sequence[int] | np.ndarray | None = ...,
-    rows_b: Sequence[int] | np.ndarray | None = ...,
+    rows_a: Choice | None = ...,
+    rows_b: Choice | None = ...,
     out: str | os.PathLike[str],
     memory: int | str = ...,
     device: str = ...,
@@ -63,8 +64,8 @@ def exact_gram(
     b: str | None = None,
     kernel: str = "trntk",
     *,
-    rows_a: Sequence[int] | np.ndarray | None = None,
-    rows_b: Sequence[int] | np.ndarray | None = None,
+    rows_a: Choice | None = None,
+    rows_b: Choice | None = None,
     out: str | os.PathLike[str] | None = None,
     memory: int | str = "2GB",
     device: str = "auto",
@@ -84,7 +85,7 @@ def exact_gram(
         b: split of the columns; None for `a` itself, which computes one half and mirrors it.
         kernel: "trntk" (eq. 5), "trntk0", "pntk" (eq. 6, with its 1/C), "pntk-cosine", "entk" ([n C, m C], the index of
             example i and class c being i C + c), "ck", "embedding" or "embedding-layerwise" (see `representations`).
-        rows_a: rows of `a`; default all.
+        rows_a: rows of `a`, as indices in any order or a bool mask; default all.
         rows_b: rows of `b`; default all. Together with b = None, not allowed.
         out: HDF5 file to write the matrix to, continued by the same call where it was interrupted.
         memory: bytes, or text like "2GB", that factors, intermediate values and tiles may take beside model and data.
@@ -109,8 +110,8 @@ def exact_gram(
     chosen = exact_kernel(kernel)
     if b is None and rows_b is not None:
         raise UsageError("rows of the second split without a second split", where="rows_b", hint="Name the split b")
-    left = Selection.of(project, a, rows_a)
-    right = left if b is None else Selection.of(project, b, rows_b)
+    left = Selection.of(project, a, rows_a, "rows_a")
+    right = left if b is None else Selection.of(project, b, rows_b, "rows_b")
     tiles: JacobianTiles | RepresentationTiles
     if kernel in REPRESENTATION:
         tiles = RepresentationTiles(project, left, right, chosen, parse_bytes(memory), device, layers)

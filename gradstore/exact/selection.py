@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -13,6 +12,7 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.examples import Examples, Inputs
 from gradstore.fingerprint import data_identity
+from gradstore.indices import Choice, chosen_rows
 from gradstore.project import Project
 
 
@@ -31,18 +31,16 @@ class Selection:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, project: Project, split: str, rows: Sequence[int] | np.ndarray | None) -> Selection:
-        """All rows of a split, or those given.
+    def of(cls, project: Project, split: str, rows: Choice | None, where: str) -> Selection:
+        """All rows of a split, or those given by the argument `where`.
 
         Raises:
-            UsageError: there is no such split or row.
+            UsageError: there is no such split or row, or no row is chosen.
         """
         examples = project.examples(split)
-        wanted = np.arange(len(examples)) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
-        bad = wanted[(wanted < 0) | (wanted >= len(examples))]
-        if bad.size or not wanted.size:
-            got = int(bad[0]) if bad.size else "none"
-            raise UsageError(f"no such row of split {split!r}", expected=f"0 to {len(examples) - 1}", got=got)
+        wanted = chosen_rows(rows, len(examples), where=where, what=f"row of split {split!r}")
+        if not wanted.size:
+            raise UsageError(f"no row of split {split!r} is chosen", where=where, expected="at least one")
         return cls(examples, split, wanted)
 
     def __len__(self) -> int:

@@ -118,12 +118,13 @@ def open_index(
         progress: called with (rows done, rows).
 
     Raises:
-        UsageError: an unfinished store, a kernel its layout cannot serve, or too little memory.
+        UsageError: an unfinished store, rows that are not stored, a kernel that the layout cannot serve, or too little
+            memory.
         NonFiniteError: a row has no direction; names it.
         NoSpaceError: no room on the disk.
     """
     chosen = projected_kernel(kernel)
-    store.require_complete()
+    store.require_complete().require_stored("an index")
     require_served(chosen, store)
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise UsageError("unusable number of directions", where="--size", expected=f"1 to {MAX_SIZE}", got=size)

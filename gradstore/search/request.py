@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from gradstore.errors import UsageError
+from gradstore.indices import Choice, chosen_rows
 from gradstore.kernels import Kernel, require_comparable, require_served
 from gradstore.search.class_weights import Classes, query_weights
 from gradstore.search.phi import Phi
@@ -18,7 +17,7 @@ def check_request(
     queries: FeatureStore,
     k: int,
     kernel: Kernel,
-    rows: Sequence[int] | np.ndarray | None,
+    rows: Choice | None,
     *,
     by_class: bool,
 ) -> np.ndarray:
@@ -32,11 +31,7 @@ def check_request(
         require_served(kernel, train)
     if not 1 <= k <= len(train):
         raise UsageError("k does not fit the training store", where="-k", expected=f"1 to {len(train)}", got=k)
-    wanted = np.arange(len(queries)) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
-    bad = wanted[(wanted < 0) | (wanted >= len(queries))]
-    if bad.size:
-        raise UsageError("no such query row", where="--rows", expected=f"0 to {len(queries) - 1}", got=int(bad[0]))
-    return wanted
+    return chosen_rows(rows, len(queries), where="--rows", what="query row")
 
 
 def query_phis(

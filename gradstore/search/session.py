@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from gradstore.errors import UsageError
+from gradstore.indices import Choice
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.search.certified import SCATTERED, IndexSearch
@@ -73,7 +74,7 @@ class Session:
         queries: FeatureStore,
         k: int = 5,
         *,
-        rows: Sequence[int] | np.ndarray | None = None,
+        rows: Choice | None = None,
         mode: str = "certified",
         candidates: int | None = None,
     ) -> TopK:
@@ -82,7 +83,7 @@ class Session:
         Args:
             queries: store of another split with the same fingerprint.
             k: neighbours a query.
-            rows: rows of the query store; default all.
+            rows: rows of the query store, as indices in any order or a bool mask; default all.
             mode: "certified" finds what a scan of all rows finds, to the last bit; "approx" re-ranks `candidates` rows.
             candidates: rows that "approx" re-ranks; default 10·k, at least 100.
 

@@ -84,7 +84,7 @@ class StoreRows:
         self.n, self.length = n, K if kernel.sums_classes else c * K
         self.bytes = 4 * n * self.length
         self._store, self._kernel = store, kernel
-        self._unchecked = FeatureStore(store.path, verify=False, disk=store.disk)
+        self._unchecked = store.unchecked()
         self._checked = not store.verify
         # As read, decoded and normalised, three times: one block in use, one ready, one being made.
         row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length)

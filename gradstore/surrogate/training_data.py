@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_array, check_X_y
 
 from gradstore.errors import UsageError
 from gradstore.gram_file import Gram
+from gradstore.indices import class_indices
 from gradstore.kernels import PROJECTED, Kernel, require_served
 from gradstore.store import FeatureStore
 from gradstore.surrogate.binding import Binding
@@ -183,7 +184,7 @@ def two_logits(logits: np.ndarray) -> np.ndarray:
 
 
 def _stored_labels(store: FeatureStore, y: Any, classes: int) -> np.ndarray:
-    labels = store.labels if y is None else np.asarray(y)
+    labels = store.labels if y is None else class_indices(y, where="y")
     if labels.shape != (len(store),):
         raise UsageError("the labels are not one a row", where=store.path, expected=len(store), got=list(labels.shape))
     missing = np.flatnonzero((labels < 0) | (labels >= classes))
@@ -196,7 +197,7 @@ def _stored_labels(store: FeatureStore, y: Any, classes: int) -> np.ndarray:
             hint="Give labels, or learn the network's own outputs: --target predictions",
         )
     _require_two(labels, str(store.path))
-    return labels.astype(np.int64)
+    return labels
 
 
 def _encoded(y: np.ndarray, where: str, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,166 @@
+"""Which rows: every argument that chooses rows, an index or classes by their indices goes through here.
+
+Rows are a bool mask of all of them, or their indices as a list, range, slice, array or tensor; one integer is one row.
+Indices are counted from 0 and never from the end, where -1 is likelier a mistake; a slice is cut to what there is, as
+everywhere in Python. What could be read in two ways is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+
+from gradstore.errors import GradstoreError, UsageError
+
+Choice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
+"""Some of n rows."""
+
+
+def chosen_rows(
+    rows: Choice | None,
+    n: int,
+    *,
+    where: str,
+    what: str = "row",
+    once: bool = False,
+    error: type[GradstoreError] = UsageError,
+) -> np.ndarray:
+    """The indices of the rows that are meant, int64 [m], in the order given.
+
+    Args:
+        rows: a mask [n] or indices; None for all rows, but where they are a set.
+        n: how many there are.
+        where: the argument, for errors.
+        what: what is chosen, for errors, such as "query row".
+        once: a row may be named once only, as in a set.
+        error: what is raised.
+
+    Raises:
+        UsageError: or `error`: a row that does not exist, a mask of another length, floats, a nested list, a row named
+            twice where that makes no sense, or n zeros and ones, which are likely a mask.
+    """
+    if rows is None and not once:
+        return np.arange(n)
+    expected = f"{n} booleans, or row indices below {n}"
+
+    def refuse(problem: str, got: object, hint: str | None = None, expected: str = expected) -> GradstoreError:
+        return error(problem, where=where, expected=expected, got=got, hint=hint)
+
+    array = _as_array(rows, n)
+    if array is None:
+        kinds = "Give a list, a range, a slice, an array or a tensor"
+        raise refuse("neither a mask nor indices of rows", _shown(rows), kinds)
+    if array.dtype == bool:
+        if array.shape != (n,):
+            raise refuse("the mask is for another number of rows", f"{_size(array)} booleans")
+        return np.flatnonzero(array)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise refuse("neither a mask nor indices of rows", f"{array.dtype} {list(array.shape)}", _meant(array, n))
+    repeated = len(np.unique(array)) < len(array)
+    if _is_binary(array, n) and (once or repeated) and not isinstance(rows, (range, slice)):
+        problem = f"{n} zeros and ones are likelier a mask than indices of rows"
+        raise refuse(problem, f"{array.dtype} [{n}]", "A mask is boolean: .astype(bool)")
+    bad = array[(array < 0) | (array >= n)]
+    if bad.size:
+        hint = "Rows are counted from 0; a slice can count from the end" if bad[0] < 0 else None
+        raise refuse(f"no such {what}", int(bad[0]), hint, expected if once else _those(n))
+    if once and repeated:
+        values, counts = np.unique(array, return_counts=True)
+        raise refuse("a row is named twice", int(values[counts > 1][0]), expected="every row once")
+    return array.astype(np.int64)
+
+
+def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> int:
+    """One index, if it is an integer from 0 to n - 1.
+
+    Raises:
+        UsageError: it is not.
+    """
+    boolean = isinstance(row, bool) or getattr(row, "dtype", None) == torch.bool
+    try:
+        index = -1 if boolean else operator.index(row)
+    except TypeError:
+        index = -1
+    if not 0 <= index < n:
+        raise UsageError(f"no such {what}", where=where, expected=_those(n), got=_shown(row))
+    return index
+
+
+def row_mask(
+    rows: Choice, n: int, *, where: str, what: str = "row", error: type[GradstoreError] = UsageError
+) -> np.ndarray:
+    """Bool mask [n] from a mask or from indices, each named once.
+
+    Raises:
+        UsageError: or `error`: as `chosen_rows`; n zeros and ones are always refused.
+    """
+    mask = np.zeros(n, bool)
+    mask[chosen_rows(rows, n, where=where, what=what, once=True, error=error)] = True
+    return mask
+
+
+def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: object) -> np.ndarray:
+    """Labels as int64 of their own shape; whether there are such classes is for others to say.
+
+    Raises:
+        UsageError: they are no whole numbers; names the first that is none.
+    """
+    array = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if array.dtype.kind in "biu" or array.size == 0:
+        return array.astype(np.int64)
+    values = array.astype(np.float64) if array.dtype.kind == "f" else np.full(array.shape, np.nan)
+    whole = (values == np.round(values)) & (np.abs(values) < 2**53)
+    if not whole.all():
+        first = _shown(array[~whole].tolist()[0])
+        raise UsageError("labels are no indices of classes", where=where, expected="whole numbers", got=first)
+    return array.astype(np.int64)
+
+
+def _as_array(rows: Any, n: int) -> np.ndarray | None:
+    """The rows as an array, an integer as [1]; None where they are nothing of the kind."""
+    if isinstance(rows, slice):
+        try:
+            return np.arange(n)[rows]
+        except (TypeError, ValueError):
+            return None
+    if isinstance(rows, range):
+        rows = rows[: n + 1]  # more of them cannot all exist
+    if isinstance(rows, (list, tuple)) and len({isinstance(row, (bool, np.bool_)) for row in rows}) == 2:
+        return None  # NumPy would make integers of the booleans
+    try:
+        array = np.asarray(rows.cpu() if isinstance(rows, torch.Tensor) else rows)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if array.dtype.kind not in "biuf" or isinstance(rows, np.ma.MaskedArray):
+        return None
+    if array.shape == (0,) and array.dtype.kind == "f":
+        return array.astype(np.int64)
+    return array[None] if array.ndim == 0 and array.dtype.kind in "iu" else array
+
+
+def _those(n: int) -> str:
+    return f"0 to {n - 1}" if n else "none, for there are no rows"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _size(array: np.ndarray) -> object:
+    return len(array) if array.ndim == 1 else list(array.shape)
+
+
+def _is_binary(array: np.ndarray, n: int) -> bool:
+    return array.shape == (n,) and n > 0 and bool(np.isin(array, (0, 1)).all())
+
+
+def _meant(array: np.ndarray, n: int) -> str | None:
+    """What floats or a nested array were probably meant to be."""
+    if array.ndim != 1:
+        return "Give one dimension: .ravel()" if array.dtype.kind in "iu" else None
+    return "A mask is boolean: .astype(bool)" if _is_binary(array, n) else "Indices are integers: .astype(int)"

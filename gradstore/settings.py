@@ -1,0 +1,131 @@
+"""Settings: the one list of what decides, beside the model, what features are; each part of a store's identity.
+
+A new setting is a field here (its type once more in `Given`) and an option of the command line. One that older stores
+do not name is marked `unnamed`: an identity leaves it out where it has its default, so that they keep theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, TypeVar
+
+import numpy as np
+
+from gradstore.errors import MismatchError, UsageError
+from gradstore.projection import Projection
+from gradstore.schema import DTYPES, LAYOUTS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Given(TypedDict, total=False):
+    """Settings as keyword arguments; see `Settings`, whose defaults the others have."""
+
+    proj_dim: int
+    projection: str
+    seed: int
+    layout: str
+    dtype: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to featurize; all of it is part of a store's identity.
+
+    Args:
+        proj_dim: projected dimension K.
+        projection: "rademacher" or "gaussian".
+        seed: of the projection.
+        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
+            [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
+        dtype: of the stored features: "float16", "float32" or "int8".
+        precision: of the kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact" (about
+            1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
+
+    Raises:
+        UsageError: an unknown layout or dtype. `make_projection` refuses the others.
+    """
+
+    proj_dim: int = field(default=10240, metadata={"at": ("projection", "K")})
+    projection: str = field(default="rademacher", metadata={"at": ("projection", "kind")})
+    seed: int = field(default=0, metadata={"at": ("projection", "seed")})
+    layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
+    dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})
+    precision: str = field(default="fast", metadata={"at": ("projection", "precision"), "unnamed": True})
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            if choices is not None and value not in choices:
+                name = setting.name.replace("_", "-")
+                expected = f"one of {', '.join(choices)}"
+                raise UsageError(f"unknown {name}", where=f"--{name}", expected=expected, got=repr(value))
+            if isinstance(value, np.integer):  # JSON has no such numbers
+                object.__setattr__(self, setting.name, int(value))
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any], *, where: object = None) -> Settings:
+        """The settings that a store was made with.
+
+        Args:
+            identity: of the store.
+            where: its path, for the error.
+
+        Raises:
+            MismatchError: the store was imported, so that nothing here can be featurized like it.
+        """
+        if "imported" in identity:
+            raise MismatchError(
+                "imported features cannot be computed again, nor others like them",
+                where=where,
+                expected="a store that `gradstore featurize` wrote",
+                got=f"features of {identity['imported']['tool']}",
+            )
+        found = {}
+        for setting in fields(cls):
+            *above, name = setting.metadata["at"]
+            inner = identity
+            for step in above:
+                inner = inner[step]
+            found[setting.name] = inner.get(name, setting.default) if _unnamed(setting.metadata) else inner[name]
+        return cls(**found)
+
+    def identity(self) -> dict[str, Any]:
+        """What an identity says of the settings, as nested plain values."""
+        content: dict[str, Any] = {}
+        for setting in fields(self):
+            value, inner = getattr(self, setting.name), content
+            if _unnamed(setting.metadata) and value == setting.default:
+                continue
+            *above, name = setting.metadata["at"]
+            for step in above:
+                inner = inner.setdefault(step, {})
+            inner[name] = value
+        return content
+
+    def make_projection(self) -> Projection:
+        """The projection of these settings.
+
+        Raises:
+            UsageError: a setting of it is out of range.
+        """
+        return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
+
+
+def takes_settings(function: F) -> F:
+    """Spell out the `**settings` of a function in what `help` shows of it."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(s.name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type)
+        for s in fields(Settings)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+    return function
+
+
+def _unnamed(metadata: Mapping[str, Any]) -> bool:
+    return bool(metadata.get("unnamed", False))
