@@ -135,7 +135,7 @@ def _status(arguments: list[str], traceback: bool) -> int:
         if traceback:
             raise
         line = str(error).splitlines()[0] if str(error) else ""
-        click.echo(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.", err=True)
+        say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
         return 1
 
 

@@ -88,7 +88,8 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: S
         table.add_column(heading, justify="right" if i in right else "left", width=width)
     for row in cells:
         table.add_row(*map(Text, row))
-    Console(highlight=False, markup=False, width=_UNBOUNDED).print(table)
+    # The widths are fixed above; without a height too, rich would give a dumb terminal 80 columns of whatever it has.
+    Console(highlight=False, markup=False, width=_UNBOUNDED, height=1).print(table)
 
 
 def printable(text: str) -> str:

@@ -91,7 +91,7 @@ class CountBar:
             longer = f"{text}  {detail}"
             if cell_len(f"{title} {longer} ") + _SHORTEST <= room:
                 text = longer
-        self._column.bar_width = max(min(_LONGEST, room - cell_len(f"{title}  {text}")), 0)
+        self._column.bar_width = max(min(_LONGEST, room - cell_len(f"{title}  {text}")), 1)
         self._bar.update(self._task, description=title, completed=done, total=total, text=text)
         self._bar.start()
 

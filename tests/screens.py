@@ -68,6 +68,9 @@ CASES = [
     Case("featurize-not-finite", _FEATURIZE + "new -o bad=5", NARROW, status=8),
     Case("featurize-warns", _FEATURIZE + "new -o warn=20", NARROW),
     Case("featurize-odd-split", "featurize project.py --split [/b] --proj-dim 256 --out new -o split=[/b]"),
+    Case(
+        "featurize-long-split", f"featurize project.py --split {LONG} --proj-dim 256 --out new -o split={LONG}", NARROW
+    ),
     Case("index", "index train --rebuild", NARROW),
     Case("topk", "topk train test --rows 0:3", WIDE),
     Case("topk-error-bars", "topk train test --rows 0:3 --error-bars", WIDE),
@@ -90,10 +93,10 @@ CASES = [
 ]
 
 
-def require_golden(name: str, columns: int, text: str) -> None:
-    """Compare a screen with the one that is kept, or keep it where that is asked for."""
+def require_golden(name: str, columns: int, text: str, *, keep: bool = False) -> None:
+    """Compare a screen with the one that is kept; with `keep`, keep it first where that is asked for."""
     path, found = GOLDEN / f"{name}.{columns}.txt", masked(text) + "\n"
-    if os.environ.get(WRITE):
+    if keep and os.environ.get(WRITE):
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
     assert found == path.read_text(), f"if this is how it should look: {WRITE}=1 pytest tests/test_terminal.py"

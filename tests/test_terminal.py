@@ -103,7 +103,7 @@ def require_sound(screen: Screen, status: int) -> None:
 def test_screen(case: Case, columns: int, terminals: Terminals, folder: Path) -> None:
     screen = look(terminals, folder, case, columns)
     if case.stable and native.available():  # the torch projection has another name, which moves line ends
-        require_golden(case.name, columns, screen.text)
+        require_golden(case.name, columns, screen.text, keep=True)
 
 
 def test_every_command_is_tried_in_a_terminal() -> None:
