@@ -99,7 +99,9 @@ def require_golden(name: str, columns: int, text: str, *, keep: bool = False) ->
     if keep and os.environ.get(WRITE):
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
-    assert found == path.read_text(), f"if this is how it should look: {WRITE}=1 pytest tests/test_terminal.py"
+    assert found == path.read_text(), (
+        f"if this is how it should look: {WRITE}=1 pytest tests/test_terminal.py -k test_screen"
+    )
 
 
 def masked(text: str) -> str:
