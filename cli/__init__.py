@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -31,19 +34,28 @@ from .importing import import_command
 from .index import index
 from .info import info
 from .init import init
-from .output import say
+from .output import say, say_error
 from .residual import residual
+from .stopping import Stopped, Terminated
 from .topk import topk
 from .verify import verify
 
 TRACEBACK = "--traceback"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
+class _Commands(click.Group):
+    """The group of commands, which says itself that it was stopped."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """See `click.Group`."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stop:
+            raise Stopped(stop) from stop
 
 
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Results go to stdout, progress and messages to stderr. Every command takes --json.",
 )
@@ -91,27 +103,30 @@ def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: large buffers in huge pages halve the time it takes to write Jacobian blocks.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            _make_printable(stream)
     sys.exit(_status([word for word in given if word != TRACEBACK], traceback))
 
 
 def _status(arguments: list[str], traceback: bool) -> int:
     try:
         with _said_in_a_line():
-            gradstore.main(arguments, prog_name="gradstore", standalone_mode=False)
+            gradstore.main(arguments, prog_name="gradstore", standalone_mode=False, terminal_width=_help_width())
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.Abort as stop:
-        return _stopped(arguments, stop.__cause__ or stop.__context__)
-    except KeyboardInterrupt as stop:
+    except Stopped as stop:
         return _stopped(arguments, stop)
+    except KeyboardInterrupt as stop:
+        return _stopped(arguments, Stopped(stop))
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except GradstoreError as error:
         if traceback:
             raise
-        say(f"error: {error}")
+        say_error(error)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -120,12 +135,22 @@ def _status(arguments: list[str], traceback: bool) -> int:
         if traceback:
             raise
         line = str(error).splitlines()[0] if str(error) else ""
-        click.echo(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.", err=True)
+        say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
         return 1
 
 
 class _Notes(logging.Handler):
-    """Says what the library logs."""
+    """Says what the library logs, and warnings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def say_once(self, warning: str) -> None:
+        """Say a warning; Python gives it again wherever somebody has changed its filters."""
+        if warning not in self._said:
+            self._said.add(warning)
+            say(f"note: {warning}")
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
@@ -141,17 +166,33 @@ def _said_in_a_line() -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"note: {' '.join(str(message).split())}")
+            warnings.showwarning = lambda message, *_, **__: notes.say_once(" ".join(str(message).split()))
             yield
     finally:
         log.removeHandler(notes)
         log.setLevel(level)
 
 
+def _make_printable(stream: io.TextIOWrapper) -> None:
+    """No × or label stops a command where the locale has none; ASCII is taken for a mistake, as click takes it."""
+    is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+    stream.reconfigure(encoding="utf-8" if is_ascii else stream.encoding, errors="backslashreplace")
+
+
 def _terminate(number: int, frame: FrameType | None) -> Any:
     raise Terminated
 
 
-def _stopped(arguments: list[str], cause: BaseException | None) -> int:
-    click.echo(f"stopped; the same command continues:\n  {shlex.join(['gradstore', *arguments])}", err=True)
-    return 143 if isinstance(cause, Terminated) else 130
+def _stopped(arguments: list[str], stop: Stopped) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the process ends; pressed again, Ctrl-C would add a traceback
+    if sys.stderr.isatty():
+        click.echo("\r", nl=False, err=True)  # over the ^C that the terminal has shown
+    say(f"stopped: {stop}: {shlex.join(['gradstore', *arguments])}")
+    return stop.exit_code
+
+
+def _help_width() -> int | None:
+    """Columns of help in a terminal that is narrower than click cares for."""
+    columns = shutil.get_terminal_size().columns
+    return max(columns, 20) if columns < 52 else None

@@ -62,6 +62,6 @@ def _print(record: dict[str, Any]) -> None:
         for sign, name in (("for", "contributors"), ("against", "opponents"))
         for item in record[name]
     ]
-    print_table(("speaks", "training row", "label", "attribution", "similarity"), rows, right=(1, 3, 4))
+    print_table(("speaks", "row", "label", "attribution", "similarity"), rows, right=(1, 3, 4))
     what = "difference of the logits" if other else "logit"
     say(f"all training examples together: {record['sum']:+.4f}, the {what}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import as_json, memory_option, project_options, settings_options
-from .output import print_json, printable
+from .output import print_hanging, print_json
 
 
 @click.command(
@@ -31,7 +31,7 @@ def check(project_file: Path, options: dict[str, str], split: str, as_json: bool
     for result in checks(gs.load_project(project_file, options), split=split, **settings):
         results.append(result)
         if not as_json:
-            click.echo(f"{'ok  ' if result.error is None else 'FAIL'}  {result.name:<12}  {printable(result.detail)}")
+            print_hanging(f"{'ok  ' if result.error is None else 'FAIL'}  {result.name:<12}  ", result.detail)
     if as_json:
         print_json([{"name": r.name, "ok": r.error is None, "detail": r.detail} for r in results])
     failed = next((r.error for r in results if r.error is not None), None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
 from .options import as_json
 from .output import print_json, say
+from .stopping import ON, keeping
 
 
 @click.command(
@@ -32,7 +34,8 @@ def demo(directory: Path, seed: int, proj_dim: int | None, as_json: bool) -> Non
     """
     from gradstore.demo import run
 
-    result = run(directory, seed=seed, proj_dim=proj_dim, progress=say)
+    with keeping(lambda: f"what is finished is kept in {shlex.quote(str(directory))}; {ON}"):
+        result = run(directory, seed=seed, proj_dim=proj_dim, progress=say)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -7,7 +7,7 @@ import click
 from gradstore.errors import MismatchError
 
 from .options import as_json
-from .output import print_json, print_pairs, printable
+from .output import print_hanging, print_json, print_pairs, printable
 
 
 @click.command(
@@ -38,7 +38,7 @@ def doctor(again: bool, as_json: bool) -> None:
                 mark = {"ok": "ok", "wrong": "FAILS", "absent": "absent"}[finding.state]
                 used = "in use" if finding.used else ""
                 kind = f"{finding.entries} {finding.precision}"
-                click.echo(f"  {mark:<6} {finding.path:<9}  {kind:<16}  {used:<6}  {printable(finding.note)}")
+                print_hanging(f"  {mark:<6} ", f"{finding.path:<9}  {kind:<16}  {used:<6}  {finding.note}")
     failed = sum(finding.state == "wrong" for finding in found)
     if failed:
         hint = "A GPU does not use what fails; report a wrong product with this output"

@@ -28,4 +28,4 @@ def export(store: Path, file: Path, memory: str, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(written), "shape": list(opened.shape), "bytes": written.stat().st_size})
     else:
-        say(f"wrote {written}")
+        say(f"wrote {file}")

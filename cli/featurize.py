@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 from .options import as_json, memory_option, project_options, settings_options
 from .output import print_json, say
 from .progress import FeaturizeBar
+from .stopping import keeping, rows_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,21 +54,17 @@ def featurize(
     import gradstore as gs
 
     project = gs.load_project(project_file, options)
-    try:
-        with FeaturizeBar(split) as bar:
-            store = gs.featurize(
-                project,
-                split=split,
-                out=out,
-                on_plan=_announce,
-                on_damage=_say_damage,
-                on_note=say,
-                progress=bar,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        _say_kept(out)
-        raise
+    with keeping(lambda: rows_kept(out)), FeaturizeBar(split) as bar:
+        store = gs.featurize(
+            project,
+            split=split,
+            out=out,
+            on_plan=_announce,
+            on_damage=_say_damage,
+            on_note=say,
+            progress=bar.show,
+            **settings,
+        )
     if as_json:
         print_json({"store": str(out), **store.card()})
     else:
@@ -81,7 +77,7 @@ def _announce(plan: Plan) -> None:
 
     n, parameters = plan.manifest.n, sum(block.size for block in plan.blocks)
     say(
-        f"{n} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
+        f"{n:,} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
         f"{plan.device.type}, {plan.projection.path(plan.device)} projection, rows in groups of {plan.manifest.group}"
     )
     for name, route in plan.engine.generic():
@@ -91,16 +87,6 @@ def _announce(plan: Plan) -> None:
 def _say_damage(damage: Sequence[Damage]) -> None:
     for found in damage:
         say(f"{found.file}: {found.problem}; its rows are computed again")
-
-
-def _say_kept(out: Path) -> None:
-    import gradstore as gs
-
-    try:
-        store = gs.open(out)
-    except gs.GradstoreError:
-        return
-    say(f"{len(store)} of {store.manifest.n} rows are stored in {shlex.quote(str(out))}")
 
 
 def _batch_size(value: str) -> int | None:

@@ -60,7 +60,8 @@ def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: in
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(gs.open(train))
-    say(f"wrote {model.save(out)}")
+    model.save(out)
+    say(f"wrote {out}")
     for warning in caught:
         say(f"warning: {warning.message}")
     report = _report(model)

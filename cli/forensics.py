@@ -69,7 +69,8 @@ def forensics(
         gs.forensics(store, stores, poisoned=mask, k=k, votes=votes, kernel=name, memory=memory) for name in kernels
     ]
     if html is not None:
-        say(f"wrote {write_forensics(forensics_page(results), html)}")
+        write_forensics(forensics_page(results), html)
+        say(f"wrote {html}")
     if as_json:
         print_json([result.as_dict() for result in results] if len(results) > 1 else results[0].as_dict())
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from .options import as_json, memory_option, parse_assignments
 from .output import print_json, print_pairs, say
 from .progress import CountBar
+from .stopping import ON, keeping
 
 
 @click.command(
@@ -70,7 +72,10 @@ def gram(
     """
     import gradstore as gs
 
-    with CountBar("gram", "values") as progress:
+    with (
+        keeping(lambda: f"finished parts are kept beside {shlex.quote(str(out))}; {ON}"),
+        CountBar("gram", "values") as progress,
+    ):
         if source.suffix == ".py":
             a, b = _two(sides, "splits", least=1)
             project = gs.load_project(source, options)

@@ -8,6 +8,7 @@ import click
 
 from .options import as_json
 from .output import print_json, say
+from .stopping import keeping, rows_kept
 
 
 @click.command(
@@ -52,17 +53,18 @@ def import_command(
     """Make a store of features [n, K] or [n, c, K] that another tool left in SOURCE: .npy, or a raw memory map."""
     from gradstore.importing import Provenance, import_features, read_array
 
-    store = import_features(
-        source,
-        out,
-        Provenance(tool, model, projection, seed),
-        split=split,
-        shape=_sizes(shape),
-        source_dtype=source_dtype,
-        labels=None if labels is None else read_array(labels),
-        logits=None if logits is None else read_array(logits),
-        dtype=dtype,
-    )
+    with keeping(lambda: rows_kept(out)):
+        store = import_features(
+            source,
+            out,
+            Provenance(tool, model, projection, seed),
+            split=split,
+            shape=_sizes(shape),
+            source_dtype=source_dtype,
+            labels=None if labels is None else read_array(labels),
+            logits=None if logits is None else read_array(logits),
+            dtype=dtype,
+        )
     if as_json:
         print_json({"store": str(out), **store.card()})
     else:

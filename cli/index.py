@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from .options import as_json, kernel_help, memory_option
-from .output import print_json, print_pairs, say
+from .output import print_json, print_pairs
+from .progress import CountBar
 
 
 @click.command(
@@ -40,9 +41,10 @@ def index(
     """
     import gradstore as gs
 
-    session = gs.Session(
-        gs.open(train), kernel, size=size, faiss=faiss, on=on, rebuild=rebuild, memory=memory, progress=_Tenths()
-    )
+    with CountBar("sketch", "rows") as bar:
+        session = gs.Session(
+            gs.open(train), kernel, size=size, faiss=faiss, on=on, rebuild=rebuild, memory=memory, progress=bar
+        )
     card = session.card()
     if recall:
         card["recall@10"] = f"{session.recall():.4f}, measured on rows that the index was not fitted to"
@@ -50,15 +52,3 @@ def index(
         print_json(card)
     else:
         print_pairs(card)
-
-
-class _Tenths:
-    """A line on stderr every ten percent."""
-
-    def __init__(self) -> None:
-        self._tenth = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            say(f"sketched {done}/{total} rows")

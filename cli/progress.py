@@ -1,88 +1,62 @@
-"""The progress bar of featurize: rows, rows a second, time left, gigabytes."""
+"""Progress bars: what is done, how fast, and the time that is left."""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from gradstore.memory import format_bytes
+
+from .output import printable, say
 
 if TYPE_CHECKING:
     from gradstore.featurize import Progress as State
 
-
-class FeaturizeBar:
-    """A bar on stderr where that is a terminal; otherwise a line every ten percent.
-
-    Attributes:
-        used: whether there was anything to compute.
-    """
-
-    def __init__(self, title: str) -> None:
-        self._console = Console(stderr=True)
-        self._title = title
-        self._tenth = -1
-        self.used = False
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rows]}"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[bytes]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=None, rows="", rate="", bytes="")
-
-    def __enter__(self) -> FeaturizeBar:
-        """Draw from the first state on, below what is said of the plan."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop drawing, leaving the last state on the screen."""
-        self._bar.stop()
-
-    def __call__(self, state: State) -> None:
-        """Show a state of the run."""
-        self.used = True
-        self._bar.start()
-        rate = f"{state.computed / state.seconds:.1f} rows/s" if state.computed and state.seconds else ""
-        rows = f"{state.rows}/{state.total} rows"
-        size = f"{state.rows / state.total * state.size / 1e9:.2f}/{state.size / 1e9:.2f} GB"
-        self._bar.update(self._task, completed=state.rows, total=state.total, rows=rows, rate=rate, bytes=size)
-        tenth = 10 * state.rows // state.total
-        if not self._console.is_terminal and tenth > self._tenth:
-            self._tenth = tenth
-            self._console.print(f"{self._title}: {rows}  {rate}  {size}", soft_wrap=True, highlight=False)
+_LONGEST = 40  # columns of a bar
+_SHORTEST = 5
+_TITLE = 20  # columns of a title
+_CTRL_C = 3  # columns left free at the right, where a terminal shows ^C: a line that is full would move on by it
 
 
 class CountBar:
-    """A bar for work that is counted in one unit; on stderr where that is a terminal, otherwise nothing.
+    """A bar for work counted in one unit; on stderr where that is a terminal, otherwise a line every ten percent.
+
+    It is drawn from the first count on: what is said before stands above it, and an error has no bar of nothing.
 
     Args:
         title: of the bar.
         unit: what is counted.
+
+    Attributes:
+        used: whether anything was counted.
     """
 
     def __init__(self, title: str, unit: str) -> None:
-        console = Console(stderr=True)
+        self._title, self._unit = printable(title), unit
+        self._tenth = -1
+        self._began = (0.0, 0)  # when counting began, and what had been done by then
+        self.used = False
+        self._console = _Console(stderr=True, force_terminal=_is_drawable())
+        self._column = BarColumn()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f} % of {task.total:,.0f} " + unit),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            TextColumn("{task.description}", markup=False),
+            self._column,
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=1)
+        self._task = self._bar.add_task("", total=None, text="")
 
     def __enter__(self) -> CountBar:
-        """Start drawing."""
-        self._bar.start()
+        """Nothing is drawn yet."""
         return self
 
     def __exit__(
@@ -93,4 +67,69 @@ class CountBar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show how much is done."""
-        self._bar.update(self._task, completed=done, total=total)
+        self._show(done, total, [])
+
+    def _show(self, done: int, total: int, more: list[str]) -> None:
+        now = time.monotonic()
+        if not self.used:
+            self.used, self._began = True, (now, done)
+        counted = [f"{done:,}/{total:,} {self._unit}"]
+        if self._console.is_terminal:
+            self._draw(
+                done, total, [*counted, *_time(now - self._began[0], done - self._began[1], total - done), *more]
+            )
+        elif 10 * done // max(total, 1) > self._tenth:
+            self._tenth = 10 * done // max(total, 1)
+            say(f"{self._title}: {'  '.join([*counted, *more])}")
+
+    def _draw(self, done: int, total: int, details: list[str]) -> None:
+        """Draw the details that fit beside a short bar, the first ones first."""
+        room = self._console.width - _CTRL_C
+        title = self._title if cell_len(self._title) <= _TITLE else set_cell_size(self._title, _TITLE - 1) + "…"
+        text, *others = details
+        for detail in others:
+            longer = f"{text}  {detail}"
+            if cell_len(f"{title} {longer} ") + _SHORTEST <= room:
+                text = longer
+        self._column.bar_width = max(min(_LONGEST, room - cell_len(f"{title}  {text}")), 1)
+        self._bar.update(self._task, description=title, completed=done, total=total, text=text)
+        self._bar.start()
+
+
+class FeaturizeBar(CountBar):
+    """The bar of featurize: rows, time left, rows a second, bytes."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title, "rows")
+
+    def __enter__(self) -> FeaturizeBar:
+        """Nothing is drawn yet."""
+        return self
+
+    def show(self, state: State) -> None:
+        """Show a state of the run."""
+        rate = [f"{state.computed / state.seconds:.1f} rows/s"] if state.computed and state.seconds else []
+        size = format_bytes(state.size)
+        if state.rows < state.total:
+            size = f"{format_bytes(state.rows / state.total * state.size)} of {size}"
+        self._show(state.rows, state.total, [*rate, size])
+
+
+class _Console(Console):
+    """A console whose cursor stays visible: after Ctrl-Z or a kill nobody would show it again."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leave it as it is."""
+        return False
+
+
+def _is_drawable() -> bool:
+    """Whether stderr is a terminal that can move its cursor, whatever FORCE_COLOR says of a pipe."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def _time(seconds: float, done: int, left: int) -> list[str]:
+    """Time left by the pace so far, or what it took; nothing before there is a pace."""
+    if left == 0:
+        return [f"in {timedelta(seconds=round(seconds))}"]
+    return [f"{timedelta(seconds=round(seconds / done * left))} left"] if done > 0 else []

@@ -60,7 +60,8 @@ def residual(
     )
     for path, save in ((csv, found.save_csv), (html, found.save_html)):
         if path is not None:
-            say(f"wrote {save(path)}")
+            save(path)
+            say(f"wrote {path}")
     if as_json:
         print_json(found.as_dict())
     else:

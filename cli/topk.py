@@ -108,7 +108,8 @@ def topk(
         say(f"{proof}; {result.search.rows_read} rows read")
     for path, save in ((csv, result.save_csv), (html, result.save_html)):
         if path is not None:
-            say(f"wrote {save(path)}")
+            save(path)
+            say(f"wrote {path}")
     if as_json:
         print_json(result.records())
     else:

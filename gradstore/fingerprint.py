@@ -182,4 +182,7 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _short(text: str) -> str:
+    """The text, cut where it is long; of a digest, which says nothing to anybody, enough to tell it from others."""
+    if len(text) == hashlib.sha256().digest_size * 2 and set(text) <= set("0123456789abcdef"):
+        return text[:12] + "…"
     return text if len(text) <= 44 else text[:41] + "…"

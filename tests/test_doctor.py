@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from terminal import SCREENS, in_terminal
 from test_cli import run
 
 from gradstore import diagnosis
@@ -138,13 +137,6 @@ def test_a_mistyped_command_is_one_error(words, tmp_path):
     assert done.status == 2
     assert "Traceback" not in done.err
     assert "Error:" in done.err
-
-
-@pytest.mark.parametrize(("columns", "more"), SCREENS)
-def test_in_a_terminal(columns, more, tmp_path):
-    screen = in_terminal(tmp_path, "doctor", columns=columns, **more)
-    assert screen.went_well, screen.text
-    assert screen.text.count("\r\n  ok ") >= 2
 
 
 def test_what_the_library_warns_of_or_logs_is_one_line(tmp_path, monkeypatch):
