@@ -89,7 +89,7 @@ CASES = [
     Case("verify-damaged", "verify train", NARROW, status=5, prepare=damage),
     Case("export", "export train features.npy"),
     Case("import", "import features.npy --out imported --tool trak --model resnet9"),
-    Case("demo", "demo there --proj-dim 64"),
+    Case("demo", "demo there --proj-dim 64", stable=False),  # trains a network
 ]
 
 
@@ -110,6 +110,7 @@ def masked(text: str) -> str:
     text = re.sub(r"[\d.,]+ rows/s", "#.# rows/s", text)
     text = re.sub(r"^\d+ seconds: .*", "# seconds: …", text, flags=re.MULTILINE)
     text = re.sub(r"(?<=iterations  )\d+", "##", text)
+    text = re.sub(r"\d+(?= rows read)", "##", text)  # by bounds, which rest on the arithmetic
     text = re.sub(r"\d+:\d\d:\d\d|\d+\.\d+|\b(?=[a-f]*\d)[0-9a-f]{5,}\b", lambda m: _hidden(m[0]), text)
     return text
 
