@@ -14,6 +14,8 @@ import gradstore as gs
 from gradstore.errors import MismatchError, UsageError
 from gradstore.fresh import featurize_queries
 
+pytestmark = pytest.mark.numerical
+
 
 def make_project(seed: int = 0) -> gs.Project:
     generator = torch.Generator().manual_seed(seed)

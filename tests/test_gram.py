@@ -31,6 +31,8 @@ from gradstore.store import FeatureStore
 from gradstore.threads import Workers
 from gradstore.tiles import Grid, nothing, plan_grid
 
+pytestmark = pytest.mark.numerical
+
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 needs_unit = pytest.mark.skipif(not product.available(), reason="this processor has no matrix unit")
 EVERY = ["float32", pytest.param(LIMBS, marks=needs_unit), "int8"]

@@ -23,6 +23,8 @@ from gradstore.search.request import query_phis
 from gradstore.search.scan import plan_scan
 from gradstore.store import FeatureStore
 
+pytestmark = pytest.mark.numerical
+
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 
 

@@ -26,6 +26,8 @@ from gradstore.search.request import query_phis
 from gradstore.search.rounding import add_integer_product, integer_product, integer_products_are_exact, round_rows
 from gradstore.store import FeatureStore
 
+pytestmark = pytest.mark.numerical
+
 LEVELS = (*native.levels(), "")
 MISSING = {"cuda"}  # its tests need a GPU
 MISSING |= set() if integer_products_are_exact() else {"int8"}
