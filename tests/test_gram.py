@@ -178,11 +178,13 @@ def test_without_a_matrix_unit_auto_is_float32(stores: tuple, tmp_path: Path, mo
     assert gs.gram(stores[0], out=tmp_path / "best.h5").attributes["arithmetic"] == best
 
 
-def test_where_8_bit_products_are_wrong_they_are_refused(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_8_bit_products_are_wrong_they_are_refused(
+    stores: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradstore.rounding.integer_products_are_exact", lambda: False)
     said = r"--arithmetic: torch's products of 8-bit integers are missing or overflow on this processor \(got 'int8'\)"
     with pytest.raises(UsageError, match=rf"{said}\. Use --arithmetic float32"):
-        gs.gram(stores[0], arithmetic="int8")
+        gs.gram(stores[0], out=tmp_path / "gram.h5", arithmetic="int8")
 
 
 @pytest.mark.parametrize("arithmetic", EVERY)
