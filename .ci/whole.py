@@ -9,14 +9,13 @@ version is not that of this one. Everything lies in one temporary folder (5.5 GB
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from interpreters import Interpreter, find, probe
-from resolve import ROOT, RefusedError, new_pip, resolve
+from resolve import ROOT, RefusedError, copy, new_pip, resolve
 
 EXTRAS = "[cpu,test]"
 BESIDE_TESTS = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
@@ -57,16 +56,6 @@ def install(pip: Path, interpreter: Interpreter, folder: Path) -> Path:
     return environment / "bin"
 
 
-def copy_tests(folder: Path) -> None:
-    """Copy to a folder all that the tests read, and not the package."""
-    for name in BESIDE_TESTS:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-
-
 def main(asked: str, arguments: list[str]) -> int:
     """Install and test; the exit status is 0 where all is well, or no other Python is here.
 
@@ -92,7 +81,7 @@ def main(asked: str, arguments: list[str]) -> int:
         programs = install(pip, interpreter, folder)
         subprocess.run([programs / "gradstore", "--help"], check=True, stdout=subprocess.DEVNULL)
         subprocess.run([programs / "gradstore", "info", "--system"], check=True)
-        copy_tests(folder)
+        copy(BESIDE_TESTS, folder)
         command = [str(programs / "pytest"), "-n", "2", "--deselect", OF_SOURCE, *arguments]
         return subprocess.run(command, cwd=folder, check=False).returncode
 

@@ -69,6 +69,7 @@ def test_a_refusal_names_the_interpreter_and_what_pip_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer_of_pip(monkeypatch, 1, "WARNING: old\nERROR: No matching distribution found for pillow==13.0.0\n\nhint: x\n")
+    monkeypatch.setattr(resolve, "wheel_of_metadata", lambda pip, folder: folder / "gradstore.whl")
     monkeypatch.setattr(resolve, "find", lambda: [interpreters.Interpreter((3, 10, 13), Path("/some/python"))])
     assert resolve.main() == 1
     said = capsys.readouterr().out.splitlines()
