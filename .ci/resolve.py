@@ -94,11 +94,13 @@ def resolve(pip: Path, interpreter: Interpreter, asked: tuple[str, ...]) -> Reso
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        options = ["--dry-run", "--ignore-installed", "--quiet", "--only-binary", ":all:", "--report", str(report)]
+        options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:", "--report", str(report)]
         command = [str(pip), "-m", "pip", "--python", str(interpreter.path), "install", *options, *asked]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         if done.returncode:
-            raise RefusedError(_reason(done.stderr))
+            raise RefusedError(_reason(done.stdout))
         return _read(json.loads(report.read_text()))
 
 
@@ -111,9 +113,9 @@ def _read(report: dict[str, Any]) -> Resolved:
     return Resolved(versions, versions["torch"] + (_CUDA if cuda else ""))
 
 
-def _reason(errors: str) -> str:
+def _reason(said: str) -> str:
     """What pip says from its first error on; all of it where it names none."""
-    lines = errors.splitlines()
+    lines = said.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), 0)
     return "\n".join(line for line in lines[first:] if line.strip())
 

@@ -78,10 +78,10 @@ def main(asked: str, arguments: list[str]) -> int:
         print(
             f"{interpreter}: about {amount} to download, torch {found.torch}; SOAK_PYTHON=… names another", flush=True
         )
+        copy(BESIDE_TESTS, folder)  # now, since installing takes minutes in which the project may be edited
         programs = install(pip, interpreter, folder)
         subprocess.run([programs / "gradstore", "--help"], check=True, stdout=subprocess.DEVNULL)
         subprocess.run([programs / "gradstore", "info", "--system"], check=True)
-        copy(BESIDE_TESTS, folder)
         command = [str(programs / "pytest"), "-n", "2", "--deselect", OF_SOURCE, *arguments]
         return subprocess.run(command, cwd=folder, check=False).returncode
 

@@ -60,7 +60,7 @@ def answer_of_pip(monkeypatch: pytest.MonkeyPatch, status: int, errors: str = ""
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         if report is not None:
             Path(command[command.index("--report") + 1]).write_text(json.dumps(report))
-        return subprocess.CompletedProcess(command, status, "", errors)
+        return subprocess.CompletedProcess(command, status, errors, "")
 
     monkeypatch.setattr(resolve.subprocess, "run", run)
 
