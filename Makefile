@@ -4,14 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test cuda-tools check soak pictures clean
+.PHONY: demo test cuda-tools check resolve processors test-avx2 test-plain test-uncompiled soak pictures clean
 
 CHROMIUM ?= chromium
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing gradstore, PyTorch and the tools of its tests in $(VENV), once. What is not here yet is downloaded:"
+	@echo "about 0.4 GB with PyTorch's CPU build, 3 GB with its CUDA build. How to have the CPU build: README, Installing."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,test,check]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[cpu,test,check]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -30,8 +31,22 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Whether each Python >= 3.10 that is here could install gradstore; downloads little more than metadata.
+resolve: $(STAMP)
+	$(BIN)/python .ci/resolve.py
+
+# The numerical tests as on an older processor, with the plainest code of every library, and without the compiled parts.
+processors: test-avx2 test-plain test-uncompiled
+
+test-avx2 test-plain test-uncompiled: test-%: $(STAMP)
+	$(BIN)/python .ci/processors.py $* -n 2 -m numerical
+
+# The long fault and property tests; every test as on other processors; and another Python, SOAK_PYTHON or the newest
+# that is here, installed whole (up to 3 GB to download, which is said before) and tested.
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=0 -p no:xdist
+	for level in avx2 plain uncompiled; do $(BIN)/python .ci/processors.py $$level -n 2 || exit 1; done
+	$(BIN)/python .ci/whole.py "$(SOAK_PYTHON)"
 
 # The picture in the README: the page that the demo ends with.
 pictures: demo

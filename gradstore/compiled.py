@@ -1,7 +1,7 @@
 """Compiled parts of the package: plain C libraries beside the modules that call them, and the SIMD levels they offer.
 
 They are built when the package is installed and a C++ compiler is there; one build serves every Python. Without them
-the same is done by torch and numpy, more slowly. ``GRADSTORE_SIMD`` forces a level.
+the same is done by torch and numpy, more slowly. ``GRADSTORE_SIMD`` forces a level; "none" goes without all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 NOT_BUILT = "it was not built: no C++ compiler worked when gradstore was installed"
 """Why there is no library, where there is no file."""
+FORBIDDEN = "GRADSTORE_SIMD=none forbids it"
+"""Why there is no library, where it must not be used."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,19 @@ class Library:
         return wanted if wanted in self.levels else next(iter(self.levels))
 
 
-@cache
 def load(folder: Path, prefix: str, interface: int) -> Library | str:
-    """The library of a folder, or why there is none.
+    """The library of a folder, or why there is none; read from its file once.
 
     Args:
         folder: of the file ``_native``.
         prefix: of its functions ``…_interface``, which returns a number, and ``…_level``, which names levels.
         interface: the number that it must return.
     """
+    return FORBIDDEN if os.environ.get("GRADSTORE_SIMD") == "none" else _read(folder, prefix, interface)
+
+
+@cache
+def _read(folder: Path, prefix: str, interface: int) -> Library | str:
     built = [folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((str(path) for path in built if path.exists()), None)
     if path is None:

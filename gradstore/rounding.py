@@ -70,20 +70,36 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)
 
 
-@lru_cache
 def require_exact_int8() -> None:
-    """Refuse a machine whose int8 products are wrong: old processors add pairs of them in 16 bits, which overflow.
+    """Refuse a machine without right products of 8-bit integers.
 
     Raises:
-        UsageError: its product of the largest values is not what it must be.
+        UsageError: there are none.
     """
-    largest = torch.full((64, 256), 127, dtype=torch.int8)
-    largest[:, ::3] = -127
-    found = torch._int_mm(largest, largest.T)
-    if not bool((found == 256 * 127**2).all()):
+    if not integer_products_are_exact():
         raise UsageError(
-            "this processor's int8 products overflow", where="--arithmetic", hint="Use --arithmetic float32"
+            "torch's products of 8-bit integers are missing or overflow on this processor",
+            where="--arithmetic",
+            got="'int8'",
+            hint="Use --arithmetic float32",
         )
+
+
+@lru_cache(maxsize=1)
+def integer_products_are_exact() -> bool:
+    """Whether this torch multiplies int8 matrices, and rightly on this processor: old ones add pairs in 16 bits."""
+    rng = torch.Generator().manual_seed(0)
+    try:
+        return all(_is_exact(m, w, n, rng) for m, w, n in ((3, 2, 17), (33, 515, 65), (16, 64, 1)))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_exact(m: int, w: int, n: int, rng: torch.Generator) -> bool:
+    a, b = (torch.randint(-127, 128, (size, w), generator=rng, dtype=torch.int8) for size in (m, n))
+    a[0], b[0], b[-1] = 127, 127, -127
+    expected = a.long() @ b.T.long()
+    return all(torch.equal(torch._int_mm(a, c).long(), expected) for c in (b.T, b.T.contiguous()))
 
 
 def _norms(values: Tensor) -> Tensor:

@@ -49,6 +49,22 @@ def test_nothing_left_of_featurize_knows_hdf5_and_nothing_right_of_it_a_model() 
             assert not imports(path) & {"gradstore.jacobians", "gradstore.plan", "gradstore.featurize"}, path
 
 
+KINDS_REPEATED = ("digests", "exact", "gram", "index", "jacobian", "matrix_unit", "mixed", "projection", "topk")
+# What is printed, another library, the system, stand-ins of a GPU; and what takes a third of the time, for `make soak`.
+NOT_REPEATED = {"cli", "faiss", "memory", "trust", "audit"}
+
+
+def test_numerical_tests_are_repeated_as_on_other_processors() -> None:
+    """Each new module of these kinds joins by one line, its `pytestmark`."""
+    marked, unmarked = set(), set()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        words = path.stem.removeprefix("test_")
+        if words.startswith(KINDS_REPEATED) and words.split("_")[-1] not in NOT_REPEATED:
+            (marked if "mark.numerical" in path.read_text() else unmarked).add(path.name)
+    assert not unmarked, f"mark them `pytestmark = pytest.mark.numerical`: {sorted(unmarked)}"
+    assert len(marked) >= 14
+
+
 @pytest.mark.parametrize("name", ["utils", "helpers", "common", "manager", "processor"])
 def test_no_file_is_called(name: str) -> None:
     assert not [path for path in MODULES if name in path.stem]

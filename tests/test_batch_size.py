@@ -16,6 +16,8 @@ from torch.utils.data import TensorDataset
 import gradstore as gs
 from gradstore.batch_size import BatchSize, is_out_of_memory
 
+pytestmark = pytest.mark.numerical
+
 FEATURIZE = sys.modules[gs.featurize.__module__]
 
 

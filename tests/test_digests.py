@@ -16,6 +16,8 @@ from gradstore.schema import Schema
 from gradstore.storage import native
 from gradstore.storage.digests import PartedDigests, row_digests
 
+pytestmark = pytest.mark.numerical
+
 LEVELS = native.levels()
 # Those of the official test vectors, and both sides of where a tree of 16 lanes is filled.
 LENGTHS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2048, 2049, 3072, 3073, 4096, 4097]

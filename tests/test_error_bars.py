@@ -16,6 +16,8 @@ from gradstore.kernels import projected_kernel
 from gradstore.standard_error import standard_errors
 from gradstore.store import FeatureStore
 
+pytestmark = pytest.mark.numerical
+
 NAMES = ("cat", "dog", "bird")
 
 

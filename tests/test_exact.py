@@ -20,6 +20,7 @@ from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageE
 from gradstore.parameters import parameter_blocks
 
 pytestmark = [
+    pytest.mark.numerical,
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),  # of jacrev, the reference
 ]

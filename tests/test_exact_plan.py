@@ -30,6 +30,8 @@ from gradstore.kernels import exact_kernel
 from gradstore.memory import parse_bytes
 from gradstore.parameters import parameter_blocks
 
+pytestmark = pytest.mark.numerical
+
 
 @given(
     n=st.integers(1, 10**5),

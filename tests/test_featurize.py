@@ -20,6 +20,8 @@ from gradstore.parameters import parameter_blocks
 from gradstore.projection import Projection
 from gradstore.projection.routes import accumulate_block
 
+pytestmark = pytest.mark.numerical
+
 MAIN = CASES[:5]  # MLP, CNN with BatchNorm, transformer with dict input, one logit, tied weights
 
 

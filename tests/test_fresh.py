@@ -16,6 +16,8 @@ from gradstore.errors import MismatchError, UsageError
 from gradstore.fresh import featurize_queries
 from gradstore.linearisation import linearise_store
 
+pytestmark = pytest.mark.numerical
+
 
 def make_project(seed: int = 0) -> gs.Project:
     generator = torch.Generator().manual_seed(seed)

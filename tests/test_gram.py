@@ -25,15 +25,18 @@ from gradstore.gram import StoreTiles
 from gradstore.kernels import projected_kernel
 from gradstore.matrix_unit import product
 from gradstore.products import LIMBS, Operand, choose_arithmetic, multiply
-from gradstore.rounding import STEPS
+from gradstore.rounding import STEPS, integer_products_are_exact
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.threads import Workers
 from gradstore.tiles import Grid, nothing, plan_grid
 
+pytestmark = pytest.mark.numerical
+
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 needs_unit = pytest.mark.skipif(not product.available(), reason="this processor has no matrix unit")
-EVERY = ["float32", pytest.param(LIMBS, marks=needs_unit), "int8"]
+needs_int8 = pytest.mark.skipif(not integer_products_are_exact(), reason="no exact products of 8-bit integers here")
+EVERY = ["float32", pytest.param(LIMBS, marks=needs_unit), pytest.param("int8", marks=needs_int8)]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,7 @@ def test_a_store_given_twice_is_one_store(stores: tuple, tmp_path: Path) -> None
     assert gs.gram(stores[0], gs.open(stores[0].path), out=tmp_path / "gram.h5").symmetric
 
 
+@needs_int8
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_of_rounded_rows_stay_within_their_bound(dtype: str, kernel: str, tmp_path: Path) -> None:
@@ -140,6 +144,7 @@ def test_products_in_limbs_stay_within_their_bound(dtype: str, kernel: str, peak
     assert error.max() > 0
 
 
+@needs_int8
 @given(
     values=st.lists(st.integers(-127, 127), min_size=4, max_size=40),
     pieces=st.integers(1, 3),
@@ -184,6 +189,15 @@ def test_without_a_matrix_unit_auto_is_float32(stores: tuple, tmp_path: Path, mo
     assert gs.gram(stores[0], out=tmp_path / "best.h5").attributes["arithmetic"] == best
 
 
+def test_where_8_bit_products_are_wrong_they_are_refused(
+    stores: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstore.rounding.integer_products_are_exact", lambda: False)
+    said = r"--arithmetic: torch's products of 8-bit integers are missing or overflow on this processor \(got 'int8'\)"
+    with pytest.raises(UsageError, match=rf"{said}\. Use --arithmetic float32"):
+        gs.gram(stores[0], out=tmp_path / "gram.h5", arithmetic="int8")
+
+
 @pytest.mark.parametrize("arithmetic", EVERY)
 def test_rows_that_lie_apart_are_multiplied_as_those_that_lie_together(arithmetic: str) -> None:
     phi = torch.from_numpy(clustered(150, 2, 64))
@@ -209,6 +223,7 @@ def test_leaving_the_tiles_early_restores_the_threads(stores: tuple) -> None:
     assert (torch.get_num_threads(), threading.active_count()) == (before, threads)
 
 
+@needs_int8
 def test_rounding_refuses_a_row_that_is_mostly_one_value(tmp_path: Path) -> None:
     features = np.random.default_rng(0).standard_normal((40, 1, 4000)).astype(np.float32)
     features[7, 0, 0] = 300

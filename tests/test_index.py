@@ -26,6 +26,8 @@ from gradstore.search.session import Session
 from gradstore.search.sketch import SketchBlock, sketch_queries
 from gradstore.store import FeatureStore, open_store
 
+pytestmark = pytest.mark.numerical
+
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 
 

@@ -26,7 +26,7 @@ from gradstore.jacobians.pullback import Pulled
 from gradstore.jacobians.side_by_side import side_by_side
 from gradstore.parameters import parameter_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [pytest.mark.numerical, pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
 BY_NAME = {case.name: case for case in CASES + HARD_CASES}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradstore.jacobians import JacobianEngine
 from gradstore.parameters import parameter_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [pytest.mark.numerical, pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
 ALL = pytest.mark.parametrize("case", CASES + HARD_CASES, ids=lambda case: case.name)
 
 

@@ -14,7 +14,7 @@ LEVELS = product.levels()
 SHAPES = [(1, 1, 1), (3, 5, 33), (16, 16, 32), (33, 70, 1100), (40, 520, 70)]
 DTYPES = [torch.float16, torch.float32]
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="nothing was compiled")
+pytestmark = [pytest.mark.numerical, pytest.mark.skipif(not LEVELS, reason="nothing was compiled")]
 needs_unit = pytest.mark.skipif("amx" not in LEVELS, reason="this processor has no matrix unit")
 
 

@@ -16,6 +16,8 @@ from gradstore.errors import UsageError
 from gradstore.jacobians import JacobianEngine
 from gradstore.parameters import parameter_blocks
 
+pytestmark = pytest.mark.numerical
+
 K = 300
 
 

@@ -17,6 +17,8 @@ from gradstore.errors import UsageError
 from gradstore.projection import Projection, native
 from gradstore.projection.philox import philox4x32_10
 
+pytestmark = pytest.mark.numerical
+
 VECTORS = json.loads((Path(__file__).parent / "data" / "projection.json").read_text())
 KINDS = ("rademacher", "gaussian")
 STARTS = (0, 128, 384, 2**32 - 128, 2**32 + 256, 2**45)

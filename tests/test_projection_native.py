@@ -17,8 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradstore.errors import UsageError
+from gradstore.matrix_unit import product
 from gradstore.projection import Projection, native
 from gradstore.projection.entries import Entries
+from gradstore.search import native as search
+from gradstore.storage import native as storage
+
+pytestmark = pytest.mark.numerical
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
 LEVELS = native.status().levels
@@ -258,6 +263,7 @@ def test_two_threads_can_project_at_once():
 
 @needs_native
 def test_status_names_the_level_and_the_variable_forces_it(monkeypatch):
+    monkeypatch.delenv("GRADSTORE_SIMD", raising=False)
     status = native.status()
     assert (status.path, status.level, status.why, status.hint) == ("native", LEVELS[0], "", "")
     monkeypatch.setenv("GRADSTORE_SIMD", LEVELS[-1])
@@ -269,6 +275,19 @@ def test_status_names_the_level_and_the_variable_forces_it(monkeypatch):
         native.status()
 
 
+@needs_native
+def test_the_variable_forbids_every_compiled_part(monkeypatch):
+    monkeypatch.setenv("GRADSTORE_SIMD", "none")
+    why, hint = "GRADSTORE_SIMD=none forbids it", "unset GRADSTORE_SIMD"
+    assert native.status() == native.Status("reference", why=why, hint=hint)
+    assert (search.levels(), storage.levels(), product.levels()) == ((), (), ())
+    with pytest.raises(UsageError, match=rf"backend: no compiled projection \(got {why}\)\. .*{hint}"):
+        native.accumulate(Entries("rademacher", 0, 0), torch.zeros(1, 1), torch.ones(1, 1), 0, 0)
+    monkeypatch.delenv("GRADSTORE_SIMD")
+    assert native.available()
+    assert all(levels() for levels in (search.levels, storage.levels, product.levels))
+
+
 def test_without_the_library_the_reference_is_used(tmp_path):
     """A copy of the package without its compiled file says so, and projects the same numbers."""
     package = Path(native.__file__).parents[1]
@@ -278,7 +297,7 @@ def test_without_the_library_the_reference_is_used(tmp_path):
         "print(s.path, Projection().backend, s.why, s.hint, sep='|');"
         "print(Projection(dim=8).project(torch.ones(1, 128)).mul(8**0.5).int().tolist()[0])"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "GRADSTORE_SIMD": ""}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,

@@ -10,6 +10,8 @@ from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, Linea
 from gradstore.projection import Projection, native
 from gradstore.projection.routes import accumulate_block, route
 
+pytestmark = pytest.mark.numerical
+
 needs_native = pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
 # examples, classes, positions, outputs, inputs, start
 LINEAR = [

@@ -17,6 +17,8 @@ from gradstore.storage.manifest_file import read_manifest
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 
+pytestmark = pytest.mark.numerical
+
 ARCHIVES = sorted((Path(__file__).parent / "data/archives").iterdir())
 
 

@@ -17,6 +17,8 @@ from gradstore import plan as planning
 from gradstore.errors import MismatchError, UsageError
 from gradstore.store import FeatureStore
 
+pytestmark = pytest.mark.numerical
+
 X = torch.randn(70, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, 6, 70)[:, None]
 Y = torch.arange(70) % 3
 

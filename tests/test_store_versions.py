@@ -25,6 +25,8 @@ from gradstore.store import FeatureStore
 from gradstore.verify import verify
 from gradstore.writer import open_writer
 
+pytestmark = pytest.mark.numerical
+
 ARCHIVES = Path(__file__).parent / "data/archives"
 
 

@@ -15,6 +15,7 @@ import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.matrix_unit import product
+from gradstore.rounding import integer_products_are_exact
 from gradstore.search import engines, native
 from gradstore.search.engines import ENGINES, Engine, choose_engine
 from gradstore.search.exact_score import inner_products
@@ -23,8 +24,10 @@ from gradstore.search.integer_block import IntegerBlock, RoundedQueries
 from gradstore.search.limb_block import LimbBlock, PackedBatch, PackedQueries
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import query_phis
-from gradstore.search.rounding import add_integer_product, integer_product, integer_products_are_exact, round_rows
+from gradstore.search.rounding import add_integer_product, integer_product, round_rows
 from gradstore.store import FeatureStore
+
+pytestmark = pytest.mark.numerical
 
 LEVELS = (*native.levels(), "")
 MISSING = {"cuda"}  # its tests need a GPU
@@ -254,7 +257,9 @@ def test_the_fastest_engine_is_one_of_them_and_int8_needs_exact_products(monkeyp
     assert choose_engine("float32", 3, 20, 64).name in ("numpy", "torch")
     engines._fastest.cache_clear()
     monkeypatch.setattr("gradstore.search.engines.integer_products_are_exact", lambda: False)
-    with pytest.raises(UsageError, match="torch multiplies no 8-bit integers on this machine"):
+    with pytest.raises(
+        UsageError, match="torch's products of 8-bit integers are missing or overflow on this processor"
+    ):
         choose_engine("int8", 3, 20, 64)
     assert choose_engine("auto", 5, 20, 64).name != "int8"
 

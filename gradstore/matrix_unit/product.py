@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -303,7 +302,6 @@ def _pointer(factors: Tensor | None) -> int | None:
     return factors.data_ptr()
 
 
-@cache
 def _library() -> Library | None:
     library = load(Path(__file__).parent, "gradstore_matrix_unit", _INTERFACE)
     if isinstance(library, str):

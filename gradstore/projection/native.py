@@ -3,9 +3,10 @@
 The library is built from ``src/native.cpp`` when the package is installed and a C++ compiler is there. Its interface is
 plain C, so one build serves every Python and needs no Python header. Without it the reference is used, with results
 that agree to float32 rounding. ``GRADSTORE_SIMD`` (amx, avx512, avx2, neon, plain) forces a level, for tests and for
-comparison: the bits of a dense Rademacher product are the same at every level. Those of a Gaussian product are not:
-"amx", the matrix unit of some x86 processors, takes normals to the nearest multiple of 2^-20 and gradients as integers,
-with a relative error of features of 1e-6 (below 2e-6 for uneven gradients too) where the other levels have 4e-7.
+comparison, and "none" the reference. The bits of a dense Rademacher product are the same at every level. Those of a
+Gaussian product are not: "amx", the matrix unit of some x86 processors, takes normals to the nearest multiple of 2^-20
+and gradients as integers, with a relative error of features of 1e-6 (below 2e-6 for uneven gradients too) where the
+other levels have 4e-7.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradstore.compiled import Library, load
+from gradstore.compiled import FORBIDDEN, Library, load
 from gradstore.errors import UsageError
 from gradstore.projection.entries import KINDS, Entries
 
@@ -76,7 +77,7 @@ def status() -> Status:
     """Which path and SIMD level the CPU projection uses here, and why."""
     library = _load()
     if isinstance(library, str):
-        return Status("reference", why=library, hint=_REBUILD)
+        return Status("reference", why=library, hint=_how_to_get(library))
     level = _level(library, None)
     faster = "" if level == next(iter(library.levels)) else "unset GRADSTORE_SIMD to use the fastest level"
     return Status("native", level, tuple(library.levels), library.path, hint=faster)
@@ -194,8 +195,13 @@ def _job(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int)
 def _library_and_level(level: str | None) -> tuple[Library, int]:
     library = _load()
     if isinstance(library, str):
-        raise UsageError("no compiled projection", where="backend", got=library, hint=_REBUILD)
+        raise UsageError("no compiled projection", where="backend", got=library, hint=_how_to_get(library))
     return library, library.levels[_level(library, level)]
+
+
+def _how_to_get(why: str) -> str:
+    """What to do about the reason why there is no library."""
+    return "unset GRADSTORE_SIMD" if why == FORBIDDEN else _REBUILD
 
 
 def _adjacent(matrix: Tensor) -> Tensor:

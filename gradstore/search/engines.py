@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 from gradstore.matrix_unit import product
-from gradstore.search.rounding import add_integer_product, integer_products_are_exact, round_rows
+from gradstore.rounding import integer_products_are_exact
+from gradstore.search.rounding import add_integer_product, round_rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.d
         )
     if name == "int8" and not integer_products_are_exact():
         raise UsageError(
-            "torch multiplies no 8-bit integers on this machine",
+            "torch's products of 8-bit integers are missing or overflow on this processor",
             where="--engine",
             got="'int8'",
             hint="Use --engine auto",

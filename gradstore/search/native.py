@@ -1,6 +1,6 @@
 """The compiled inner loops of a search, built from ``src/search.cpp``: the SIMD level in use, and the calls.
 
-Without them torch and numpy do the same more slowly. ``GRADSTORE_SIMD`` (avx512, avx2, plain) forces a level.
+Without them torch and numpy do the same more slowly. ``GRADSTORE_SIMD`` (avx512, avx2, plain, none) forces a level.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ For normal entries the higher digits leave a rest of 0.009 of the norm, both dig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.rounding import integer_products_are_exact
 from gradstore.search import native
 
 # Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
@@ -153,20 +153,3 @@ def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     for i in range(0, a.shape[1], 1024):
         out += (a[:, i : i + 1024].float() @ b[i : i + 1024].float()).int()
     return out
-
-
-@lru_cache(maxsize=1)
-def integer_products_are_exact() -> bool:
-    """Whether this torch multiplies int8 matrices, and rightly on this processor: some saturate."""
-    rng = torch.Generator().manual_seed(0)
-    try:
-        return all(_is_exact(m, w, n, rng) for m, w, n in ((3, 2, 17), (33, 515, 65), (16, 64, 1)))
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-
-
-def _is_exact(m: int, w: int, n: int, rng: torch.Generator) -> bool:
-    a, b = (torch.randint(-127, 128, (size, w), generator=rng, dtype=torch.int8) for size in (m, n))
-    a[0], b[0], b[-1] = 127, 127, -127
-    expected = a.long() @ b.T.long()
-    return all(torch.equal(torch._int_mm(a, c).long(), expected) for c in (b.T, b.T.contiguous()))

@@ -5,14 +5,13 @@ interpreter lock at each of them: two threads wait for one another, and a row of
 hashing. With AVX-512, in one call, rows of 1 KB took an eighth of the time with one thread and a sixteenth with two;
 those of 205 KB 1.08 and 0.95 of it in cache, 0.94 and 0.88 from memory (``benchmarks/bench_digests.py``).
 
-Without the compiled part the package does the same. ``GRADSTORE_SIMD`` (avx512, avx2, plain) forces a level.
+Without the compiled part the package does the same. ``GRADSTORE_SIMD`` (avx512, avx2, plain, none) forces a level.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,6 @@ def hash_rows(parts: Sequence[np.ndarray], out: np.ndarray, simd: str) -> None:
         raise MemoryError(f"hashing {len(out)} rows")
 
 
-@cache
 def _library() -> Library | None:
     library = load(Path(__file__).parent, "gradstore_digests", _INTERFACE)
     return None if isinstance(library, str) else library

@@ -1,0 +1,67 @@
+"""The tests as on other processors: PyTorch, oneDNN, MKL, OpenBLAS and gradstore are held to what those have.
+
+    python .ci/processors.py LEVEL [pytest's arguments, such as -m numerical]
+
+The levels are the names in `LEVELS`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+LEVELS = {
+    # An x86 processor of before AVX-512. MKL heeds its switch on Intel's processors only.
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "GRADSTORE_SIMD": "avx2",
+    },
+    # The plainest code that each library has. MKL heeds MKL_CBWR on every processor.
+    "plain": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "GRADSTORE_SIMD": "plain",
+    },
+    # This processor, and gradstore as it is where no compiler worked.
+    "uncompiled": {"GRADSTORE_SIMD": "none"},
+}
+"""What each library is told, by the name of a level."""
+_SHOW = """
+import torch
+from gradstore.projection import native
+status = native.status()
+print(f"torch {torch.backends.cpu.get_cpu_capability()}, projection {status.level or status.path}")
+"""
+
+
+def main(level: str, arguments: list[str]) -> int:
+    """Run the tests at a level, after a line that says what is in use there.
+
+    Args:
+        level: one of `LEVELS`.
+        arguments: for pytest.
+
+    Returns:
+        Pytest's exit status; 0, with a message, where the level is of another family of processors.
+    """
+    if level != "uncompiled" and platform.machine().lower() not in ("x86_64", "amd64"):
+        print(f"{level}: not run, since it is of x86 processors and this is {platform.machine()}")
+        return 0
+    environment = {**os.environ, **LEVELS[level]}
+    shown = subprocess.run([sys.executable, "-c", _SHOW], env=environment, capture_output=True, text=True, check=True)
+    print(f"{level}: {shown.stdout.strip()}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in LEVELS:
+        sys.exit(f"usage: processors.py {{{','.join(LEVELS)}}} [arguments of pytest]")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,102 @@
+"""Which Pythons an installation is tried for, and what is said where pip refuses; both are stand-ins here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / ".ci"))
+
+import interpreters  # noqa: E402
+import resolve  # noqa: E402
+
+
+def stand_in(path: Path, version: str, *, name: str = "cpython", free_threaded: bool = False, status: int = 0) -> Path:
+    """A program that answers the question for its version as a Python would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answer = f"{name} {free_threaded} {version.replace('.', ' ')}"
+    path.write_text(f"#!/bin/sh\necho {answer}\necho {path}\nexit {status}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{tmp_path / 'missing'}")
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    return tmp_path
+
+
+def test_one_interpreter_a_promised_version_is_found(machine: Path) -> None:
+    first = stand_in(machine / "bin/python3", "3.11.7")
+    newer = stand_in(machine / "bin/python3.14", "3.14.0")
+    stand_in(machine / "bin/python3.9", "3.9.18")
+    stand_in(machine / "bin/python3.12", "3.12.1", status=127)  # a shim of a version that is not active
+    (machine / "bin/python3.13").write_text("no program")
+    versions = machine / "pyenv/versions"
+    stand_in(versions / "3.11.9/bin/python", "3.11.9")
+    stand_in(versions / "3.13.0t/bin/python", "3.13.0", free_threaded=True)
+    stand_in(versions / "pypy3.10/bin/python", "3.10.14", name="pypy")
+    oldest = stand_in(versions / "3.10.13/bin/python", "3.10.13")
+    found = [((3, 10, 13), oldest), ((3, 11, 7), first), ((3, 14, 0), newer)]
+    assert interpreters.find() == [interpreters.Interpreter(*one) for one in found]
+
+
+def test_this_python_is_described_as_it_is() -> None:
+    found = interpreters.probe(Path(sys.executable))
+    assert found is not None
+    assert found.version == sys.version_info[:3]
+    assert str(found) == f"Python {'.'.join(map(str, sys.version_info[:3]))} at {sys.executable}"
+
+
+def answer_of_pip(monkeypatch: pytest.MonkeyPatch, status: int, errors: str = "", report: dict | None = None) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if report is not None:
+            Path(command[command.index("--report") + 1]).write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, status, errors, "")
+
+    monkeypatch.setattr(resolve.subprocess, "run", run)
+
+
+def test_a_refusal_names_the_interpreter_and_what_pip_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_of_pip(monkeypatch, 1, "WARNING: old\nERROR: No matching distribution found for pillow==13.0.0\n\nhint: x\n")
+    monkeypatch.setattr(resolve, "wheel_of_metadata", lambda pip, folder: folder / "gradstore.whl")
+    monkeypatch.setattr(resolve, "find", lambda: [interpreters.Interpreter((3, 10, 13), Path("/some/python"))])
+    assert resolve.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "Python 3.10.13 at /some/python cannot install gradstore with the pins "
+        "(pip install -c constraints.txt .[cpu,test,check,test-cuda]):",
+        "ERROR: No matching distribution found for pillow==13.0.0",
+        "hint: x",
+    ]
+    assert len(said) == 3 * len(resolve.WAYS)
+
+
+@pytest.mark.parametrize(("needs", "torch"), [([], "2.13.0"), (["nvidia-nccl-cu13==2; extra"], "2.13.0, a CUDA build")])
+def test_the_build_of_torch_is_told(monkeypatch: pytest.MonkeyPatch, needs: list[str], torch: str) -> None:
+    described = [{"name": "Torch", "version": "2.13.0", "requires_dist": needs}, {"name": "click", "version": "8.5.1"}]
+    answer_of_pip(monkeypatch, 0, report={"install": [{"metadata": one} for one in described]})
+    here = interpreters.Interpreter((3, 11, 7), Path(sys.executable))
+    found = resolve.resolve(Path("pip"), here, (".",))
+    assert found == resolve.Resolved({"torch": "2.13.0", "click": "8.5.1"}, torch)
+    assert found.cuda == bool(needs)
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-cuda.txt"])
+def test_a_pin_for_some_versions_has_another_for_the_rest(file: str) -> None:
+    """A pin with a marker alone leaves the versions beyond it with whatever is newest that day."""
+    pins = re.findall(r"^([\w-]+)==[\w.]+(?:; (.+))?$", (ROOT / file).read_text(), re.MULTILINE)
+    assert len(pins) >= 4
+    markers = {name: sorted(marker for other, marker in pins if other == name) for name, _ in pins}
+    rest = ['python_version < "3.11"', 'python_version >= "3.11"']
+    assert {name: found for name, found in markers.items() if found not in ([""], rest)} == {}
