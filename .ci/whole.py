@@ -18,7 +18,10 @@ from interpreters import Interpreter, find, probe
 from resolve import ROOT, RefusedError, copy, new_pip, resolve
 
 EXTRAS = "[cpu,test]"
-BESIDE_TESTS = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
+BESIDE_TESTS = (
+    *("tests", "benchmarks", "docs", ".ci"),
+    *("pyproject.toml", "constraints.txt", "constraints-cuda.txt", "README.md", "CHANGELOG.md"),
+)
 """What the tests read; the package itself must come from where it was installed."""
 OF_SOURCE = "tests/test_architecture.py"  # reads the package's source where it is developed
 
