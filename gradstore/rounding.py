@@ -67,7 +67,7 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
         b: int8 [m, D].
     """
     require_exact_int8()
-    return torch._int_mm(a, b.T)
+    return integer_product(a, b.T)
 
 
 def require_exact_int8() -> None:
@@ -83,6 +83,24 @@ def require_exact_int8() -> None:
             got="'int8'",
             hint="Use --arithmetic float32",
         )
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Exact product of int8 a [m, w] and b [w, n], both within ±127; int32, or float64 for w > `MOST_COLUMNS`."""
+    if a.shape[1] > MOST_COLUMNS:
+        halves = [slice(0, MOST_COLUMNS), slice(MOST_COLUMNS, None)]
+        return torch.stack([integer_product(a[:, part], b[part]).double() for part in halves]).sum(dim=0)
+    if a.shape[1] == 1:  # for which torch 2.13 gives wrong numbers
+        return a.int() * b.int()
+    return torch._int_mm(a, b) if integer_products_are_exact() else _product_in_float32(a, b)
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """1024 products of at most 127² add up to less than 2^24, so exactly."""
+    out = torch.zeros(len(a), b.shape[1], dtype=torch.int32)
+    for i in range(0, a.shape[1], 1024):
+        out += (a[:, i : i + 1024].float() @ b[i : i + 1024].float()).int()
+    return out
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ from gradstore.gram import StoreTiles
 from gradstore.kernels import projected_kernel
 from gradstore.matrix_unit import product
 from gradstore.products import LIMBS, Operand, choose_arithmetic, multiply
-from gradstore.rounding import STEPS, integer_products_are_exact
+from gradstore.rounding import MOST_COLUMNS, STEPS, integer_products_are_exact
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.threads import Workers
@@ -161,6 +161,16 @@ def test_int8_products_of_8_bit_rows_are_exact(values: list[int], pieces: int, e
     np.testing.assert_array_equal(operand.values.numpy(), rows.reshape(2, -1))
     expected = rows.reshape(2, -1) @ rows.reshape(2, -1).T * 4.0**exponent
     np.testing.assert_allclose(multiply([operand], operand), expected, rtol=5e-7)
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(40, 1, 1), (40, 3, 1), (6, 1, MOST_COLUMNS + 1)])
+def test_int8_products_of_one_column(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """Torch 2.13 multiplies int8 matrices of one column wrongly; such pieces are also what long rows may end with."""
+    store = write_store(tmp_path / "store", np.random.default_rng(0).uniform(-1, 1, shape), dtype="float32")
+    found = gs.gram(store, kernel="proj-trntk0", arithmetic="int8", out=tmp_path / "gram.h5")[:]
+    expected = dense_similarity(store, store, "proj-trntk0")
+    assert np.abs(found - expected).max() < 0.01 * np.diag(expected).max()
 
 
 @pytest.mark.parametrize("arithmetic", EVERY[1:])

@@ -15,7 +15,7 @@ import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.matrix_unit import product
-from gradstore.rounding import integer_products_are_exact
+from gradstore.rounding import integer_product, integer_products_are_exact
 from gradstore.search import engines, native
 from gradstore.search.engines import ENGINES, Engine, choose_engine
 from gradstore.search.exact_score import inner_products
@@ -24,7 +24,7 @@ from gradstore.search.integer_block import IntegerBlock, RoundedQueries
 from gradstore.search.limb_block import LimbBlock, PackedBatch, PackedQueries
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import query_phis
-from gradstore.search.rounding import add_integer_product, integer_product, round_rows
+from gradstore.search.rounding import add_integer_product, round_rows
 from gradstore.store import FeatureStore
 
 pytestmark = pytest.mark.numerical

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.rounding import integer_products_are_exact
+from gradstore.rounding import MOST_COLUMNS, integer_product
 from gradstore.search import native
 
 # Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
@@ -28,8 +28,7 @@ _ENTRY = 2.0**-22 * 127
 # Squares of entries smaller than this may underflow; rows of interest have norms around 1.
 _UNDERFLOW = 1e-18
 # Sums of so many products of integers up to 127 stay below 2^31; those of a scan are added up in pairs.
-_MOST = 1 << 17
-MAX_WIDTH = _MOST // 2
+MAX_WIDTH = MOST_COLUMNS // 2
 
 
 @dataclass(frozen=True)
@@ -135,21 +134,3 @@ def add_integer_product(
     else:
         total = both[m:].add_(also_low).float().div_(_FINER).add_(both[:m])
         out.add_(total.mul_(query_steps[:, None]).mul_(steps))
-
-
-def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """Exact product of int8 a [m, w] and b [w, n], both within ±127; int32, or float64 for w > 2^17."""
-    if a.shape[1] > _MOST:
-        halves = [slice(0, _MOST), slice(_MOST, None)]
-        return torch.stack([integer_product(a[:, part], b[part]).double() for part in halves]).sum(dim=0)
-    if a.shape[1] == 1:  # for which torch 2.13 gives wrong numbers
-        return a.int() * b.int()
-    return torch._int_mm(a, b) if integer_products_are_exact() else _product_in_float32(a, b)
-
-
-def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """1024 products of at most 127² add up to less than 2^24, so exactly."""
-    out = torch.zeros(len(a), b.shape[1], dtype=torch.int32)
-    for i in range(0, a.shape[1], 1024):
-        out += (a[:, i : i + 1024].float() @ b[i : i + 1024].float()).int()
-    return out
