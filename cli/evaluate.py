@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .options import as_json
 from .output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from gradstore.linearisation import Linearisation
 
 
 @click.command(
@@ -34,10 +38,15 @@ def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json:
         print_json({**found.as_dict(), "linearisations": [curve.as_dict() for curve in curves]})
         return
     rows = [(name, str(measure), str(measure.n)) for name, measure in found.measures().items()]
-    rows += [(f"r2 of {curve.name}", str(curve.r2), str(curve.r2.n)) for curve in curves]
+    rows += [(f"r2 of {curve.name}", _judged(curve), str(curve.r2.n)) for curve in curves]
     print_table(("measure", "value", "queries"), rows, right=(2,))
     say(
         f"saturated probabilities: network {found.saturated[0]}, surrogate {found.saturated[1]}; "
-        f"left out of the linearisations {curves[0].masked}"
+        f"values left out of the linearisations {curves[0].masked}"
     )
     say(f"tied pairs: network {found.ties[0]}, surrogate {found.ties[1]}")
+
+
+def _judged(curve: Linearisation) -> str:
+    fitted = curve.converged or curve.r2.value is None
+    return str(curve.r2) if fitted else f"{curve.r2} (the fit has not converged)"

@@ -63,7 +63,7 @@ class Attribution:
         class without examples.
 
         Raises:
-            UsageError: the labels of the training examples are not known.
+            UsageError: labels of the training examples are not known.
         """
         labels = self._known_labels()
         rows = [labels == c for c in range(len(self.classes))]
@@ -104,6 +104,14 @@ class Attribution:
                 "the labels of the training examples are not known",
                 where="attribution",
                 expected="queries in a store, of a surrogate fitted on a store",
+            )
+        missing = np.flatnonzero(self.labels < 0)
+        if missing.size:
+            raise UsageError(
+                "labels of training examples are missing",
+                where="attribution",
+                expected=f"a label for each of {len(self.labels)}",
+                got=f"{missing.size} without, the first in row {missing[0]}",
             )
         return self.labels
 

@@ -127,7 +127,8 @@ def faithfulness(
         seed: of the resamples.
 
     Raises:
-        UsageError: there are no queries, shapes differ, a query has no label, or one that is no whole number.
+        UsageError: there are no queries, shapes differ, logits are not known (NaN), or a label is missing or
+            no whole number.
     """
     labels = checked_labels(labels, network, surrogate)
     ours, theirs = log_odds(surrogate, labels), log_odds(network, labels)
@@ -169,7 +170,12 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Measure:
 
 def pearson(a: np.ndarray, b: np.ndarray) -> Measure:
     """Pearson's correlation; undefined too where one side varies by no more than rounding."""
-    return _correlation(a, b, lambda: pearsonr(a, b).statistic, rounding=1e-11)
+    return _correlation(a, b, lambda: pearsonr(a, b).statistic, rounding=True)
+
+
+def is_constant(values: np.ndarray) -> bool:
+    """Whether values are equal up to rounding."""
+    return float(np.linalg.norm(values - values.mean())) <= 1e-11 * abs(float(values.mean()))
 
 
 def r_miss(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> Measure:
@@ -222,7 +228,7 @@ def _mean(values: np.ndarray) -> Measure:
     return Measure(float(values.mean()), None, len(values))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], rounding: float = 0.0) -> Measure:
+def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], *, rounding: bool = False) -> Measure:
     if len(a) < 2:
         return Measure(None, None, len(a), "fewer than two queries are left")
     for name, values in (("network", a), ("surrogate", b)):
@@ -230,7 +236,7 @@ def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], rou
             return Measure(None, None, len(a), f"a probability of the {name} is not finite")
         if (values == values[0]).all():
             return Measure(None, None, len(a), f"all probabilities of the {name} are equal")
-        if np.linalg.norm(values - values.mean()) < rounding * abs(values.mean()):
+        if rounding and is_constant(values):
             return Measure(None, None, len(a), f"all probabilities of the {name} are equal up to rounding")
     return Measure(float(compute()), None, len(a))
 
@@ -242,7 +248,7 @@ def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarra
         UsageError: there are no queries, shapes differ, a query has no label, or one that is no whole number.
     """
     labels = class_indices(labels, where="labels")
-    if network.shape != surrogate.shape or labels.shape != network.shape[:1]:
+    if network.ndim != 2 or network.shape != surrogate.shape or labels.shape != network.shape[:1]:
         raise UsageError(
             "labels and logits do not fit together",
             where="faithfulness",
@@ -251,6 +257,15 @@ def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarra
         )
     if not len(labels):
         raise UsageError("there are no queries", where="faithfulness", expected="at least one")
+    for name, logits in (("network", network), ("surrogate", surrogate)):
+        unknown = np.flatnonzero(np.isnan(logits).any(axis=1))
+        if unknown.size:
+            raise UsageError(
+                f"the {name}'s logits are not known",
+                where="queries",
+                expected=f"numbers for each of {len(labels)} queries",
+                got=f"{unknown.size} without, the first in row {unknown[0]}",
+            )
     missing = np.flatnonzero((labels < 0) | (labels >= network.shape[1]))
     if missing.size:
         raise UsageError(

@@ -207,12 +207,9 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
     Raises:
         UsageError: the file is missing, holds something else, or its rows are not rows of the training store.
     """
+    stored = str(path).endswith(".npy")
     try:
-        value = (
-            np.load(path, allow_pickle=False)
-            if str(path).endswith(".npy")
-            else np.loadtxt(path, dtype=np.int64, ndmin=1)
-        )
+        value = np.load(path, allow_pickle=False) if stored else _read_lines(Path(path))
     except (OSError, ValueError) as error:
         raise UsageError(
             "not a list of poisoned rows",
@@ -220,7 +217,14 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
             expected="one row index a line, or a .npy mask or index array",
             got=str(error).splitlines()[0],
         ) from error
-    return row_mask(value, n, where=str(path), what="training row")
+    masks = "A mask is boolean: .astype(bool)" if stored else "One row index a line; a mask is a boolean .npy array"
+    return row_mask(value, n, where=str(path), what="training row", masks=masks)
+
+
+def _read_lines(path: Path) -> np.ndarray:
+    """Row indices, one a line, int64; none of a file without a line."""
+    text = path.read_text()
+    return np.loadtxt(text.splitlines(), dtype=np.int64, ndmin=1) if text.strip() else np.empty(0, np.int64)
 
 
 def _poisoned_mask(train: FeatureStore, poisoned: Choice | None) -> np.ndarray:

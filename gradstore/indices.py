@@ -28,6 +28,7 @@ def chosen_rows(
     what: str = "row",
     once: bool = False,
     error: type[GradstoreError] = UsageError,
+    masks: str = "A mask is boolean: .astype(bool)",
 ) -> np.ndarray:
     """The indices of the rows that are meant, int64 [m], in the order given.
 
@@ -38,6 +39,7 @@ def chosen_rows(
         what: what is chosen, for errors, such as "query row".
         once: a row may be named once only, as in a set.
         error: what is raised.
+        masks: how a mask is given, for errors.
 
     Raises:
         UsageError: or `error`: a row that does not exist, a mask of another length, floats, a nested list, a row named
@@ -56,14 +58,17 @@ def chosen_rows(
         raise refuse("neither a mask nor indices of rows", _shown(rows), kinds)
     if array.dtype == bool:
         if array.shape != (n,):
-            raise refuse("the mask is for another number of rows", f"{_size(array)} booleans")
+            got = f"{_size(array)} booleans" if array.ndim else f"the single boolean {array}"
+            raise refuse("the mask is for another number of rows", got)
         return np.flatnonzero(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise refuse("neither a mask nor indices of rows", f"{array.dtype} {list(array.shape)}", _meant(array, n))
+        raise refuse(
+            "neither a mask nor indices of rows", f"{array.dtype} {list(array.shape)}", _meant(array, n, masks)
+        )
     repeated = len(np.unique(array)) < len(array)
-    if _is_binary(array, n) and (once or repeated) and not isinstance(rows, (range, slice)):
+    if _is_binary(array, n) and (once or repeated) and np.ndim(rows) == 1 and not isinstance(rows, range):  # type: ignore[arg-type]
         problem = f"{n} zeros and ones are likelier a mask than indices of rows"
-        raise refuse(problem, f"{array.dtype} [{n}]", "A mask is boolean: .astype(bool)")
+        raise refuse(problem, f"{array.dtype} [{n}]", masks)
     bad = array[(array < 0) | (array >= n)]
     if bad.size:
         hint = "Rows are counted from 0; a slice can count from the end" if bad[0] < 0 else None
@@ -91,7 +96,13 @@ def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> 
 
 
 def row_mask(
-    rows: Choice, n: int, *, where: str, what: str = "row", error: type[GradstoreError] = UsageError
+    rows: Choice,
+    n: int,
+    *,
+    where: str,
+    what: str = "row",
+    error: type[GradstoreError] = UsageError,
+    masks: str = "A mask is boolean: .astype(bool)",
 ) -> np.ndarray:
     """Bool mask [n] from a mask or from indices, each named once.
 
@@ -99,7 +110,7 @@ def row_mask(
         UsageError: or `error`: as `chosen_rows`; n zeros and ones are always refused.
     """
     mask = np.zeros(n, bool)
-    mask[chosen_rows(rows, n, where=where, what=what, once=True, error=error)] = True
+    mask[chosen_rows(rows, n, where=where, what=what, once=True, error=error, masks=masks)] = True
     return mask
 
 
@@ -109,13 +120,20 @@ def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: o
     Raises:
         UsageError: they are no whole numbers; names the first that is none.
     """
-    array = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if array.dtype.kind in "biu" or array.size == 0:
+    try:
+        array = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+        if array.dtype == object:
+            array = np.array(array.tolist())
+    except (TypeError, ValueError, RuntimeError):
+        array = np.array(None)
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
+        raise UsageError("labels are masked", where=where, expected="whole numbers, -1 for none", got=_shown(labels))
+    if array.dtype.kind in "bi" or array.size == 0:
         return array.astype(np.int64)
-    values = array.astype(np.float64) if array.dtype.kind == "f" else np.full(array.shape, np.nan)
+    values = array.astype(np.float64) if array.dtype.kind in "uf" else np.full(array.shape, np.nan)
     whole = (values == np.round(values)) & (np.abs(values) < 2**53)
     if not whole.all():
-        first = _shown(array[~whole].tolist()[0])
+        first = _shown(array[~whole].tolist()[0] if array.ndim else labels)
         raise UsageError("labels are no indices of classes", where=where, expected="whole numbers", got=first)
     return array.astype(np.int64)
 
@@ -127,6 +145,8 @@ def _as_array(rows: Any, n: int) -> np.ndarray | None:
             return np.arange(n)[rows]
         except (TypeError, ValueError):
             return None
+    if isinstance(rows, tuple) and len(rows) == 1 and np.ndim(rows[0]) == 1:
+        rows = rows[0]  # what np.where and np.nonzero give
     if isinstance(rows, range):
         rows = rows[: n + 1]  # more of them cannot all exist
     if isinstance(rows, (list, tuple)) and len({isinstance(row, (bool, np.bool_)) for row in rows}) == 2:
@@ -159,8 +179,8 @@ def _is_binary(array: np.ndarray, n: int) -> bool:
     return array.shape == (n,) and n > 0 and bool(np.isin(array, (0, 1)).all())
 
 
-def _meant(array: np.ndarray, n: int) -> str | None:
+def _meant(array: np.ndarray, n: int, masks: str) -> str | None:
     """What floats or a nested array were probably meant to be."""
     if array.ndim != 1:
         return "Give one dimension: .ravel()" if array.dtype.kind in "iu" else None
-    return "A mask is boolean: .astype(bool)" if _is_binary(array, n) else "Indices are integers: .astype(int)"
+    return masks if _is_binary(array, n) else "Indices are integers: .astype(int)"

@@ -17,7 +17,7 @@ Each map is fitted by least squares on one half of the queries and judged by R²
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from scipy.special import expit, log_expit
 
 from gradstore.errors import UsageError
-from gradstore.faithfulness import Measure, checked_labels, saturated, with_error
+from gradstore.faithfulness import Measure, checked_labels, is_constant, saturated, with_error
 from gradstore.store import FeatureStore
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
@@ -34,8 +34,8 @@ from gradstore.surrogate.training_data import two_logits
 MAPS = ("phi1", "phi2", "phi3")
 TARGETS = ("logits", "probabilities")
 _FEWEST = 8  # queries in a half
-_WIDTHS = (0.3, 1.0, 3.0, 10.0)  # β to start from, of standardised logits: from a step to nearly a straight line
-_WIDEST = 1e3  # β beyond which Φ² and Φ³ are straight lines to rounding
+_WIDTHS = (0.1, 1.0, 10.0)  # β to start from, in units of the logits' spread: from a step to nearly a straight line
+_NARROWEST, _WIDEST = 1e-3, 1e3  # β beyond which Φ² and Φ³ are a step, or straight lines, to rounding
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Linearisation:
         r2: of the network's values y and the map's Φ(x), on the half that it was not fitted on (App. G).
         r2_log_p: the same of the natural logarithm of the correct class's probability, for which App. G writes R²;
             undefined where the map leaves (0, 1).
+        converged: whether the fit ended at a minimum.
         masked: values left out because the network's or the surrogate's probability rounds to 0 or 1 in float32.
     """
 
@@ -58,10 +59,17 @@ class Linearisation:
     parameters: dict[str, float]
     r2: Measure
     r2_log_p: Measure
+    converged: bool
     masked: int
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """What the map expects of the network at the surrogate's logits x, of any shape."""
+        """What the map expects of the network at the surrogate's logits x, of any shape.
+
+        Raises:
+            UsageError: there is no map, since nothing could be fitted; `r2.note` says why.
+        """
+        if not self.parameters:
+            raise UsageError("there is no map", where=self.name, got=self.r2.note)
         return _CURVES[self.name](x, **self.parameters)
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,19 +112,20 @@ def linearise(
     rng = np.random.default_rng(seed)
     rows = rng.permutation(np.flatnonzero(kept.any(axis=1)))
     fit, judge = np.split(rows, [len(rows) // 2])
-    if len(fit) < _FEWEST or np.ptp(x[fit][kept[fit]]) == 0:
+    if len(fit) < _FEWEST or is_constant(x[fit][kept[fit]]):
         few = len(fit) < _FEWEST
         why = "too few queries are not saturated" if few else "all probabilities of the surrogate are equal"
         nothing = Measure(None, None, len(judge), why)
-        return Linearisation(name, target, {}, nothing, nothing, masked)
-    parameters = _fitted(name, x[fit][kept[fit]], y[fit][kept[fit]])
+        return Linearisation(name, target, {}, nothing, nothing, converged=False, masked=masked)
+    parameters, converged = _fitted(name, x[fit][kept[fit]], y[fit][kept[fit]])
     resamples = [rng.integers(0, len(judge), len(judge)) for _ in range(bootstrap)]
     mapped = _CURVES[name](x[judge], **parameters)
     r2 = with_error(lambda a, b, ok: r_squared(a[ok], b[ok]), (mapped, y[judge], kept[judge]), resamples)
+    r2 = replace(r2, n=len(judge))
     logs = _log_p(mapped, labels[judge], target), log_expit(log_odds(network, labels)[judge])
     known = _of_class(kept[judge], labels[judge])
     r2_log_p = with_error(_r_squared_within, (*logs, known), resamples)
-    return Linearisation(name, target, parameters, r2, r2_log_p, masked)
+    return Linearisation(name, target, parameters, r2, r2_log_p, converged, masked)
 
 
 def linearise_store(
@@ -140,12 +149,11 @@ def r_squared(x: np.ndarray, y: np.ndarray) -> Measure:
 
     1 - Σ_i (y_i - x_i)² / Σ_i (y_i - ȳ)². It is not symmetric; y is the network here.
     """
-    if not len(y):
-        return Measure(None, None, 0, "no values are left")
-    total = float(((y - y.mean()) ** 2).sum())
-    if total == 0:
+    if len(y) < 2:
+        return Measure(None, None, len(y), "fewer than two values are left")
+    if is_constant(y):
         return Measure(None, None, len(y), "all probabilities of the network are equal")
-    return Measure(1 - float(((y - x) ** 2).sum()) / total, None, len(y))
+    return Measure(1 - float(((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum()), None, len(y))
 
 
 def _r_squared_within(x: np.ndarray, y: np.ndarray, ok: np.ndarray) -> Measure:
@@ -169,30 +177,37 @@ def _of_class(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return values[:, 0] if values.shape[1] == 1 else values[np.arange(len(labels)), labels]
 
 
-def _fitted(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Least squares; of Φ² and Φ³ the best from several widths, each begun where its slope at α is the line's."""
-    slope, intercept = np.polyfit(x, y, 1)
+def _fitted(name: str, x: np.ndarray, y: np.ndarray) -> tuple[dict[str, float], bool]:
+    """Parameters of least squares, and whether that is where the search ended.
+
+    Given α and β, ν and μ are those of a line, so that only α and β are searched for (Golub and Pereyra, 1973), from
+    several widths.
+    """
     if name == "phi1":
-        return {"nu": float(slope), "mu": float(intercept)}
-    centre, spread = float(x.mean()), float(x.std())
-    rise = {"phi2": 4.0, "phi3": -2 * np.pi}[name]  # ν / (slope at α · β)
-    height = {"phi2": 0.5, "phi3": 0.0}[name]  # (Φ(α) - base) / ν
-    base = {"phi2": 0.0, "phi3": 0.5}[name]
-    # α and β are in units of the spread from here on, so that a step is as large in each direction.
-    curve = lambda p: _CURVES[name](x, p[0], p[1], centre + spread * p[2], spread * p[3])  # noqa: E731
-    found = []
-    for width in _WIDTHS:
-        nu = rise * slope * width * spread
-        start = [nu, slope * centre + intercept - height * nu - base, 0.0, width]
-        bounds = ([-np.inf, -np.inf, -np.inf, 1e-3], [np.inf, np.inf, np.inf, _WIDEST])
-        found.append(least_squares(lambda p: curve(p) - y, start, bounds=bounds, x_scale="jac"))
-    nu, mu, alpha, beta = min(found, key=lambda result: result.cost).x
-    return {
-        "nu": float(nu),
-        "mu": float(mu),
-        "alpha": float(centre + spread * alpha),
-        "beta": float(spread * beta),
-    }
+        nu, mu = _line(x, y)
+        return {"nu": nu, "mu": mu}, True
+    curve, centre, spread = _CURVES[name], float(x.mean()), float(x.std())
+
+    def parameters(p: np.ndarray) -> dict[str, float]:
+        alpha, beta = centre + spread * float(p[0]), spread * float(np.exp(p[1]))
+        nu, mu = _line(curve(x, 1.0, 0.0, alpha, beta), y)
+        base = 0.5 if name == "phi3" else 0.0
+        return {"nu": nu, "mu": mu + (nu - 1) * base, "alpha": alpha, "beta": beta}
+
+    far = float(np.abs((x - centre) / spread).max())  # beyond the logits nothing bends
+    bounds = ([-far, np.log(_NARROWEST)], [far, np.log(_WIDEST)])
+    starts = [[0.0, np.log(width)] for width in _WIDTHS]
+    found = [least_squares(lambda p: curve(x, **parameters(p)) - y, start, bounds=bounds) for start in starts]
+    best = min(found, key=lambda result: result.cost)
+    return parameters(best.x), bool(best.status > 0)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(slope, intercept) of least squares; the slope is 0 where x does not vary."""
+    centred = x - x.mean()
+    square = float(centred @ centred)
+    slope = float(centred @ y) / square if square > 0 else 0.0
+    return slope, float(y.mean() - slope * x.mean())
 
 
 def _phi1(x: np.ndarray, nu: float, mu: float) -> np.ndarray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, TypeVar
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class Settings:
                 name = setting.name.replace("_", "-")
                 expected = f"one of {', '.join(choices)}"
                 raise UsageError(f"unknown {name}", where=f"--{name}", expected=expected, got=repr(value))
+            if isinstance(value, np.dtype):
+                object.__setattr__(self, setting.name, value.name)
             if isinstance(value, np.integer):  # JSON has no such numbers
                 object.__setattr__(self, setting.name, int(value))
 
@@ -116,15 +119,27 @@ class Settings:
 
 
 def takes_settings(function: F) -> F:
-    """Spell out the `**settings` of a function in what `help` shows of it."""
+    """Spell out the `**settings` of a function: in what `help` shows of it, its type hints and its TypeErrors."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     named = [
         inspect.Parameter(s.name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type)
         for s in fields(Settings)
     ]
-    function.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
-    return function
+    spelt_out = signature.replace(parameters=[*own, *named])
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            spelt_out.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        return function(*args, **kwargs)
+
+    call.__signature__ = spelt_out  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in function.__annotations__.items() if name != "settings"}
+    call.__annotations__ = hints | {s.name: s.type for s in fields(Settings)}
+    return cast(F, call)
 
 
 def _unnamed(metadata: Mapping[str, Any]) -> bool:

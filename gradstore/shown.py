@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from gradstore.report import Example
 from gradstore.store import FeatureStore
 
@@ -29,9 +27,8 @@ def class_name(store: FeatureStore, label: int) -> str | None:
 
 
 def predicted_class(store: FeatureStore, row: int) -> str | None:
-    """Name of the class that the network predicts for a row."""
-    logits = store.logits[row]
-    return class_name(store, int(np.argmax(logits)) if len(logits) > 1 else int(logits[0] > 0))
+    """Name of the class that the network predicts for a row; None where its logits are not known."""
+    return class_name(store, int(store.predicted[row]))
 
 
 def provenance(train: FeatureStore, *queries: FeatureStore) -> tuple[tuple[str, str], ...]:

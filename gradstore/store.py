@@ -156,6 +156,13 @@ class FeatureStore:
         return self._column("logits")
 
     @cached_property
+    def predicted(self) -> np.ndarray:
+        """Predicted classes, int64 [n]; of a single logit 0 or 1; -1 where the logits are not known."""
+        logits = self.logits
+        found = (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else logits.argmax(axis=1)
+        return np.where(np.isnan(logits).any(axis=1), -1, found)
+
+    @cached_property
     def sq_norms(self) -> np.ndarray:
         """Exact ‖g^c‖² before projection, float64 [n, c]."""
         return self._column("sq_norm")

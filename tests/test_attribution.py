@@ -89,6 +89,10 @@ def test_class_means_are_those_of_app_m() -> None:
 
 
 def test_what_needs_labels_says_so() -> None:
+    partly = replace(by_hand(), labels=np.array([0, -1, -1]))
+    for ask in (partly.visual, partly.class_means):
+        with pytest.raises(UsageError, match=r"labels of training examples are missing .*got 2 without, .* row 1"):
+            ask()
     unknown = replace(by_hand(), labels=None)
     for ask in (unknown.visual, unknown.class_means):
         with pytest.raises(UsageError, match=r"labels of the training examples are not known"):

@@ -84,8 +84,8 @@ def test_classes_that_come_in_parts_give_the_same_matrix(plan: JacobianPlan, b: 
     sizes = {"train": 70, "test": 25}
     splits = {name: TensorDataset(torch.randn(n, 1, 8, 8), torch.zeros(n).long()) for name, n in sizes.items()}
     project = gs.Project(model=SmallCNN(10), splits=splits)
-    left = Selection.of(project, "train", None)
-    right = left if b is None else Selection.of(project, b, None)
+    left = Selection.of(project, "train", None, "rows_a")
+    right = left if b is None else Selection.of(project, b, None, "rows_b")
     tiles = JacobianTiles(project, left, right, exact_kernel("trntk"), 10**9, "cpu")
     assert (tiles.plan.classes, tiles.plan.group) == (10, 80), "all at once, where memory allows"
     tiles.plan = plan

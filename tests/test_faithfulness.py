@@ -121,11 +121,14 @@ def test_bootstrap_errors_are_those_of_fresh_samples() -> None:
         (np.array([0, -1, 1]), np.zeros((3, 2)), r"labels are missing .*got 1 without, the first in row 1"),
         (np.array([0, 1]), np.zeros((3, 2)), "do not fit together"),
         (np.array([0, 1, 1]), np.zeros((3, 3)), "do not fit together"),
+        (np.array([0, 1, 1]), np.full((3, 2), np.nan), r"surrogate's logits are not known .*got 3 without"),
     ],
 )
 def test_bad_input_gets_one_line(labels: np.ndarray, surrogate: np.ndarray, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         faithfulness(labels, np.zeros((3, 2)), surrogate)
+    with pytest.raises(UsageError, match="do not fit together"):
+        faithfulness(np.zeros(3, int), np.zeros(3), np.zeros(3))
     with pytest.raises(UsageError, match="no queries"):
         faithfulness(np.zeros(0, int), np.zeros((0, 2)), np.zeros((0, 2)))
 
@@ -145,7 +148,8 @@ TRUE = {
 def test_maps_by_hand() -> None:
     """Φ² passes ν/2 + μ at α and 3ν/4 + μ at α + β ln 3; Φ³ passes 1/2 + μ at α and ν/4 + 1/2 + μ at α - 2β."""
     maps = {
-        name: Linearisation(name, "logits", p, Measure(0, None, 0), Measure(0, None, 0), 0) for name, p in TRUE.items()
+        name: Linearisation(name, "logits", p, Measure(0, None, 0), Measure(0, None, 0), True, 0)
+        for name, p in TRUE.items()
     }
     assert maps["phi1"](np.array(2.0)) == pytest.approx(1.7 * 2 - 0.4)
     np.testing.assert_allclose(maps["phi2"](np.array([0.5, 0.5 + 0.7 * np.log(3)])), [3 - 2, 4.5 - 2])
@@ -159,11 +163,38 @@ def test_r_squared_by_hand() -> None:
     assert r_squared(y, x).value == pytest.approx(1 - 3 / 14)
 
 
+def test_r_squared_of_what_does_not_vary_is_undefined() -> None:
+    """Also where equal values differ from their mean by rounding, as three times 0.1 do."""
+    for y in (np.full(3, 0.1), np.full(41, 2.7)):
+        assert r_squared(y + 1e-3, y).note == "all probabilities of the network are equal"
+    assert r_squared(np.ones(1), np.ones(1)).note == "fewer than two values are left"
+    rng = np.random.default_rng(0)
+    labels, surrogate = np.zeros(41, int), rng.standard_normal((41, 2))
+    for name in MAPS:
+        found = linearise(labels, np.tile([-1, 2.7], (41, 1)), surrogate, name)
+        assert str(found.r2) == "n/a (all probabilities of the network are equal)"
+    nearly = np.tile([0.3, 0.1], (41, 1)) + 1e-17 * surrogate
+    found = linearise(labels, surrogate, nearly, "phi2")
+    assert not found.converged
+    with pytest.raises(UsageError, match=r"there is no map .*surrogate are equal"):
+        found(np.zeros(3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_straight_line_is_found_by_every_map(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal(200)
+    network = two_classes(2 * z + 0.5 * rng.standard_normal(200))
+    found = [linearise(np.zeros(200, int), network, two_classes(z), name, bootstrap=0) for name in MAPS]
+    assert all(curve.converged for curve in found)
+    assert [curve.r2.value for curve in found] == pytest.approx([found[0].r2.value] * 3, abs=0.02)
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_linearisation_finds_the_curve_that_made_the_data(name: str) -> None:
     rng = np.random.default_rng(3)
     z = rng.uniform(-4, 5, 400)
-    y = Linearisation(name, "logits", TRUE[name], Measure(0, None, 0), Measure(0, None, 0), 0)(z)
+    y = Linearisation(name, "logits", TRUE[name], Measure(0, None, 0), Measure(0, None, 0), True, 0)(z)
     found = linearise(rng.integers(0, 2, 400), two_classes(y), two_classes(z), name, bootstrap=20)
     assert found.parameters == pytest.approx(TRUE[name], rel=1e-4)
     assert found.r2.value == pytest.approx(1)

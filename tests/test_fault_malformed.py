@@ -119,7 +119,7 @@ def use(path: Path) -> None:
         if any(read[name][i].tobytes() != ROWS[i][name].tobytes() for name in ROWS[i]):
             raise AssertionError(f"row {i} was read wrongly")
     assert opened.labels.shape == (len(opened),)
-    assert opened.features[0].shape == opened.shape[1:]
+    assert opened.features[:1].shape[1:] == opened.shape[1:]
 
 
 def test_malformed_manifests_and_shards_get_one_coded_error(

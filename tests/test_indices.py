@@ -60,10 +60,12 @@ def test_every_way_to_name_rows_means_the_same(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [None, slice(None), range(N), range(2, 5), range(4, 0, -2), 3, np.int8(3), torch.tensor(3)]
+    "rows",
+    [None, slice(None), range(N), range(2, 5), range(4, 0, -2), 3, np.int8(3), torch.tensor(3), np.where([0, 1, 1])],
 )
 def test_all_of_them_a_range_or_one(rows: Any) -> None:
-    expected = list(range(N)) if rows is None or rows == slice(None) else np.atleast_1d(rows).tolist()
+    everything = rows is None or isinstance(rows, slice)
+    expected = list(range(N)) if everything else np.atleast_1d(np.squeeze(rows)).tolist()
     assert chosen_rows(rows, N, where="rows").tolist() == expected
 
 
@@ -83,7 +85,7 @@ REFUSED: list[tuple[Any, str]] = [
     (np.ones(5, bool), rf"the mask is for another number of rows {MASK}5 booleans\)"),
     (np.ones(7, bool), "the mask is for another number of rows"),
     (np.ones((6, 1), bool), r"got \[6, 1\] booleans"),
-    (True, r"got \[\] booleans"),
+    (True, r"got the single boolean True\)"),
     ([True, 2], r"neither a mask nor indices of rows .*got \[True, 2\]\)"),
     ([1.0, 2.0], rf"neither a mask nor indices of rows {MASK}float64 \[2\]\)\. Indices are integers: .astype\(int\)"),
     (np.array([0.0, 1, 1, 0, 0, 1]), r"float64 \[6\]\)\. A mask is boolean: .astype\(bool\)"),
@@ -127,6 +129,9 @@ def test_a_set_of_rows_names_each_once() -> None:
         with pytest.raises(UsageError, match="2 zeros and ones"):
             row_mask(rows, 2, where="here")
     assert chosen_rows([1, 0], 2, where="here").tolist() == [1, 0]
+    assert row_mask(0, 1, where="here").tolist() == [True]  # an integer is no mask
+    with pytest.raises(UsageError, match="1 zeros and ones"):
+        row_mask([0], 1, where="here")
 
 
 def test_one_row() -> None:
@@ -138,9 +143,35 @@ def test_one_row() -> None:
         chosen_row(0, 0, where="row")
 
 
-@pytest.mark.parametrize("labels", [[0, 2, -1], np.array([0, 2, -1], np.int8), torch.tensor([0.0, 2.0, -1.0])])
+LABELS = [
+    [0, 2, -1],
+    np.array([0, 2, -1], np.int8),
+    np.array([0, 2, -1], object),
+    torch.tensor([0.0, 2.0, -1.0], requires_grad=True),
+    np.ma.array([0, 2, -1], mask=False),
+]
+
+
+@pytest.mark.parametrize("labels", LABELS)
 def test_labels_are_whole_numbers(labels: Any) -> None:
     np.testing.assert_array_equal(class_indices(labels, where="y"), np.array([0, 2, -1]), strict=True)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[1], [2, 3]],
+        np.array([1, None], object),
+        torch.rand(3).bfloat16(),
+        torch.eye(3).to_sparse(),
+        np.array([2**63], np.uint64),
+        np.ma.array([0, 1], mask=[0, 1]),
+        "cat",
+    ],
+)
+def test_what_are_no_labels_is_refused(labels: Any) -> None:
+    with pytest.raises(UsageError, match=r"^y: labels are (no indices of classes|masked) \(expected whole numbers"):
+        class_indices(labels, where="y")
 
 
 @pytest.mark.parametrize("wrong", [1.5, float("nan"), float("inf"), 1e300, "cat", None])
@@ -219,8 +250,11 @@ def test_poisoned_rows_are_a_set(stores: tuple, tmp_path: Path) -> None:
     np.save(tmp_path / "wrong.npy", mask.astype(int))
     np.savetxt(tmp_path / "wrong.txt", mask.astype(int), fmt="%d")
     for name in ("wrong.npy", "wrong.txt"):
-        with pytest.raises(UsageError, match=f"{name}: 48 zeros and ones are likelier a mask"):
+        with pytest.raises(UsageError, match=f"{name}: 48 zeros and ones are likelier a mask") as caught:
             read_poisoned(tmp_path / name, 48)
+        assert ("One row index a line" in str(caught.value)) == name.endswith(".txt")
+    (tmp_path / "none.txt").write_text("\n")
+    assert not read_poisoned(tmp_path / "none.txt", 48).any()
     data = TensorDataset(torch.zeros(4, 2), torch.zeros(4).long())
     with pytest.raises(ProjectError, match=r"Project\(poisoned\['train'\]\): 4 zeros and ones"):
         gs.Project(model=nn.Linear(2, 3), splits={"train": data}, poisoned={"train": [0, 1, 1, 0]}).poisoned_mask(

@@ -136,10 +136,15 @@ def test_signatures_spell_the_settings_out() -> None:
             p.name: p.default for p in shown.values()
         }.items()
         assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in shown.values())
+        hints = get_type_hints(function)
+        assert {name: hints[name] for name in get_type_hints(Settings)} == get_type_hints(Settings)
+        with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got an unexpected keyword argument 'batchsize'"):
+            function(**{name: None for name, p in shown.items() if p.default is p.empty}, batchsize=3)
 
 
 def test_settings_are_plain_values_and_the_unusual_are_refused(folder: Path) -> None:
     assert json.dumps(Settings(proj_dim=np.int64(64)).identity()) == json.dumps(Settings(proj_dim=64).identity())
+    assert json.dumps(Settings(dtype=np.dtype("int8")).identity()) == json.dumps(Settings(dtype="int8").identity())
     with pytest.raises(
         UsageError, match=r"--layout: unknown layout \(expected one of per-class, sum, mixed, got 'x'\)"
     ):

@@ -43,7 +43,7 @@ def query_weights(
             got=f"layout {train.identity['layout']}",
         )
     if classes == PREDICTED:
-        return [_one_hot(_predicted(queries.logits[row]), c) for row in rows]
+        return [_one_hot(_predicted(queries, int(row)), c) for row in rows]
     weights = parse_weights(classes) if isinstance(classes, str) else dict(classes)
     return [_as_tuple(weights, train)] * len(rows)
 
@@ -98,5 +98,14 @@ def _one_hot(c: int, count: int) -> tuple[float, ...]:
     return tuple(float(i == c) for i in range(count))
 
 
-def _predicted(logits: np.ndarray) -> int:
-    return int(np.argmax(logits))
+def _predicted(queries: FeatureStore, row: int) -> int:
+    found = int(queries.predicted[row])
+    if found < 0:
+        raise UsageError(
+            "the network's logits of a query are not known",
+            where=queries.path,
+            expected="logits, whose largest is the predicted class",
+            got=f"none in row {row}",
+            hint="Name the classes with --classes, or import the store with its logits",
+        )
+    return found if queries.schema.c > 1 else 0  # of one class there is one Jacobian

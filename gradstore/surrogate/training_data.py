@@ -113,8 +113,8 @@ def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, targe
     store.require_complete()
     require_served(kernel, store)
     classes = max(store.schema.classes, 2)
-    logits = two_logits(store.logits if outputs is None else np.asarray(outputs))
-    if y is None and target != "labels" and (store.labels < 0).any():
+    logits = known_logits(store.logits if outputs is None else outputs)
+    if y is None and target != "labels" and logits is not None and (store.labels < 0).any():
         y = logits.argmax(axis=1)  # nothing but the network's outputs is learnt
     labels = _stored_labels(store, y, classes)
     return TrainingData(
@@ -145,7 +145,7 @@ def _from_gram(gram: Gram, y: Any, outputs: Any, kernel: str) -> TrainingData:
     if y is None:
         raise UsageError("a Gram matrix has no labels", where=gram.path, hint="Give them: fit(gram, labels)")
     labels, classes = _encoded(np.asarray(y), str(gram.path), gram.shape[0])
-    logits = None if outputs is None else two_logits(np.asarray(outputs))
+    logits = known_logits(outputs)
     return TrainingData(gram, None, None, labels, classes, logits, Binding.of_gram(gram), gram.shape[0], str(gram.path))
 
 
@@ -162,7 +162,7 @@ def _from_array(X: Any, y: Any, outputs: Any, kernel: str) -> TrainingData:
             got=list(X.shape),
             hint="For features, choose the kernel linear or cosine",
         )
-    logits = None if outputs is None else two_logits(np.asarray(outputs))
+    logits = known_logits(outputs)
     return TrainingData(X, None, rows, labels, classes, logits, Binding("array"), X.shape[1], "X")
 
 
@@ -175,6 +175,13 @@ def new_array(X: Any, model: Any) -> np.ndarray:
             f"{model.n_features_in_} features as input"
         )
     return values
+
+
+def known_logits(outputs: Any) -> np.ndarray | None:
+    """Logits float64 [n, classes] of a network, of two classes at least; None where they are not known: one is NaN."""
+    if outputs is None or np.isnan(logits := two_logits(np.asarray(outputs))).any():
+        return None
+    return logits
 
 
 def two_logits(logits: np.ndarray) -> np.ndarray:
