@@ -1,6 +1,6 @@
 """The tests as on other processors: PyTorch, oneDNN, MKL, OpenBLAS and gradstore are held to what those have.
 
-    python .ci/processors.py LEVEL [pytest's arguments, such as -m numerical]
+    python .ci/levels.py LEVEL [pytest's arguments, such as -m numerical]
 
 The levels are the names in `LEVELS`.
 """
@@ -63,5 +63,5 @@ def main(level: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in LEVELS:
-        sys.exit(f"usage: processors.py {{{','.join(LEVELS)}}} [arguments of pytest]")
+        sys.exit(f"usage: levels.py {{{','.join(LEVELS)}}} [arguments of pytest]")
     sys.exit(main(sys.argv[1], sys.argv[2:]))
