@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
 
 import interpreters  # noqa: E402
+import levels  # noqa: E402
 import resolve  # noqa: E402
 
 
@@ -69,6 +70,7 @@ def test_a_refusal_names_the_interpreter_and_what_pip_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer_of_pip(monkeypatch, 1, "WARNING: old\nERROR: No matching distribution found for pillow==13.0.0\n\nhint: x\n")
+    monkeypatch.setattr(resolve, "new_pip", lambda folder: folder / "python")
     monkeypatch.setattr(resolve, "wheel_of_metadata", lambda pip, folder: folder / "gradstore.whl")
     monkeypatch.setattr(resolve, "find", lambda: [interpreters.Interpreter((3, 10, 13), Path("/some/python"))])
     assert resolve.main() == 1
@@ -80,6 +82,33 @@ def test_a_refusal_names_the_interpreter_and_what_pip_says(
         "hint: x",
     ]
     assert len(said) == 3 * len(resolve.WAYS)
+
+
+def test_a_wheel_that_cannot_be_built_is_told_with_what_pip_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\necho 'WARNING: old'\necho 'ERROR: No matching distribution for setuptools' >&2\nexit 1\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(resolve, "new_pip", lambda folder: python)
+    monkeypatch.setattr(
+        resolve, "OF_WHEEL", ("pyproject.toml",)
+    )  # all that is here where a whole installation is tested
+    assert resolve.main() == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"nothing was tried, since pip cannot build gradstore with {sys.executable}:",
+        "ERROR: No matching distribution for setuptools",
+    ]
+
+
+def test_a_level_at_which_gradstore_does_not_load_says_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(levels, "_SHOW", "raise SystemExit('no such switch')")
+    assert levels.main("uncompiled", ["--version"]) == 1
+    assert capfd.readouterr().err.splitlines()[0] == "no such switch"
 
 
 @pytest.mark.parametrize(("needs", "torch"), [([], "2.13.0"), (["nvidia-nccl-cu13==2; extra"], "2.13.0, a CUDA build")])
