@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import interpreters  # noqa: E402
 import levels  # noqa: E402
 import resolve  # noqa: E402
+import whole  # noqa: E402
 
 
 def stand_in(path: Path, version: str, *, name: str = "cpython", free_threaded: bool = False, status: int = 0) -> Path:
@@ -109,6 +110,16 @@ def test_a_level_at_which_gradstore_does_not_load_says_why(
     monkeypatch.setattr(levels, "_SHOW", "raise SystemExit('no such switch')")
     assert levels.main("uncompiled", ["--version"]) == 1
     assert capfd.readouterr().err.splitlines()[0] == "no such switch"
+
+
+def test_what_reads_the_project_passes_where_a_whole_installation_is_tested(tmp_path: Path) -> None:
+    resolve.copy(whole.BESIDE_TESTS, tmp_path)
+    reading = {path for path in (tmp_path / "tests").glob("test_*.py") if re.search(r"\bROOT\b", path.read_text())}
+    left_out = {tmp_path / name for name in whole.OF_SOURCE}
+    assert left_out < reading
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "not whole_installation", *map(str, reading - left_out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("needs", "torch"), [([], "2.13.0"), (["nvidia-nccl-cu13==2; extra"], "2.13.0, a CUDA build")])
