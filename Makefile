@@ -8,10 +8,15 @@ STAMP  := $(VENV)/.installed
 
 CHROMIUM ?= chromium
 
+# Refuses a Python that cannot install gradstore.
+RECENT := import sys; sys.version_info >= (3, 10) or sys.exit('gradstore needs Python 3.10 or newer; \
+$(PYTHON) is %s. Name another: make test PYTHON=python3.12' % sys.version.split()[0])
+
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "$(RECENT)"
 	@echo "Installing gradstore, PyTorch and the tools of its tests in $(VENV), once. What is not here yet is downloaded:"
 	@echo "about 0.4 GB with PyTorch's CPU build, 3 GB with its CUDA build. How to have the CPU build: README, Installing."
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[cpu,test,check]"
 	touch $(STAMP)
 

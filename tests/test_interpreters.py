@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,37 @@ def test_a_pin_for_some_versions_has_another_for_the_rest(file: str) -> None:
     markers = {name: sorted(marker for other, marker in pins if other == name) for name, _ in pins}
     rest = ['python_version < "3.11"', 'python_version >= "3.11"']
     assert {name: found for name, found in markers.items() if found not in ([""], rest)} == {}
+
+
+def made(folder: Path, python: Path) -> subprocess.CompletedProcess[str]:
+    """What `make` does in a folder that has only what an installation asks for."""
+    resolve.copy(("Makefile", "pyproject.toml", "constraints.txt"), folder)
+    return subprocess.run(
+        ["make", "check", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_refuses_an_old_python_before_anything_else(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    as_if = "import sys; sys.version, sys.version_info = '3.9.18 (main)', (3, 9, 18); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" -c "{as_if}" "$2"\ntouch installed\n')
+    old.chmod(0o755)
+    done = made(tmp_path, old)
+    said = f"gradstore needs Python 3.10 or newer; {old} is 3.9.18. Name another: make test PYTHON=python3.12"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[0]) == (2, "", said)
+    assert not (tmp_path / "installed").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_leaves_nothing_of_another_environment(tmp_path: Path) -> None:
+    left = tmp_path / ".venv" / "lib" / "python3.9" / "left.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    python = tmp_path / "python3"  # makes the environment, with a pip that goes no further
+    stops = 'rm .venv/bin/python; printf "#!/bin/sh\\nexit 3\\n" > .venv/bin/python; chmod +x .venv/bin/python'
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n"{sys.executable}" "$@" --without-pip && {stops}\n')
+    python.chmod(0o755)
+    assert made(tmp_path, python).returncode == 2
+    assert (tmp_path / ".venv" / "pyvenv.cfg").exists()
+    assert not left.exists()
