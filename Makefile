@@ -55,8 +55,8 @@ soak: $(STAMP)
 
 # The picture in the README: the page that the demo ends with.
 pictures: demo
-	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$$(mktemp -d) \
-		--window-size=1200,2000 --screenshot=docs/demo.png file://$(CURDIR)/demo/report.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)" \
+		--window-size=1200,2000 --screenshot=docs/demo.png "file://$(CURDIR)/demo/report.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
