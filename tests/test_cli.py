@@ -17,6 +17,7 @@ import gradstore_cli
 import numpy as np
 import pytest
 from gradstore_cli import output
+from gradstore_cli.commands import gradstore
 from gradstore_cli.output import on_one_line, printable
 
 from gradstore.errors import MismatchError
@@ -234,7 +235,7 @@ def test_a_label_forges_no_line(folder: Path, tmp_path: Path) -> None:
 # -- help and signals --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", sorted(gradstore_cli.gradstore.commands))
+@pytest.mark.parametrize("command", sorted(gradstore.commands))
 def test_help_shows_defaults_and_an_example(folder: Path, command: str) -> None:
     result = run(folder, command, "--help")
     assert result.status == 0
@@ -266,7 +267,7 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signa
 
 
 def test_json_everywhere(folder: Path) -> None:
-    commands: list[Any] = list(gradstore_cli.gradstore.commands.values())
+    commands: list[Any] = list(gradstore.commands.values())
     assert all("--json" in {o for p in c.params for o in p.opts} for c in commands)
 
 
