@@ -101,6 +101,9 @@ def run(arguments: list[str]) -> None:
     traceback = TRACEBACK in arguments
     # Before torch is imported: large buffers in huge pages halve the time it takes to write Jacobian blocks.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A terminal says itself how large it is; these are what it was when a shell exported them.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_status([word for word in arguments if word != TRACEBACK], traceback))
 

@@ -131,6 +131,16 @@ def test_colours_change_no_letter(name: str, case: Case, terminals: Terminals, f
     assert (coloured is not None) == (name == "FORCE_COLOR" and case.name == "featurize"), "only bars have colours"
 
 
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_an_exported_width_is_not_the_terminals(columns: str, terminals: Terminals, folder: Path) -> None:
+    for case in (case for case in CASES if case.name in ("help", "featurize", "featurize-workers", "topk")):
+        more = {"COLUMNS": columns, "LINES": "2"}
+        shutil.rmtree(folder / "new", ignore_errors=True)
+        screen = look(terminals, folder, case, 80, **more)
+        if native.available():
+            require_golden(case.name, 80, screen.text)
+
+
 @pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
 def test_a_dumb_terminal_gets_no_control_sequence(case: Case, terminals: Terminals, folder: Path) -> None:
     screen = look(terminals, folder, case, 160, TERM="dumb")
