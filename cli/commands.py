@@ -112,7 +112,6 @@ def _status(arguments: list[str], traceback: bool) -> int:
     try:
         with _said_in_a_line():
             gradstore.main(arguments, prog_name="gradstore", standalone_mode=False, terminal_width=_help_width())
-        sys.stdout.flush()  # what a project file may have printed
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code

@@ -64,14 +64,6 @@ def test_results_that_do_not_fit_are_one_error(command: str, buffered: bool, fol
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-def test_what_a_project_prints_is_not_lost_in_silence(folder: Path) -> None:
-    (folder / "talks.py").write_text(PROJECT + "\nprint('loaded')\n")
-    status, _, err = in_shell(folder, f"gradstore featurize talks.py --split test --out test --proj-dim 64 > {FULL}")
-    assert status == 7
-    assert err.endswith("error: stdout: the results cannot be written (got No space left on device).\n")
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("redirection", [f"2> {FULL}", "2>&-", "2>&- <&-"])
 def test_messages_that_cannot_be_written_stop_nothing(redirection: str, folder: Path) -> None:
     line = "gradstore featurize project.py --split train --out train --proj-dim 64 --json"
