@@ -8,10 +8,15 @@ STAMP  := $(VENV)/.installed
 
 CHROMIUM ?= chromium
 
+# Refuses a Python that cannot install gradstore.
+RECENT := import sys; sys.version_info >= (3, 10) or sys.exit('gradstore needs Python 3.10 or newer; \
+$(PYTHON) is %s. Name another: make test PYTHON=python3.12' % sys.version.split()[0])
+
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "$(RECENT)"
 	@echo "Installing gradstore, PyTorch and the tools of its tests in $(VENV), once. What is not here yet is downloaded:"
 	@echo "about 0.4 GB with PyTorch's CPU build, 3 GB with its CUDA build. How to have the CPU build: README, Installing."
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[cpu,test,check]"
 	touch $(STAMP)
 
@@ -39,19 +44,19 @@ resolve: $(STAMP)
 processors: test-avx2 test-plain test-uncompiled
 
 test-avx2 test-plain test-uncompiled: test-%: $(STAMP)
-	$(BIN)/python .ci/processors.py $* -n 2 -m numerical
+	$(BIN)/python .ci/levels.py $* -n 2 -m numerical
 
 # The long fault and property tests; every test as on other processors; and another Python, SOAK_PYTHON or the newest
 # that is here, installed whole (up to 3 GB to download, which is said before) and tested.
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --timeout=0 -p no:xdist
-	for level in avx2 plain uncompiled; do $(BIN)/python .ci/processors.py $$level -n 2 || exit 1; done
+	for level in avx2 plain uncompiled; do $(BIN)/python .ci/levels.py $$level -n 2 || exit 1; done
 	$(BIN)/python .ci/whole.py "$(SOAK_PYTHON)"
 
 # The picture in the README: the page that the demo ends with.
 pictures: demo
-	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$$(mktemp -d) \
-		--window-size=1200,2000 --screenshot=docs/demo.png file://$(CURDIR)/demo/report.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$$(mktemp -d)" \
+		--window-size=1200,2000 --screenshot=docs/demo.png "file://$(CURDIR)/demo/report.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,7 +19,7 @@ class Interpreter(NamedTuple):
 
     Attributes:
         version: such as (3, 12, 1).
-        path: of its executable, and not of a link or a shim that leads there.
+        path: of its executable, as it calls it itself; a shim of pyenv's that leads there is none.
     """
 
     version: tuple[int, int, int]

@@ -49,14 +49,35 @@ class Resolved(NamedTuple):
 
 
 class RefusedError(Exception):
-    """Pip's reason why it would not install."""
+    """Pip's reason why it would not do what it was asked for."""
+
+
+def told(pip: Path, *arguments: str | Path, **more: Any) -> None:
+    """Run pip.
+
+    Args:
+        pip: a Python that has it.
+        arguments: for pip.
+        more: for `subprocess.run`.
+
+    Raises:
+        RefusedError: what pip says where it fails.
+    """
+    command = [str(pip), "-m", "pip", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **more)
+    if done.returncode:
+        raise RefusedError(_reason(done.stdout))
 
 
 def new_pip(folder: Path) -> Path:
-    """A Python in a fresh environment, whose pip is the newest: older ones download whole wheels to look into them."""
+    """A Python in a fresh environment, whose pip is the newest: older ones download whole wheels to look into them.
+
+    Raises:
+        RefusedError: it cannot be had.
+    """
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
+    told(python, "install", "--upgrade", "pip")
     return python
 
 
@@ -71,12 +92,16 @@ def copy(names: Iterable[str], folder: Path) -> None:
 
 
 def wheel_of_metadata(pip: Path, folder: Path) -> Path:
-    """A wheel of the project, quickly: built as where there is no compiler."""
+    """A wheel of the project, quickly: built as where there is no compiler.
+
+    Raises:
+        RefusedError: it cannot be built.
+    """
     source = folder / "source"
     source.mkdir()
     copy(OF_WHEEL, source)
-    command = [str(word) for word in (pip, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)]
-    subprocess.run(command, check=True, env={**os.environ, "CC": "false", "CXX": "false"}, capture_output=True)
+    without = {**os.environ, "CC": "false", "CXX": "false"}
+    told(pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, env=without)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -95,12 +120,7 @@ def resolve(pip: Path, interpreter: Interpreter, asked: tuple[str, ...]) -> Reso
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:", "--report", str(report)]
-        command = [str(pip), "-m", "pip", "--python", str(interpreter.path), "install", *options, *asked]
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        if done.returncode:
-            raise RefusedError(_reason(done.stdout))
+        told(pip, "--python", interpreter.path, "install", *options, *asked, cwd=ROOT)
         return _read(json.loads(report.read_text()))
 
 
@@ -137,8 +157,12 @@ def main() -> int:
     everywhere = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pip = new_pip(folder / "venv")
-        wheel = wheel_of_metadata(pip, folder)
+        try:
+            pip = new_pip(folder / "venv")
+            wheel = wheel_of_metadata(pip, folder)
+        except RefusedError as error:
+            print(f"nothing was tried, since pip cannot build gradstore with {sys.executable}:\n{error}")
+            return 1
         tried = [(interpreter, way) for interpreter in find() for way in WAYS]
         with ThreadPoolExecutor(2) as pool:
             for resolved, said in pool.map(lambda one: attempt(pip, wheel, *one), tried):

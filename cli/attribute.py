@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import as_json
-from .output import print_json, print_table, printable, say
+from .output import on_one_line, print_json, print_table, say
 
 
 @click.command(
@@ -56,7 +56,7 @@ def attribute(
 def _print(record: dict[str, Any]) -> None:
     other = record["rather_than"]
     question = f"why {record['class']}" + (f" rather than {other}" if other else "")
-    click.echo(printable(f"query row {record['row']}, {record['predicted']} by the surrogate: {question}?\n"))
+    click.echo(on_one_line(f"query row {record['row']}, {record['predicted']} by the surrogate: {question}?") + "\n")
     rows = [
         (sign, str(item["row"]), item["label"] or "—", f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
         for sign, name in (("for", "contributors"), ("against", "opponents"))

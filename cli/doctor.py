@@ -7,7 +7,7 @@ import click
 from gradstore.errors import MismatchError
 
 from .options import as_json
-from .output import print_hanging, print_json, print_pairs, printable
+from .output import on_one_line, print_hanging, print_json, print_pairs
 
 
 @click.command(
@@ -33,7 +33,7 @@ def doctor(again: bool, as_json: bool) -> None:
     else:
         print_pairs(card)
         for device in dict.fromkeys(finding.device for finding in found):
-            click.echo(f"\n{printable(device)}")
+            click.echo(f"\n{on_one_line(device)}")
             for finding in (finding for finding in found if finding.device == device):
                 mark = {"ok": "ok", "wrong": "FAILS", "absent": "absent"}[finding.state]
                 used = "in use" if finding.used else ""

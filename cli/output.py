@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
@@ -20,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, aligned
 
 _GAP = 2  # spaces between columns
 _UNBOUNDED = 1 << 16  # columns of what is no terminal
 _ROOM = 16  # columns within which text is still broken at words
+_KEPT = "\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # Persian and emoji are written with the latter two
 
 
 def print_json(value: Any) -> None:
@@ -34,21 +34,22 @@ def print_json(value: Any) -> None:
 
 def say(message: str = "") -> None:
     """One message on stderr; above a bar that is drawn there, whose stand-in for `sys.stderr` click would pass by."""
-    print(printable(message), file=sys.stderr, flush=True)
+    print(on_one_line(message), file=sys.stderr, flush=True)
 
 
 def say_error(error: GradstoreError) -> None:
     """An error on stderr, and below it its table: field by field where a terminal is too narrow for that."""
-    line, *table = printable(str(error)).split("\n")
-    say(f"error: {line}")
-    if max(map(cell_len, table), default=0) <= _columns(sys.stderr):
-        for row in table:
-            say(row)
+    say(f"error: {error.line}")
+    table = [[on_one_line(cell) for cell in row] for row in error.table]
+    lines = aligned(table)
+    if max(map(cell_len, lines), default=0) <= _columns(sys.stderr):
+        for line in lines:
+            say(line)
         return
-    headings, *rows = (re.split(" {2,}", row.strip()) for row in table)
+    (_, *headings), *rows = table
     for field, *values in rows:
         say(f"  {field}")
-        for heading, value in zip(headings, values, strict=False):
+        for heading, value in zip(headings, values, strict=True):
             say(f"    {heading}: {value}")
 
 
@@ -94,7 +95,12 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: S
 
 def printable(text: str) -> str:
     """The text with control characters replaced, so that a label cannot send escape codes to a terminal."""
-    return "".join(ch if ch.isprintable() or ch == "\n" else "\N{REPLACEMENT CHARACTER}" for ch in text)
+    return "".join(ch if ch.isprintable() or ch in _KEPT else "\N{REPLACEMENT CHARACTER}" for ch in text)
+
+
+def on_one_line(text: str) -> str:
+    """The text as part of a sentence: printable, and with no line break, after which a label could forge a line."""
+    return printable(" ".join(text.split("\n")))
 
 
 def _columns(stream: TextIO) -> int:

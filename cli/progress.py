@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gradstore.memory import format_bytes
 
-from .output import printable, say
+from .output import on_one_line, say
 
 if TYPE_CHECKING:
     from gradstore.featurize import Progress as State
@@ -40,7 +40,7 @@ class CountBar:
     """
 
     def __init__(self, title: str, unit: str) -> None:
-        self._title, self._unit = printable(title), unit
+        self._title, self._unit = on_one_line(title), unit
         self._tenth = -1
         self._began = (0.0, 0)  # when counting began, and what had been done by then
         self.used = False

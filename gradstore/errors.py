@@ -14,7 +14,7 @@ class GradstoreError(Exception):
         expected: what would have been right.
         got: what was found.
         hint: what to do next, as a sentence without a full stop.
-        table: further lines, where the difference is more than a line can say.
+        table: rows of cells, the first one headings, where the difference is more than a line can say.
 
     Attributes:
         exit_code: the exit status of the command line for this kind of error.
@@ -30,21 +30,31 @@ class GradstoreError(Exception):
         expected: object = None,
         got: object = None,
         hint: str | None = None,
-        table: Sequence[str] = (),
+        table: Sequence[Sequence[str]] = (),
     ) -> None:
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
-        self.table = tuple(table)
+        self.table = tuple(tuple(row) for row in table)
         super().__init__(what)
 
-    def __str__(self) -> str:
-        """The whole error as one line, and the table below it where there is one."""
+    @property
+    def line(self) -> str:
+        """The whole error, but for its table, as one line."""
         line = self.what if self.where is None else f"{self.where}: {self.what}"
         named = (("expected", self.expected), ("got", self.got))
         details = [f"{name} {' '.join(str(value).split())}" for name, value in named if value is not None]
         if details:
             line += " (" + ", ".join(details) + ")"
-        line += "." + (f" {self.hint}." if self.hint else "")
-        return "\n".join([line, *self.table])
+        return line + "." + (f" {self.hint}." if self.hint else "")
+
+    def __str__(self) -> str:
+        """The line, and below it the table where there is one."""
+        return "\n".join([self.line, *aligned(self.table)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose rows have as many cells each, indented."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
 class UsageError(GradstoreError):

@@ -153,9 +153,6 @@ def require_same(
         found = [row for row in found if not row[0].startswith("data.")]
     if not found:
         return
-    rows = [("", theirs, ours), *found]
-    widths = [max(len(_short(row[i])) for row in rows) for i in range(2)]
-    table = [f"  {_short(f):<{widths[0]}}  {_short(x):<{widths[1]}}  {_short(y)}".rstrip() for f, x, y in rows]
     hint = (
         "Choose another --out, or the settings of the store"
         if data
@@ -165,7 +162,7 @@ def require_same(
         f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)",
         where=where,
         hint=hint,
-        table=table,
+        table=[[_short(cell) for cell in row] for row in (("", theirs, ours), *found)],
     )
 
 

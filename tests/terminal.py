@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Terminals:
     """Runs commands in terminals, by forking from a process that has imported everything: `warm_commands.py`."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         self._own, slave = pty.openpty()
         script = Path(__file__).with_name("warm_commands.py")
         self._server = subprocess.Popen(
@@ -84,16 +84,22 @@ class Terminals:
         )
         os.close(slave)
         theirs.close()
-        self._orders = ours.makefile("rw")
-        ours.close()
+        self._orders = self._socket.makefile("rw")
 
     def close(self) -> None:
         self._orders.close()
+        self._socket.close()
         self._server.wait(60)
         os.close(self._own)
 
     def run(
-        self, folder: Path, *words: str, columns: int = 80, press: tuple[str, bytes] | None = None, **more: str
+        self,
+        folder: Path,
+        *words: str,
+        columns: int = 80,
+        press: tuple[str, bytes] | None = None,
+        closed: Sequence[str] = (),
+        **more: str,
     ) -> Screen:
         """Run ``gradstore words`` in a folder, in a terminal of so many columns.
 
@@ -102,6 +108,7 @@ class Terminals:
             words: of the command.
             columns: of the terminal.
             press: a text, and the keys to press when it has been written.
+            closed: stdout or stderr, as `>&-` and `2>&-` close them.
             more: environment variables.
         """
         master, slave = _terminal(columns)
@@ -109,10 +116,11 @@ class Terminals:
             "terminal": os.ttyname(slave),
             "folder": str(folder),
             "words": words,
+            "closed": closed,
             "environment": _environment(more),
         }
         print(json.dumps(order), file=self._orders, flush=True)
-        written = _watched(master, slave, press)
+        written = _watched(master, slave, press, [self._socket.fileno()])
         return Screen(int(self._orders.readline()), columns, written)
 
 
@@ -147,15 +155,19 @@ def _terminal(columns: int) -> tuple[int, int]:
     return master, slave
 
 
-def _watched(master: int, slave: int, press: tuple[str, bytes] | None = None) -> bytes:
-    """All that is written to a terminal until the command has ended; the slave is closed once the command has it."""
+def _watched(master: int, slave: int, press: tuple[str, bytes] | None = None, ended: Sequence[int] = ()) -> bytes:
+    """All that is written to a terminal until the command has ended.
+
+    The slave is closed once the command has it: when something is written, or, to one of `ended`, that it has ended.
+    """
     written, until = b"", time.monotonic() + _SECONDS
     while time.monotonic() < until:
-        if not select.select([master], [], [], 1)[0]:
-            continue
-        if slave >= 0:
+        ready = select.select([master, *ended], [], [], 1)[0]
+        if ready and slave >= 0:
             os.close(slave)
-            slave = -1
+            slave, ended = -1, ()
+        if master not in ready:
+            continue
         try:
             written += os.read(master, 65536)
         except OSError:  # nobody has the terminal open any more

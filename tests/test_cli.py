@@ -16,7 +16,12 @@ from typing import Any
 import gradstore_cli
 import numpy as np
 import pytest
-from gradstore_cli.output import printable
+from gradstore_cli import output
+from gradstore_cli.commands import gradstore
+from gradstore_cli.output import on_one_line, printable
+
+from gradstore.errors import MismatchError
+from gradstore.fingerprint import require_same
 
 PROJECT = """
 import torch
@@ -34,6 +39,7 @@ def project(seed: int = 0, n: int = 48, label: str = "cat"):
         classes=[label, "dog", "bird"], show=gs.image(), poisoned={"train": [0, 3, 6, 9], "test": [0, 3]},
     )
 """
+NARROW = ["  classes[0]", "    on  disk: cat  dog", "    asked for: a lynx"]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +189,19 @@ def test_stores_of_other_class_names_are_refused(folder: Path) -> None:
     assert "class names[0]" in result.err
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(1000, ["  classes[0]  cat  dog  a lynx"]), (20, NARROW)])
+def test_values_in_which_spaces_stand_are_shown_whole(
+    columns: int, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "_columns", lambda stream: columns)
+    with pytest.raises(MismatchError) as refused:
+        require_same(
+            {"classes[0]": "cat  dog"}, {"classes[0]": "a lynx"}, where="s", theirs="on  disk", ours="asked\nfor"
+        )
+    output.say_error(refused.value)
+    assert capsys.readouterr().err.splitlines()[-len(shown) :] == shown
+
+
 def test_a_traceback_is_shown_when_asked_for(folder: Path) -> None:
     with pytest.raises(Exception, match="not a gradstore store"):
         gradstore_cli.main(["--traceback", "info", str(folder / "nowhere")])
@@ -192,10 +211,31 @@ def test_labels_cannot_move_the_cursor(folder: Path) -> None:
     assert printable("\x1b[2Jcat\r\x07") == "\ufffd[2Jcat\ufffd\ufffd"
 
 
+def test_labels_that_need_joiners_stay_whole() -> None:
+    for label in ("\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", "می\u200cخواهم"):
+        assert printable(label) == on_one_line(label) == label
+
+
+def test_a_label_forges_no_line(folder: Path, tmp_path: Path) -> None:
+    label = "cat\nforged: line"
+    (tmp_path / "project.py").write_text(PROJECT.replace('label: str = "cat"', f"label: str = {label!r}"))
+    for split in ("train", "test"):
+        assert run(tmp_path, "featurize project.py --split", split, "--out", split, "--proj-dim 64").status == 0
+    assert run(tmp_path, "fit train --out fitted").status == 0
+    result = run(tmp_path, "attribute fitted test --row 0 --rather-than dog")
+    assert result.out.startswith(
+        "query row 0, cat forged: line by the surrogate: why cat forged: line rather than dog?"
+    )
+    result = run(tmp_path, "attribute fitted test --row 0 --class lynx")
+    assert (result.status, len(result.err.splitlines())) == (2, 1)
+    result = run(tmp_path, f"topk {folder}/train test")
+    assert (result.status, [line for line in result.err.splitlines() if line.startswith("forged")]) == (4, [])
+
+
 # -- help and signals --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", sorted(gradstore_cli.gradstore.commands))
+@pytest.mark.parametrize("command", sorted(gradstore.commands))
 def test_help_shows_defaults_and_an_example(folder: Path, command: str) -> None:
     result = run(folder, command, "--help")
     assert result.status == 0
@@ -227,7 +267,7 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signa
 
 
 def test_json_everywhere(folder: Path) -> None:
-    commands: list[Any] = list(gradstore_cli.gradstore.commands.values())
+    commands: list[Any] = list(gradstore.commands.values())
     assert all("--json" in {o for p in c.params for o in p.opts} for c in commands)
 
 

@@ -31,3 +31,16 @@ def test_parts_that_are_not_given_leave_no_trace() -> None:
 )
 def test_each_kind_has_its_exit_status(kind: str, status: int) -> None:
     assert getattr(errors, kind).exit_code == status
+
+
+def test_a_table_stands_below_the_line_in_columns() -> None:
+    error = errors.MismatchError(
+        "they differ", table=[("", "train", "test"), ("weights", "ab  cd", "e"), ("K", "1", "")]
+    )
+    assert error.line == "they differ."
+    assert str(error).split("\n") == [
+        "they differ.",
+        "           train   test",
+        "  weights  ab  cd  e",
+        "  K        1",
+    ]

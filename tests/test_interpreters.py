@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
 
 import interpreters  # noqa: E402
+import levels  # noqa: E402
 import resolve  # noqa: E402
+import whole  # noqa: E402
 
 
 def stand_in(path: Path, version: str, *, name: str = "cpython", free_threaded: bool = False, status: int = 0) -> Path:
@@ -69,6 +72,7 @@ def test_a_refusal_names_the_interpreter_and_what_pip_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer_of_pip(monkeypatch, 1, "WARNING: old\nERROR: No matching distribution found for pillow==13.0.0\n\nhint: x\n")
+    monkeypatch.setattr(resolve, "new_pip", lambda folder: folder / "python")
     monkeypatch.setattr(resolve, "wheel_of_metadata", lambda pip, folder: folder / "gradstore.whl")
     monkeypatch.setattr(resolve, "find", lambda: [interpreters.Interpreter((3, 10, 13), Path("/some/python"))])
     assert resolve.main() == 1
@@ -80,6 +84,43 @@ def test_a_refusal_names_the_interpreter_and_what_pip_says(
         "hint: x",
     ]
     assert len(said) == 3 * len(resolve.WAYS)
+
+
+def test_a_wheel_that_cannot_be_built_is_told_with_what_pip_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\necho 'WARNING: old'\necho 'ERROR: No matching distribution for setuptools' >&2\nexit 1\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(resolve, "new_pip", lambda folder: python)
+    monkeypatch.setattr(
+        resolve, "OF_WHEEL", ("pyproject.toml",)
+    )  # all that is here where a whole installation is tested
+    assert resolve.main() == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"nothing was tried, since pip cannot build gradstore with {sys.executable}:",
+        "ERROR: No matching distribution for setuptools",
+    ]
+
+
+def test_a_level_at_which_gradstore_does_not_load_says_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(levels, "_SHOW", "raise SystemExit('no such switch')")
+    assert levels.main("uncompiled", ["--version"]) == 1
+    assert capfd.readouterr().err.splitlines()[0] == "no such switch"
+
+
+def test_what_reads_the_project_passes_where_a_whole_installation_is_tested(tmp_path: Path) -> None:
+    resolve.copy(whole.BESIDE_TESTS, tmp_path)
+    reading = {path for path in (tmp_path / "tests").glob("test_*.py") if re.search(r"\bROOT\b", path.read_text())}
+    left_out = {tmp_path / name for name in whole.OF_SOURCE}
+    assert left_out < reading
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "not whole_installation", *map(str, reading - left_out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("needs", "torch"), [([], "2.13.0"), (["nvidia-nccl-cu13==2; extra"], "2.13.0, a CUDA build")])
@@ -100,3 +141,37 @@ def test_a_pin_for_some_versions_has_another_for_the_rest(file: str) -> None:
     markers = {name: sorted(marker for other, marker in pins if other == name) for name, _ in pins}
     rest = ['python_version < "3.11"', 'python_version >= "3.11"']
     assert {name: found for name, found in markers.items() if found not in ([""], rest)} == {}
+
+
+def made(folder: Path, python: Path) -> subprocess.CompletedProcess[str]:
+    """What `make` does in a folder that has only what an installation asks for."""
+    resolve.copy(("Makefile", "pyproject.toml", "constraints.txt"), folder)
+    return subprocess.run(
+        ["make", "check", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_refuses_an_old_python_before_anything_else(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    as_if = "import sys; sys.version, sys.version_info = '3.9.18 (main)', (3, 9, 18); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" -c "{as_if}" "$2"\ntouch installed\n')
+    old.chmod(0o755)
+    done = made(tmp_path, old)
+    said = f"gradstore needs Python 3.10 or newer; {old} is 3.9.18. Name another: make test PYTHON=python3.12"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[0]) == (2, "", said)
+    assert not (tmp_path / "installed").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_leaves_nothing_of_another_environment(tmp_path: Path) -> None:
+    left = tmp_path / ".venv" / "lib" / "python3.9" / "left.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    python = tmp_path / "python3"  # makes the environment, with a pip that goes no further
+    stops = 'rm .venv/bin/python; printf "#!/bin/sh\\nexit 3\\n" > .venv/bin/python; chmod +x .venv/bin/python'
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n"{sys.executable}" "$@" --without-pip && {stops}\n')
+    python.chmod(0o755)
+    assert made(tmp_path, python).returncode == 2
+    assert (tmp_path / ".venv" / "pyvenv.cfg").exists()
+    assert not left.exists()

@@ -14,6 +14,7 @@ import click
 import gradstore_cli
 import numpy as np
 import pytest
+from gradstore_cli.commands import gradstore
 
 import gradstore as gs
 from gradstore.check import checks
@@ -119,7 +120,7 @@ def test_another_setting_is_refused_by_name(name: str, value: Any, kernel: str, 
 
 @pytest.mark.parametrize("command", ["featurize", "check"])
 def test_the_command_line_has_an_option_for_every_setting(command: str) -> None:
-    options = {p.name: p for p in gradstore_cli.gradstore.commands[command].params}
+    options = {p.name: p for p in gradstore.commands[command].params}
     for setting in fields(Settings):
         option = options[setting.name]
         assert option.opts == ["--" + setting.name.replace("_", "-")]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import gradstore_cli
 import pytest
+from gradstore_cli.commands import gradstore
 from screens import CASES, GOLDEN, Case, require_golden
 from terminal import CTRL_C, Screen, Terminals, in_terminal
 from test_cli import run
@@ -48,6 +49,7 @@ def project(n: int = 48, warn: int = -1, bad: int = -1, split: str = "train"):
 """
 SLOW = "featurize project.py --split train --out slow --proj-dim 8192 -o n=8000"
 PARAMETERS = [pytest.param(case, columns, id=f"{case.name}-{columns}") for case in CASES for columns in case.columns]
+EACH = list({case.line.split()[0]: case for case in CASES if case.status == 0 and "help" not in case.name}.values())
 DRAWN = [case for case in CASES if case.name in ("featurize", "topk", "forensics", "verify-damaged", "topk-nowhere")]
 
 
@@ -108,7 +110,7 @@ def test_screen(case: Case, columns: int, terminals: Terminals, folder: Path) ->
 
 def test_every_command_is_tried_in_a_terminal() -> None:
     tried = {case.line.split()[0] for case in CASES if case.status == 0}
-    assert set(gradstore_cli.gradstore.commands) - tried == set(), "a command without a terminal test is not done"
+    assert set(gradstore.commands) - tried == set(), "a command without a terminal test is not done"
 
 
 def test_every_screen_that_is_kept_is_compared() -> None:
@@ -127,6 +129,16 @@ def test_colours_change_no_letter(name: str, case: Case, terminals: Terminals, f
         require_golden(case.name, 80, screen.text)
     coloured = re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", screen.written)
     assert (coloured is not None) == (name == "FORCE_COLOR" and case.name == "featurize"), "only bars have colours"
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_an_exported_width_is_not_the_terminals(columns: str, terminals: Terminals, folder: Path) -> None:
+    for case in (case for case in CASES if case.name in ("help", "featurize", "featurize-workers", "topk")):
+        more = {"COLUMNS": columns, "LINES": "2"}
+        shutil.rmtree(folder / "new", ignore_errors=True)
+        screen = look(terminals, folder, case, 80, **more)
+        if native.available():
+            require_golden(case.name, 80, screen.text)
 
 
 @pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
@@ -172,6 +184,26 @@ def test_letters_that_the_locale_does_not_have(more: dict[str, str], arrow: byte
     screen = in_terminal(folder, "topk", "train", "test", **more)
     require_sound(screen, 0)
     assert label in screen.written
+
+
+# -- closed streams ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", EACH, ids=lambda case: case.name)
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_with_a_stream_closed(closed: str, case: Case, terminals: Terminals, folder: Path) -> None:
+    screen = terminals.run(folder, *case.line.split(), "--json", closed=[closed])
+    require_sound(screen, 0)
+    if closed == "stderr":
+        json.loads("\n".join(screen.whole_lines))
+    else:
+        assert re.search("^[{[]|\x1b\\[", screen.text, re.MULTILINE) is None, "JSON, or a bar, is on the wrong stream"
+
+
+def test_ctrl_c_with_stderr_closed(terminals: Terminals, folder: Path) -> None:
+    (folder / "project.py").write_text(PROJECT + "\nprint('loaded', flush=True)\n")
+    screen = terminals.run(folder, *SLOW.split(), closed=["stderr"], press=("loaded", CTRL_C))
+    assert (screen.status, screen.text) == (130, "loaded\n^C")
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------

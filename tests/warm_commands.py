@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Any
 
-import gradstore_cli
+import gradstore_cli.commands
 import warm_featurize
 
 import gradstore.demo
@@ -42,6 +42,10 @@ def run(order: dict[str, Any]) -> None:
     for stream in (0, 1, 2):
         os.dup2(terminal, stream)
     os.close(terminal)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        if name in order["closed"]:
+            os.close(stream)
+            setattr(sys, name, None)  # as Python does where it starts without one
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])

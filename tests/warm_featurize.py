@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import gradstore_cli
+import gradstore_cli.commands
 import torch
 from torch.utils.data import TensorDataset
 

@@ -1,0 +1,188 @@
+"""All commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from gradstore.errors import GradstoreError
+
+from .attribute import attribute
+from .check import check
+from .demo import demo
+from .doctor import doctor
+from .evaluate import evaluate
+from .export import export
+from .featurize import featurize
+from .fit import fit
+from .forensics import forensics
+from .gram import gram
+from .importing import import_command
+from .index import index
+from .info import info
+from .init import init
+from .output import say, say_error
+from .residual import residual
+from .stopping import Stopped, Terminated
+from .topk import topk
+from .verify import verify
+
+TRACEBACK = "--traceback"
+
+
+class _Commands(click.Group):
+    """The group of commands, which says itself that it was stopped."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """See `click.Group`."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stop:
+            raise Stopped(stop) from stop
+        except BrokenPipeError as error:  # of a process of ours, since stdout has none; click would end without a word
+            raise RuntimeError(f"a process has ended early: {error}") from error
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Results go to stdout, progress and messages to stderr. Every command takes --json.",
+)
+@click.version_option(package_name="gradstore", message="gradstore %(version)s")
+@click.option(TRACEBACK, is_flag=True, help="Show the whole traceback of an error; may stand anywhere on the line.")
+def gradstore(traceback: bool) -> None:
+    """Find the training examples behind a prediction, from projected per-example gradients.
+
+    \b
+    A first look:       gradstore demo
+    With your model:    gradstore init, gradstore check project.py, then
+      gradstore featurize project.py --split train --out stores/train
+      gradstore featurize project.py --split test --out stores/test
+      gradstore topk stores/train stores/test --html topk.html
+      gradstore forensics stores/train stores/test --html forensics.html
+    """  # noqa: D301 - click wants the control character, which keeps the lines as they are
+
+
+for _command in (
+    demo,
+    init,
+    check,
+    doctor,
+    featurize,
+    info,
+    index,
+    topk,
+    forensics,
+    gram,
+    residual,
+    fit,
+    attribute,
+    evaluate,
+    verify,
+    export,
+    import_command,
+):
+    gradstore.add_command(_command)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command and exit with its status; an error is one line on stderr."""
+    traceback = TRACEBACK in arguments
+    # Before torch is imported: large buffers in huge pages halve the time it takes to write Jacobian blocks.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A terminal says itself how large it is; these are what it was when a shell exported them.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_status([word for word in arguments if word != TRACEBACK], traceback))
+
+
+def _status(arguments: list[str], traceback: bool) -> int:
+    try:
+        with _said_in_a_line():
+            gradstore.main(arguments, prog_name="gradstore", standalone_mode=False, terminal_width=_help_width())
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except Stopped as stop:
+        return _stopped(arguments, stop)
+    except KeyboardInterrupt as stop:
+        return _stopped(arguments, Stopped(stop))
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except GradstoreError as error:
+        if traceback:
+            raise
+        say_error(error)
+        return error.exit_code
+    except Exception as error:
+        if traceback:
+            raise
+        line = str(error).splitlines()[0] if str(error) else ""
+        say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
+        return 1
+
+
+class _Notes(logging.Handler):
+    """Says what the library logs, and warnings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def say_once(self, warning: str) -> None:
+        """Say a warning; Python gives it again wherever somebody has changed its filters."""
+        if warning not in self._said:
+            self._said.add(warning)
+            say(f"note: {warning}")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        say(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def _said_in_a_line() -> Iterator[None]:
+    """Warnings, and what the library logs because it takes its time, as one line each, without places in a source."""
+    log, notes = logging.getLogger("gradstore"), _Notes()
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: notes.say_once(" ".join(str(message).split()))
+            yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
+def _terminate(number: int, frame: FrameType | None) -> Any:
+    raise Terminated
+
+
+def _stopped(arguments: list[str], stop: Stopped) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the process ends; pressed again, Ctrl-C would add a traceback
+    if sys.stderr.isatty():
+        click.echo("\r", nl=False, err=True)  # over the ^C that the terminal has shown
+    say(f"stopped: {stop}: {shlex.join(['gradstore', *arguments])}")
+    return stop.exit_code
+
+
+def _help_width() -> int | None:
+    """Columns of help in a terminal that is narrower than click cares for."""
+    columns = shutil.get_terminal_size().columns
+    return max(columns, 20) if columns < 52 else None
