@@ -146,9 +146,9 @@ def test_a_pin_for_some_versions_has_another_for_the_rest(file: str) -> None:
 def made(folder: Path, python: Path) -> subprocess.CompletedProcess[str]:
     """What `make` does in a folder that has only what an installation asks for."""
     resolve.copy(("Makefile", "pyproject.toml", "constraints.txt"), folder)
-    return subprocess.run(
-        ["make", "check", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "check", f"PYTHON={python}"]
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
