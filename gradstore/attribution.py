@@ -203,7 +203,7 @@ def attribute(
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
     """
-    row = chosen_row(row, queries.shape[0], where="row", what="query row")
+    row = chosen_row(row, queries.shape[0], where="--row", what="query row")
     labels = None
     if isinstance(queries, FeatureStore):
         model.binding_.require_queries(queries)
