@@ -183,6 +183,8 @@ def test_the_summary_is_readable_where_a_proportion_is_undefined():
     assert lines[6].split() == ["proj-pntk", "1.000", "1.000", "4", "0", "0", "9"]
     assert lines[-2:] == ["4 seconds: train 1.0, explain 2.5", "Pictures: r.html"]
     assert result.as_dict()["forensics"]["proj-trntk"]["precision"] is None
+    usual = replace(result, proj_dim=10240, pairs=16_384, clean=450, clean_correct=450)
+    assert max(map(len, usual.summary().splitlines())) <= 79
 
 
 @pytest.mark.soak

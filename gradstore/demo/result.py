@@ -84,7 +84,7 @@ class DemoResult:
             (
                 "residual",
                 f"{self.residual_mean:.4f}",
-                f"mean |projected - exact| cosine, {self.pairs:,} pairs, K {self.proj_dim}",
+                f"mean |projected - exact| of {self.pairs:,} cosines, K {self.proj_dim}",
             ),
         )
         lines = [f"{name:<16}{value:>9}   {note}" for name, value, note in facts]
