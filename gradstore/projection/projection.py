@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.projection import native, reference, trust
+from gradstore.native import library
+from gradstore.projection import compiled_product, reference, trust
 from gradstore.projection.entries import KINDS, Entries
 from gradstore.projection.paths import PRECISIONS
 
@@ -41,7 +42,7 @@ class Projection:
             "reference" (torch everywhere), or "auto", which takes the first that can be had here.
         precision: of kernels on GPUs: "fast" (gradients rounded to one float16: relative error of a feature vector
             about 2e-4) or "exact" (to two: about 1e-6). The CPU and the reference are always right to float32
-            rounding, but for normals on a processor's matrix unit: about 1e-6, below 2e-6.
+            rounding.
 
     Raises:
         UsageError: an argument is out of range.
@@ -69,7 +70,7 @@ class Projection:
         _check_range("stream", self.stream, 0, 2**31)
         if self.backend == "auto":
             other = "cuda" if torch.cuda.is_available() else "reference"
-            object.__setattr__(self, "backend", "native" if native.available() else other)
+            object.__setattr__(self, "backend", "native" if library.available() else other)
 
     @property
     def scale(self) -> float:
@@ -128,16 +129,9 @@ class Projection:
             product = chosen.product(block.device.index)
             product(self._entries, out, source, start, first_k, self.precision)
         elif self.path(block.device) == "native":
-            native.accumulate(self._entries, out, source, start, first_k)
+            compiled_product.accumulate(self._entries, out, source, start, first_k)
         else:
             reference.accumulate(self._entries, out, source, start, first_k)
-
-    def working_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that projecting a block holds on a CPU beside gradients and features, whatever the processor.
-
-        A few megabytes a thread come to that; a GPU holds less than 256 MB.
-        """
-        return native.working_bytes(self.kind, rows, columns)
 
     def path(self, device: torch.device) -> str:
         """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
