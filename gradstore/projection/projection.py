@@ -30,8 +30,9 @@ class Projection:
     are a prefix of those of a larger one (with another scale), and blocks of parameters can be projected one at a time
     and added up.
 
-    The bits of a row's result depend on its own values, ``start`` and the `path` taken (for normals on the CPU, its
-    SIMD level as well); not on the rows beside it, the number of threads, or which rows k are asked for together.
+    The bits of a row's result depend on its own values, ``start`` and the `path` taken (for normals on the CPU, also on
+    whether its SIMD level has fused multiply-adds, which "plain" lacks); not on the rows beside it, the number of
+    threads, or which rows k are asked for together.
 
     Args:
         kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).
