@@ -3,6 +3,7 @@
 Without them the reference is used, with results that agree to float32 rounding. The bits of a product with signs are
 the same at every SIMD level, for there is nothing to fuse in them. Those of a product with normals are the same at
 "amx", "avx512" and "avx2"; "plain" rounds each product before it is added, where the others fuse the two.
+"amx" runs the code of "avx512".
 """
 
 from __future__ import annotations
