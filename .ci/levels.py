@@ -36,9 +36,8 @@ LEVELS = {
 """What each library is told, by the name of a level."""
 _SHOW = """
 import torch
-from gradstore.projection import native
-status = native.status()
-print(f"torch {torch.backends.cpu.get_cpu_capability()}, projection {status.level or status.path}")
+from gradstore.native import library
+print(f"torch {torch.backends.cpu.get_cpu_capability()}, gradstore {library.level() or 'uncompiled'}")
 """
 
 

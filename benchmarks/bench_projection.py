@@ -30,7 +30,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from gradstore.projection import Projection, native
+from gradstore.native import library
+from gradstore.projection import Projection
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -71,7 +72,7 @@ def environment_columns() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu",
         "cpu": cpu or platform.processor(),
-        "simd": native.status().level or "reference",
+        "simd": library.level() or "reference",
         "threads": torch.get_num_threads(),
         "seed": SEED,
         "python": platform.python_version(),

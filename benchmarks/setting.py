@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.projection import native
+from gradstore.native import library
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +26,7 @@ def setting(seed: int) -> dict[str, object]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": names[0] if names else platform.machine(),
-        "simd": native.status().level or "reference",
+        "simd": library.level() or "reference",
         "threads": torch.get_num_threads(),
         "seed": seed,
         "python": platform.python_version(),

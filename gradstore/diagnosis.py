@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.projection import native, reference, self_check, trust
+from gradstore.native import library
+from gradstore.projection import compiled_product, reference, self_check, trust
 from gradstore.projection.entries import KINDS, Entries
 from gradstore.projection.paths import PATHS, PRECISIONS, GpuPath
 
@@ -55,8 +56,8 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 
 
 def _on_cpu(kind: str) -> Finding:
-    status = native.status()
-    path = status.level if status.path == "native" else "reference"
+    status = library.status()
+    path = status.level or "reference"
     hint = f"; {status.why}; {status.hint}" if status.why else ""
     return _by_this_process("cpu", path, kind, torch.device("cpu"), lambda: lambda: True, hint)
 
@@ -80,7 +81,7 @@ def _by_this_process(
     """Check what needs no process of its own: compiled code of the CPU, or torch."""
 
     def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int, *_: Any, **__: Any) -> None:
-        product = reference.accumulate if path == "reference" else native.accumulate
+        product = reference.accumulate if path == "reference" else compiled_product.accumulate
         product(entries, out, block, start, first_k)
 
     began = time.monotonic()

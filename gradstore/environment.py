@@ -15,9 +15,10 @@ import torch
 
 from gradstore import __version__
 from gradstore.errors import GradstoreError, MismatchError
-from gradstore.hashing import NAMES, VERSIONS, newest_version
+from gradstore.hashing import NAMES, NEWEST
 from gradstore.matrix_unit import product
-from gradstore.projection import Projection, native, trust
+from gradstore.native import library
+from gradstore.projection import Projection, trust
 from gradstore.storage.disk import Disk
 
 _LOG_BYTES = 256 << 20
@@ -87,7 +88,7 @@ def system_card() -> dict[str, str]:
         "torch": torch.__version__,
         "h5py": f"{h5py.__version__} (HDF5 {h5py.version.hdf5_version})",
         "numpy": np.__version__,
-        "new stores": _format(newest_version()),
+        "new stores": f"format version {NEWEST}, rows under {NAMES[NEWEST]}",
         "faiss": _installed("faiss-cpu", "faiss-gpu"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
     }
@@ -99,22 +100,17 @@ def _gpu_paths() -> dict[str, str]:
 
 
 def _projection_path() -> str:
-    found = native.status()
-    if found.path == "native":
+    found = library.status()
+    if found.level:
         return f"compiled, {found.level}" + (f" ({found.hint})" if found.hint else "")
     return f"torch only, many times slower: {found.why}; to get the compiled path, {found.hint}"
 
 
 def _matrix_unit() -> str:
     if product.available():
-        return "AMX, for Gaussian projections, kernels and searches"
-    forbidden = "amx" in product.levels()
+        return "AMX, for kernels and searches"
+    forbidden = "amx" in library.levels()
     return "not used: GRADSTORE_SIMD names another level" if forbidden else "none that can be used; products by BLAS"
-
-
-def _format(newest: int) -> str:
-    hint = "" if newest == VERSIONS[-1] else " (pip install blake3, which hashes about three times as fast)"
-    return f"format version {newest}, rows under {NAMES[newest]}{hint}"
 
 
 def _installed(*names: str) -> str:

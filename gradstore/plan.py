@@ -80,10 +80,7 @@ class Plan:
 
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations and blocks, plus the features of three batches: one grows, two are on their way to the disk."""
-        gradients = rows * (self.classes if self.settings.layout == "mixed" else schema.c)
-        widest = max(block.size for block in self.blocks)
-        beside = self.projection.working_bytes(gradients, widest)
-        return int(self.engine.bytes_needed(rows)) + rows * schema.c * schema.K * 20 + beside
+        return int(self.engine.bytes_needed(rows)) + rows * schema.c * schema.K * 20
 
     def _make_manifest(self, inputs: Inputs) -> Manifest:
         s, project = self.settings, self.project

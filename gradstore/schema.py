@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from gradstore.hashing import NAMES, newest_version
+from gradstore.hashing import NAMES, NEWEST
 
 FORMAT = "gradstore"
 MEANING = 1  # version of what rows mean, part of a store's identity; how their bytes are kept is `Schema.version`
@@ -54,7 +54,7 @@ class Schema:
     dtype: str = "float16"
     preview: tuple[int, ...] = ()
     truth: bool = False
-    version: int = field(default_factory=newest_version)
+    version: int = NEWEST
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:

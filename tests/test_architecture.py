@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_no_file_is_called(name: str) -> None:
     scripts = [ROOT / ".ci" / "run", *(ROOT / ".ci").glob("*.py")]
     assert len(scripts) > 3
     assert not [path for path in (*MODULES, *scripts) if name in path.stem]
+
+
+def test_every_file_of_compiled_code_is_built_from() -> None:
+    """A header that is not named there would be changed without anything being compiled again."""
+    named = re.findall(r'"(gradstore/native/src/[\w.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("gradstore/*/src/*"))
 
 
 def test_help_imports_no_torch() -> None:

@@ -13,7 +13,8 @@ import torch
 from test_cli import run
 
 from gradstore import diagnosis
-from gradstore.projection import native, trust, verdicts
+from gradstore.native import library
+from gradstore.projection import compiled_product, trust, verdicts
 from gradstore.projection.verdicts import Verdict
 
 CPU = torch.device("cpu")
@@ -61,14 +62,14 @@ def test_a_machine_without_a_gpu_is_well(tmp_path, monkeypatch):
     assert (done.status, done.err) == (0, "")
     lines = [line for line in done.out.splitlines() if line.startswith("  ")]
     assert [line.split()[:4] for line in lines] == [
-        ["ok", native.status().level or "reference", kind, "exact"] for kind in ("rademacher", "gaussian")
+        ["ok", library.status().level or "reference", kind, "exact"] for kind in ("rademacher", "gaussian")
     ]
     assert all("in use" in line for line in lines)
 
 
 def test_without_compiled_code_the_reference_is_checked_and_said_to_be_slow(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(native, "_load", lambda: "it was not built")
+    monkeypatch.setattr(library, "load", lambda: "it was not built")
     done = run(tmp_path, "doctor")
     assert done.status == 0
     assert re.search(r"ok +reference  rademacher exact  in use  10 products right, .* s; it was not built; ", done.out)
@@ -112,10 +113,11 @@ def test_checks_are_repeated_when_asked(card, tmp_path):
 
 
 def test_a_wrong_compiled_product_is_found(tmp_path, monkeypatch):
-    if not native.available():
-        pytest.skip("no compiled projection")
-    right = native.accumulate
-    monkeypatch.setattr(native, "accumulate", lambda e, out, block, start, k: right(e, out, block, start + 128, k))
+    if not library.available():
+        pytest.skip("no compiled code")
+    right = compiled_product.accumulate
+    wrong = lambda entries, out, block, start, k: right(entries, out, block, start + 128, k)  # noqa: E731
+    monkeypatch.setattr(compiled_product, "accumulate", wrong)
     done = run(tmp_path, "doctor")
     assert done.status == 4
     assert "  FAILS  " in done.out

@@ -155,5 +155,8 @@ def test_what_is_not_finite_stays_so(bad: float, level: str) -> None:
 
 
 @needs_unit
-def test_the_unit_is_used_where_it_is_there() -> None:
+def test_the_unit_is_used_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADSTORE_SIMD", raising=False)
     assert product.available()
+    monkeypatch.setenv("GRADSTORE_SIMD", "plain")
+    assert not product.available()

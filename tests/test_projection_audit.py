@@ -26,8 +26,9 @@ from gradstore.errors import NonFiniteError
 from gradstore.fresh import featurize_queries
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
 from gradstore.jacobians.blocks import LazyBlock
+from gradstore.native import library
 from gradstore.plan import Plan
-from gradstore.projection import Projection, native
+from gradstore.projection import Projection, compiled_product
 from gradstore.projection.entries import Entries
 from gradstore.projection.routes import accumulate_block, route
 from gradstore.projection_audit import ROWS_OF_P, AuditSchedule, Comparison, ProjectionAudit
@@ -154,7 +155,7 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
     assert found.row == 1000 + found.i
 
 
-@pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
+@pytest.mark.skipif(not library.available(), reason=f"compiled code: {library.status().why}")
 def test_the_blocks_above_take_every_route() -> None:
     draw = torch.Generator().manual_seed(0)
     assert {route(Projection(dim=40), make(2, 4, draw), 40) for make in BLOCKS} == {"dense", "shared", "sparse"}
@@ -170,7 +171,7 @@ def test_values_of_other_examples_are_not_formed() -> None:
         assert audit.compare(torch.zeros(5, 3, 20)).want.abs().min() > 0
 
 
-@pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
+@pytest.mark.skipif(not library.available(), reason=f"compiled code: {library.status().why}")
 def test_terms_that_cancel_raise_no_false_alarm() -> None:
     """Rounding errors are relative to what is added up, here far more than its sum; a bound by ‖g‖ would refuse it."""
     draw, projection = torch.Generator().manual_seed(0), Projection(dim=200, backend="native")
@@ -181,7 +182,7 @@ def test_terms_that_cancel_raise_no_false_alarm() -> None:
     audit.look(0, block, formed=False)
     out = torch.zeros(1, 1, 200)
     entries = Entries("rademacher", 0, 0)
-    native.accumulate_shared(entries, out, block.activations, block.deltas, block.start, 0)
+    compiled_product.accumulate_shared(entries, out, block.activations, block.deltas, block.start, 0)
     found, sq_norm = audit.compare(out), block.sq_norm()
     found.require(sq_norm, "train")
     with pytest.raises(NonFiniteError):

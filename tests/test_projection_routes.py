@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
-from gradstore.projection import Projection, native
+from gradstore.native import library
+from gradstore.projection import Projection, compiled_product
 from gradstore.projection.routes import accumulate_block, route
 
 pytestmark = pytest.mark.numerical
 
-needs_native = pytest.mark.skipif(not native.available(), reason=f"compiled projection: {native.status().why}")
+needs_library = pytest.mark.skipif(not library.available(), reason=f"compiled code: {library.status().why}")
 # examples, classes, positions, outputs, inputs, start
 LINEAR = [
     (3, 10, 1, 20, 37, 0),
@@ -52,25 +53,25 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-@needs_native
+@needs_library
 @pytest.mark.parametrize("shape", LINEAR)
-@pytest.mark.parametrize("level", native.status().levels)
+@pytest.mark.parametrize("level", library.levels())
 def test_sharing_across_classes_equals_the_dense_product(shape, level):
     block, projection = linear(*shape), Projection(dim=70, seed=3, stream=1)
     got = torch.zeros(shape[0], shape[1], 61)
-    native.accumulate_shared(
+    compiled_product.accumulate_shared(
         projection._entries, got, block.activations, block.deltas, block.start, 5, level=level
     )  # fmt: skip
     assert relative_error(got, dense(projection, block, 61, 5)) < 5e-7
 
 
-@needs_native
+@needs_library
 def test_sharing_gives_the_same_bits_whatever_the_batch_the_threads_and_the_tiles():
     block, projection = linear(37, 5, 3, 40, 90, 0), Projection(dim=300, seed=3)
 
     def shared(rows: slice, k: int, stop: int) -> Tensor:
         out = torch.zeros(len(range(37)[rows]), 5, stop - k)
-        native.accumulate_shared(projection._entries, out, block.activations[rows], block.deltas[rows], 0, k)
+        compiled_product.accumulate_shared(projection._entries, out, block.activations[rows], block.deltas[rows], 0, k)
         return out
 
     whole, threads = shared(slice(None), 0, 300), torch.get_num_threads()
@@ -96,8 +97,7 @@ def test_the_chosen_route_equals_the_dense_product(block, kind, backend):
     n, c = block.deltas.shape[:2]
     got = torch.ones(n, c, 33)
     accumulate_block(projection, got, block, first_k=4)
-    by_unit = (kind, backend, native.status().level) == ("gaussian", "auto", "amx")
-    assert relative_error(got - 1, dense(projection, block, 33, 4)) < (2e-6 if by_unit else 1e-6)
+    assert relative_error(got - 1, dense(projection, block, 33, 4)) < 1e-6
 
 
 def test_a_block_without_structure_goes_the_dense_way():
@@ -117,7 +117,7 @@ def test_sparse_rows_have_the_same_bits_whatever_the_batch():
     assert torch.equal(alone, whole[2:4])
 
 
-@needs_native
+@needs_library
 @pytest.mark.parametrize(
     ("shape", "want"),
     [

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from blake3 import blake3
-from gradstore_cli import main
-from small_store import GROUP, N, columns, data, files, plan, row, write, wrong_rows
+from small_store import GROUP, N, columns, files, plan, row, write
 from synthetic import clustered, write_store
 from test_store_growth import project
 
 import gradstore as gs
 from gradstore import plan as planning
-from gradstore.errors import CorruptError, UsageError
+from gradstore.errors import CorruptError
 from gradstore.store import FeatureStore
 from gradstore.verify import verify
 from gradstore.writer import open_writer
@@ -28,12 +25,6 @@ from gradstore.writer import open_writer
 pytestmark = pytest.mark.numerical
 
 ARCHIVES = Path(__file__).parent / "data/archives"
-
-
-@pytest.fixture
-def without_blake3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which `import blake3` fails."""
-    monkeypatch.setitem(sys.modules, "blake3", None)
 
 
 def begin(path: Path, version: int, n: int = N) -> None:
@@ -80,7 +71,7 @@ def test_a_store_is_continued_appended_to_and_repaired_in_its_own_version(versio
 def test_rows_of_both_versions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning.Plan, "_shard_rows", lambda self, schema, group: 32)
     with monkeypatch.context() as hidden:
-        hidden.setitem(sys.modules, "blake3", None)
+        hidden.setattr(planning, "Schema", partial(planning.Schema, version=1))
         old = gs.featurize(project(), split="train", out=tmp_path / "old", proj_dim=64)
     new = gs.featurize(project(40), split="train", out=tmp_path / "new", proj_dim=64)
     assert (old.schema.version, new.schema.version) == (1, 2)
@@ -91,40 +82,6 @@ def test_rows_of_both_versions_are_compared(tmp_path: Path, monkeypatch: pytest.
     grown = gs.featurize(project(), split="train", out=tmp_path / "grown", proj_dim=96, grow_from=tmp_path / "old")
     whole = gs.featurize(project(), split="train", out=tmp_path / "whole", proj_dim=96)
     assert files(grown.path) == files(whole.path)
-
-
-@pytest.mark.usefixtures("without_blake3")
-def test_without_blake3_stores_are_written_in_version_1(tmp_path: Path) -> None:
-    features = np.ones((3, 2, 8), np.float32)
-    store = write_store(tmp_path / "store", features)
-    assert store.schema.version == 1
-    assert store.features[:].tolist() == features.tolist()
-    assert verify(store.path).ok
-    assert wrong_rows(FeatureStore(ARCHIVES / "v1")) == []
-
-
-@pytest.mark.usefixtures("without_blake3")
-def test_without_blake3_a_store_of_version_2_says_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(ARCHIVES / "v2", tmp_path / "store")
-    text = (
-        "blake3: stores of format version 2 are read and written with BLAKE3, which is not installed here. "
-        "Run `pip install blake3`."
-    )
-    for use in (gs.open, verify, lambda path: open_writer(path, plan(), None, data).__enter__()):
-        with pytest.raises(UsageError) as error:
-            use(tmp_path / "store")
-        assert str(error.value) == text
-    with pytest.raises(SystemExit) as stop:
-        main(["verify", str(tmp_path / "store")])
-    assert stop.value.code == 2
-    assert "pip install blake3" in capsys.readouterr().err
-
-
-def test_importing_gradstore_needs_no_blake3() -> None:
-    code = "import sys; sys.modules['blake3'] = None; import gradstore as gs; gs.open; gs.Projection"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -14,7 +14,7 @@ from screens import CASES, GOLDEN, Case, require_golden
 from terminal import CTRL_C, Screen, Terminals, in_terminal
 from test_cli import run
 
-from gradstore.projection import native
+from gradstore.native import library
 
 PROJECT = """
 import math
@@ -104,7 +104,7 @@ def require_sound(screen: Screen, status: int) -> None:
 @pytest.mark.parametrize(("case", "columns"), PARAMETERS)
 def test_screen(case: Case, columns: int, terminals: Terminals, folder: Path) -> None:
     screen = look(terminals, folder, case, columns)
-    if case.stable and native.available():  # the torch projection has another name, which moves line ends
+    if case.stable and library.available():  # the torch projection has another name, which moves line ends
         require_golden(case.name, columns, screen.text, keep=True)
 
 
@@ -125,7 +125,7 @@ def test_every_screen_that_is_kept_is_compared() -> None:
 @pytest.mark.parametrize("name", ["NO_COLOR", "FORCE_COLOR"])
 def test_colours_change_no_letter(name: str, case: Case, terminals: Terminals, folder: Path) -> None:
     screen = look(terminals, folder, case, 80, **{name: "1"})
-    if native.available():
+    if library.available():
         require_golden(case.name, 80, screen.text)
     coloured = re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", screen.written)
     assert (coloured is not None) == (name == "FORCE_COLOR" and case.name == "featurize"), "only bars have colours"
@@ -137,7 +137,7 @@ def test_an_exported_width_is_not_the_terminals(columns: str, terminals: Termina
         more = {"COLUMNS": columns, "LINES": "2"}
         shutil.rmtree(folder / "new", ignore_errors=True)
         screen = look(terminals, folder, case, 80, **more)
-        if native.available():
+        if library.available():
             require_golden(case.name, 80, screen.text)
 
 
@@ -148,7 +148,7 @@ def test_a_dumb_terminal_gets_no_control_sequence(case: Case, terminals: Termina
     assert ("━" in screen.text) is False
     if case.name == "featurize":
         assert "\ntrain: 48/48 rows  " in screen.text
-    if case.name == "topk" and native.available():
+    if case.name == "topk" and library.available():
         require_golden(case.name, 160, screen.text)
 
 

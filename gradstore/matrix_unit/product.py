@@ -7,28 +7,25 @@ and the rests, two of 2^-17 and one of 2^-16:
     |computed − ⟨x, y⟩| ≤ (2^-15 + N u / (1 − N u)) Σ |x_i y_i|,   N = 82 + D / 512, u = 2^-24,
 
 with 2^-16 where both sides are float16 (`error_bound`). Values and sums below 2^-126 become 0. Bits of a value depend
-on its two rows alone. ``src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
+on its two rows alone. ``native/src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.compiled import Library, load
 from gradstore.heap import pages
+from gradstore.native import library
 
-_INTERFACE = 4  # of gradstore_matrix_unit_interface() in src/matrix_unit.cpp
 _UNIT = 2.0**-24
 LIMB = 2.0**-8
 """The most that one limb leaves of a value; two leave at most `LIMB`² / 2, and nothing of a float16."""
-_DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in src/matrix_unit.cpp
+_DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in native/src/matrix_unit.cpp
 _ROUNDINGS = 82  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
 REST_ERROR = 2.0**-18
 """How wrong `left_rests` are at most, in units of themselves: some 40 float32 roundings."""
@@ -37,7 +34,7 @@ WORKSPACE_BYTES = (1 << 20) + (1 << 18)
 
 
 class _Rows(ctypes.Structure):
-    """Mirror of ``struct Rows`` in ``src/matrix_unit.cpp``."""
+    """Mirror of ``struct Rows`` in ``native/src/matrix_unit.cpp``."""
 
     _fields_ = (
         ("values", ctypes.c_void_p),
@@ -136,8 +133,8 @@ class Strips:
         pointers = values.data_ptr(), self._room.ctypes.data, self.rests.data_ptr()
         sizes = n, self.segments, self.width, values.stride(0), self.capacity, at
         job = _PlaceJob(*pointers, *sizes, values.dtype == torch.float16, self.limbs)
-        library = _require(self.level)
-        library.file.gradstore_place(ctypes.byref(job), library.levels[self.level])
+        found = _require(self.level)
+        found.file.gradstore_place(ctypes.byref(job), found.levels[self.level])
 
     def add_product(
         self, segment: int, count: int, right: Packed, out: Tensor, *, left_factors: Tensor | None = None
@@ -162,13 +159,13 @@ def workspace_bytes(width: int, limbs: int = 2) -> tuple[int, int]:
 
 def available() -> bool:
     """Whether this process may use a matrix unit; ``GRADSTORE_SIMD`` may forbid it by naming another level."""
-    return "amx" in levels() and os.environ.get("GRADSTORE_SIMD", "") in ("", "amx")
+    return library.level() == "amx"
 
 
 def levels() -> tuple[str, ...]:
-    """What can be used here: the unit ("amx"), and "plain" for tests; nothing where nothing was compiled."""
-    library = _library()
-    return tuple(library.levels) if library else ()
+    """What can be used here: the unit ("amx"), and the slowest level for tests; nothing where nothing was compiled."""
+    found = library.levels()
+    return tuple(level for level in found if level in ("amx", found[-1]))
 
 
 def error_bound(width: int, *, exact_values: bool) -> float:
@@ -204,13 +201,13 @@ def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
     Returns:
         A copy of 2 · limbs bytes a value, n rounded up to 32 and D to 32; nothing else is held.
     """
-    library = _require(level)
+    found = _require(level)
     described = _describe(rows, None, limbs)
     width = ctypes.c_int64(rows.shape[1])
-    size = library.file.gradstore_packed_size(ctypes.byref(described), width)
+    size = found.file.gradstore_packed_size(ctypes.byref(described), width)
     strips = torch.from_numpy(pages(2 * max(size, 1)).view(np.int16)[:size])
     pointer = ctypes.c_void_p(strips.data_ptr())
-    library.file.gradstore_pack(pointer, ctypes.byref(described), width, library.levels[level])
+    found.file.gradstore_pack(pointer, ctypes.byref(described), width, found.levels[level])
     return Packed(strips, len(rows), rows.shape[1], limbs)
 
 
@@ -264,7 +261,7 @@ def _multiply(
     diagonal: int | None,
     level: str,
 ) -> None:
-    library = _require(level)
+    found = _require(level)
     columns, width = (right.rows, right.width) if isinstance(right, Packed) else right.shape
     assert shape[1] == width, (shape, width)
     assert out.shape == (shape[0], columns), (out.shape, shape, columns)
@@ -279,7 +276,7 @@ def _multiply(
     diagonal = -shape[0] if diagonal is None else diagonal
     pointers = strips, packed, out.data_ptr(), rests
     job = _ProductJob(left, second, *pointers, width, out.stride(0), capacity, diagonal)
-    if library.file.gradstore_multiply(ctypes.byref(job), library.levels[level]):
+    if found.file.gradstore_multiply(ctypes.byref(job), found.levels[level]):
         raise MemoryError(f"multiplying {list(shape)} by {[columns, width]} values")
 
 
@@ -302,16 +299,9 @@ def _pointer(factors: Tensor | None) -> int | None:
     return factors.data_ptr()
 
 
-def _library() -> Library | None:
-    library = load(Path(__file__).parent, "gradstore_matrix_unit", _INTERFACE)
-    if isinstance(library, str):
-        return None
-    library.file.gradstore_packed_size.restype = ctypes.c_int64
-    return library
-
-
-def _require(level: str) -> Library:
-    library = _library()
-    assert library is not None, "called only where levels() is not empty"
-    assert level in library.levels, level
-    return library
+def _require(level: str) -> library.Library:
+    found = library.load()
+    assert isinstance(found, library.Library), "called only where levels() is not empty"
+    assert level in found.levels, level
+    found.file.gradstore_packed_size.restype = ctypes.c_int64
+    return found

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.projection import native, reference, trust
+from gradstore.native import library
+from gradstore.projection import compiled_product, reference, trust
 from gradstore.projection.entries import KINDS, Entries
 from gradstore.projection.paths import PRECISIONS
 
@@ -29,8 +30,9 @@ class Projection:
     are a prefix of those of a larger one (with another scale), and blocks of parameters can be projected one at a time
     and added up.
 
-    The bits of a row's result depend on its own values, ``start`` and the `path` taken (for normals on the CPU, its
-    SIMD level as well); not on the rows beside it, the number of threads, or which rows k are asked for together.
+    The bits of a row's result depend on its own values, ``start`` and the `path` taken (for normals on the CPU, also on
+    whether its SIMD level has fused multiply-adds, which "plain" lacks); not on the rows beside it, the number of
+    threads, or which rows k are asked for together.
 
     Args:
         kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).
@@ -41,7 +43,7 @@ class Projection:
             "reference" (torch everywhere), or "auto", which takes the first that can be had here.
         precision: of kernels on GPUs: "fast" (gradients rounded to one float16: relative error of a feature vector
             about 2e-4) or "exact" (to two: about 1e-6). The CPU and the reference are always right to float32
-            rounding, but for normals on a processor's matrix unit: about 1e-6, below 2e-6.
+            rounding.
 
     Raises:
         UsageError: an argument is out of range.
@@ -69,7 +71,7 @@ class Projection:
         _check_range("stream", self.stream, 0, 2**31)
         if self.backend == "auto":
             other = "cuda" if torch.cuda.is_available() else "reference"
-            object.__setattr__(self, "backend", "native" if native.available() else other)
+            object.__setattr__(self, "backend", "native" if library.available() else other)
 
     @property
     def scale(self) -> float:
@@ -128,16 +130,9 @@ class Projection:
             product = chosen.product(block.device.index)
             product(self._entries, out, source, start, first_k, self.precision)
         elif self.path(block.device) == "native":
-            native.accumulate(self._entries, out, source, start, first_k)
+            compiled_product.accumulate(self._entries, out, source, start, first_k)
         else:
             reference.accumulate(self._entries, out, source, start, first_k)
-
-    def working_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that projecting a block holds on a CPU beside gradients and features, whatever the processor.
-
-        A few megabytes a thread come to that; a GPU holds less than 256 MB.
-        """
-        return native.working_bytes(self.kind, rows, columns)
 
     def path(self, device: torch.device) -> str:
         """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".

@@ -1,7 +1,7 @@
 """How a block of Jacobians meets P: the dense product, or a cheaper way to the same sums that its structure allows.
 
 - A `LinearBlock` used at T positions can share the projected activations among its c classes (see
-  `native.accumulate_shared`); a cost model compares that with forming and projecting its dense values.
+  `compiled_product.accumulate_shared`); a cost model compares that with forming and projecting its dense values.
 - An `EmbeddingBlock` is projected at the rows that occur only, each at its own place in P; all other columns are zero.
   The fused kernels take it densely, in parts: a launch for every row that occurs would cost more than the zeros.
 - Everything else, and every layer where it is cheaper, goes the dense way.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
-from gradstore.projection import native
+from gradstore.projection import compiled_product
 from gradstore.projection.projection import Projection
 
 _PASS = 64  # parameters that the compiled product looks up for one k and 16 rows, in _LOOK_UP cycles
@@ -46,7 +46,9 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
     chosen = route(projection, block, projection.dim)
     if chosen == "shared":
         assert isinstance(block, LinearBlock)
-        native.accumulate_shared(projection._entries, out, block.activations, block.deltas, block.start, first_k)
+        compiled_product.accumulate_shared(
+            projection._entries, out, block.activations, block.deltas, block.start, first_k
+        )
     elif chosen == "sparse":
         assert isinstance(block, EmbeddingBlock)
         _accumulate_rows(projection, out, block, first_k)

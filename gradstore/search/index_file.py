@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gradstore.errors import NoSpaceError, UsageError
-from gradstore.hashing import hash_of, newest_version
+from gradstore.hashing import NEWEST, hash_of
 from gradstore.schema import raw
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
 
 
 def _digest(binding: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hash_of(newest_version())()
+    digest = hash_of(NEWEST)()
     digest.update(binding.encode())
     for name in sorted(arrays):
         array = arrays[name]

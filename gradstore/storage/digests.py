@@ -1,20 +1,19 @@
-"""Digests of rows: in one compiled call where there is one for the version's hash, else a row at a time."""
+"""Digests of rows: the first 16 bytes of the hash of a row's bytes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, starmap
 
 import numpy as np
 
-from gradstore.hashing import NAMES, hash_of
-from gradstore.schema import BULK, Schema, raw
-from gradstore.storage import native
-from gradstore.storage.native import BYTES
+from gradstore.hashing import hash_of
+from gradstore.schema import BULK, Schema
 
 THREADS = min(os.cpu_count() or 1, 8)
+BYTES = 16
 
 
 def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int = THREADS) -> np.ndarray:
@@ -24,18 +23,12 @@ def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int 
     hashing releases the interpreter lock. Holds a copy of the small datasets.
     """
     n, parts = len(columns["row"]), list(_parts(schema, columns))
-    out = np.empty((n, BYTES), np.uint8)
-
-    def hash_span(low: int) -> None:
-        _hash_rows(schema.version, [part[low : low + step] for part in parts], out[low : low + step])
-
     if threads == 1 or n * schema.row_bytes < 1 << 20:
-        _hash_rows(schema.version, parts, out)
-    else:
-        step = -(-n // threads)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(hash_span, range(0, n, step)))
-    return out
+        return _hash_rows(schema.version, parts)
+    step = -(-n // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        spans = ([part[low : low + step] for part in parts] for low in range(0, n, step))
+        return np.concatenate(list(pool.map(lambda span: _hash_rows(schema.version, span), spans)))
 
 
 class PartedDigests:
@@ -51,25 +44,23 @@ class PartedDigests:
 
     def of(self, low: int, features: np.ndarray) -> np.ndarray:
         """uint8 [r, 16] of the r rows from number `low` on, whose features [r, c, K] these are."""
-        n, out = len(features), np.empty((len(features), BYTES), np.uint8)
+        n = len(features)
         # Features come first in a row.
-        parts = [_bytes_of(features), *(part[low : low + n] for part in self._rest)]
-        _hash_rows(self._version, parts, out)
-        return out
+        return _hash_rows(self._version, [_bytes_of(features), *(part[low : low + n] for part in self._rest)])
 
 
-def _hash_rows(version: int, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+def _hash_rows(version: int, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Digests uint8 [n, 16] of rows, each its slices of all parts uint8 [n, size]."""
-    simd = native.level() if NAMES[version] == "BLAKE3" else ""
-    if simd:
-        native.hash_rows(parts, out, simd)
-        return
-    new, digests, data = hash_of(version), raw(out), [(raw(part), part.shape[1]) for part in parts]
-    for i in range(len(out)):
-        row = new()
-        for part, size in data:
-            row.update(part[i * size : (i + 1) * size])
-        digests[i * BYTES : (i + 1) * BYTES] = row.digest()[:BYTES]
+    new = hash_of(version)
+
+    def digest_of(first: np.ndarray, *rest: np.ndarray) -> bytes:
+        row = new(first)
+        for piece in rest:
+            row.update(piece)
+        return row.digest()[:BYTES]
+
+    digests = starmap(digest_of, zip(*parts, strict=True))
+    return np.frombuffer(bytearray().join(digests), np.uint8).reshape(-1, BYTES)
 
 
 def _parts(schema: Schema, columns: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:

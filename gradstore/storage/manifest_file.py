@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from gradstore.errors import CorruptError, UsageError
 from gradstore.fingerprint import fingerprint_of
-from gradstore.hashing import VERSIONS, hash_of
+from gradstore.hashing import VERSIONS
 from gradstore.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, Schema
 from gradstore.storage.disk import Disk, MissingFileError
 from gradstore.storage.layout import gaps
@@ -99,7 +99,7 @@ def _require_version(content: Mapping[str, Any], file: Path) -> None:
             got=f"{str(content['format'])[:20]} {str(content['version'])[:20]}",
             hint="Use the gradstore release that wrote it",
         )
-    hash_of(_natural(content["version"], "version"))
+    _natural(content["version"], "version")
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

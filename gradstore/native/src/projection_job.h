@@ -22,6 +22,8 @@ struct Range {
 constexpr uint32_t KIND_RADEMACHER = 0;
 constexpr uint32_t KIND_GAUSSIAN = 1;
 
+constexpr int PANEL = 64;  // columns of out that a task takes of a product with normals
+
 // The weight [outputs, inputs] of a linear layer: weight.block holds activations [examples * positions, inputs], weight.out
 // [examples * classes, count], and weight.start is the index of the weight's first entry.
 struct SharedJob {

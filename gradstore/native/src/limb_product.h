@@ -1,4 +1,4 @@
-// Products of two sets of rows. Included after limbs.h, in the same namespace.
+// Products of two sets of rows. Included once with the matrix unit in reach, and once without.
 //
 // DEPTH columns of RIGHT_ROWS rows of the right operand are packed and stay in the second-level cache; the left one's strips
 // are packed, two after two, and meet them, INNER columns at a time. Further right rows follow before further columns do, so
@@ -7,6 +7,8 @@
 //
 // Either side may be packed before, as one chunk of DEPTH columns after another, each with the strips of all rows: so what a
 // product reads lies one after another in memory.
+
+#include "limbs.h"
 
 typedef void (*Pack)(Limb* strip, const void* rows, int64_t stride, int64_t count, int64_t width, double* rests);
 typedef void (*Multiply)(float* panel, bool first, const Limb* left, int64_t left_strip, const Limb* right,

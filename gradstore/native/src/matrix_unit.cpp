@@ -1,17 +1,15 @@
 // Products of rows at the pace of the processor's matrix unit, and right to float32's grade.
-//
-// A plain C interface, as that of the projection: no Python header is needed, and the caller holds no lock meanwhile.
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "amx.h"
+#include "buffer.h"
 #include "half.h"
+#include "levels.h"
 
 namespace {
 
@@ -50,78 +48,27 @@ constexpr int64_t INNER = 256;                    // columns of two left strips 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 inline int64_t steps_of(int64_t width) { return (width + 31) / 32; }
 
-template <class T>
-struct Buffer {
-    T* data;
-    explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 1, 64)))) {
-        if (!data) throw std::bad_alloc();
-    }
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-};
-
-#if HAS_AMX
-#define MATRIX_UNIT 1
-BEGIN_TARGET(AMX_TARGET)
-namespace amx {
-#include "limbs.h"
-#include "product.h"
-}  // namespace amx
-END_TARGET
-#undef MATRIX_UNIT
-#endif
-
-#define MATRIX_UNIT 0
-namespace plain {
-#include "limbs.h"
-#include "product.h"
-}  // namespace plain
-#undef MATRIX_UNIT
+#define KERNELS "limb_product.h"
+#define FOR_AMX 1
+#define FOR_AVX512 0
+#define FOR_AVX2 0
+#include "each_level.h"
 
 struct Level {
-    const char* name;
-    bool available;
     void (*multiply)(const ProductJob&);
     void (*pack)(uint16_t*, const Rows&, int64_t);
     void (*place)(const PlaceJob&);
 };
 
-const Level* levels(int* count) {
-    static const Level all[] = {
-#if HAS_AMX
-        {"amx", amx_available(), amx::multiply_rows, amx::pack_right, amx::place_rows},
-#endif
-        {"plain", true, plain::multiply_rows, plain::pack_right, plain::place_rows},
-    };
-    *count = sizeof(all) / sizeof(Level);
-    return all;
-}
-
-const Level& level_at(int index) {
-    int count;
-    return levels(&count)[index];
-}
+#define LEVEL(name) {name::multiply_rows, name::pack_right, name::place_rows},
+constexpr Level LEVELS[] = {EACH_LEVEL(LEVEL)};
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT int gradstore_matrix_unit_interface() { return 4; }
-
-// The name of a level, fastest first, and whether this process may use it; null past the last.
-EXPORT const char* gradstore_matrix_unit_level(int index, int* available) {
-    int count;
-    const Level* all = levels(&count);
-    if (index < 0 || index >= count) return nullptr;
-    *available = all[index].available;
-    return all[index].name;
-}
 
 // Adds the products to out. Returns 0, or 1 where memory ran out.
 EXPORT int gradstore_multiply(const ProductJob* job, int level) {
     try {
-        level_at(level).multiply(*job);
+        LEVELS[level].multiply(*job);
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -134,7 +81,7 @@ EXPORT int64_t gradstore_packed_size(const Rows* rows, int64_t width) {
 }
 
 EXPORT void gradstore_pack(uint16_t* strips, const Rows* rows, int64_t width, int level) {
-    level_at(level).pack(strips, *rows, width);
+    LEVELS[level].pack(strips, *rows, width);
 }
 
-EXPORT void gradstore_place(const PlaceJob* job, int level) { level_at(level).place(*job); }
+EXPORT void gradstore_place(const PlaceJob* job, int level) { LEVELS[level].place(*job); }

@@ -1,9 +1,8 @@
 // The product with a matrix of normals by fused multiply-adds. Included once per SIMD level.
 //
-// A panel of 64 k by DEPTH parameters is generated once, stays in the second-level cache, and meets all rows. Lanes are k:
+// A panel of PANEL k by DEPTH parameters is generated once, stays in the second-level cache, and meets all rows. Lanes are k:
 // rows never share a register.
 
-constexpr int PANEL = 64;
 constexpr int64_t DEPTH = 256;
 constexpr int BLOCK_ROWS = 6;                                       // rows of the product kept in registers
 constexpr int STRIP = (VECTOR_BYTES == 64 || NEON ? 4 : 2);         // registers of k beside them

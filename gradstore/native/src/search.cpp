@@ -1,14 +1,12 @@
 // The compiled part of a search: rounding rows to 8 bits, inner products in float64, sums of scaled integer products.
-//
-// A plain C interface, as that of the projection: no Python header is needed, and the caller holds no lock meanwhile.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "../../matrix_unit/src/half.h"
-#include "../../matrix_unit/src/simd.h"
+#include "half.h"
+#include "levels.h"
 
 namespace {
 
@@ -50,62 +48,22 @@ struct ScaleJob {
     int64_t rows, columns;
 };
 
-#if defined(__x86_64__)
-#define VECTOR_BYTES 64
-BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c" WHOLE_REGISTERS)
-namespace avx512 {
-#include "kernels.h"
-}  // namespace avx512
-END_TARGET
-#undef VECTOR_BYTES
-#define VECTOR_BYTES 32
-BEGIN_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#include "kernels.h"
-}  // namespace avx2
-END_TARGET
-#undef VECTOR_BYTES
-#endif
-
-#define VECTOR_BYTES 16
-namespace baseline {
-#include "kernels.h"
-}  // namespace baseline
-#undef VECTOR_BYTES
+#define KERNELS "search_loops.h"
+#define FOR_AMX 0
+#define FOR_AVX512 1
+#define FOR_AVX2 1
+#include "each_level.h"
 
 struct Level {
-    const char* name;
-    bool available;
     void (*round)(const RoundJob&);
     void (*dot)(const DotJob&);
     void (*add_scaled)(const ScaleJob&);
 };
 
-const Level LEVELS[] = {
-#if defined(__x86_64__)
-    {"avx512",
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-     avx512::round_rows, avx512::dot_pairs, avx512::add_scaled},
-    // Every processor with AVX2 converts float16.
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::round_rows, avx2::dot_pairs,
-     avx2::add_scaled},
-#endif
-    {"plain", true, baseline::round_rows, baseline::dot_pairs, baseline::add_scaled},
-};
+#define LEVEL(name) {name::round_rows, name::dot_pairs, name::add_scaled},
+constexpr Level LEVELS[] = {EACH_LEVEL(LEVEL)};
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT int gradstore_search_interface() { return 2; }
-
-// The name of a level, fastest first, and whether this processor has it; null past the last.
-EXPORT const char* gradstore_search_level(int index, int* available) {
-    if (index < 0 || index >= (int)(sizeof(LEVELS) / sizeof(Level))) return nullptr;
-    *available = LEVELS[index].available;
-    return LEVELS[index].name;
-}
 
 EXPORT void gradstore_round(const RoundJob* job, int level) { LEVELS[level].round(*job); }
 EXPORT void gradstore_dot(const DotJob* job, int level) { LEVELS[level].dot(*job); }

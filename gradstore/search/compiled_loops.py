@@ -1,24 +1,18 @@
-"""The compiled inner loops of a search, built from ``src/search.cpp``: the SIMD level in use, and the calls.
-
-Without them torch and numpy do the same more slowly. ``GRADSTORE_SIMD`` (avx512, avx2, plain, none) forces a level.
-"""
+"""The compiled inner loops of a search, in ``native/src/search.cpp``; without them torch and numpy do the same."""
 
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.compiled import Library, load
-
-_INTERFACE = 2  # of gradstore_search_interface() in src/search.cpp
+from gradstore.native.library import call
 
 
 class _RoundJob(ctypes.Structure):
-    """Mirror of ``struct RoundJob`` in ``src/search.cpp``."""
+    """Mirror of ``struct RoundJob`` in ``native/src/search.cpp``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "factors", "high", "low", "found")),
@@ -46,18 +40,6 @@ class _ScaleJob(ctypes.Structure):
     )
 
 
-def levels() -> tuple[str, ...]:
-    """SIMD levels that this processor can run, fastest first; none where nothing was compiled."""
-    library = _library()
-    return tuple(library.levels) if library else ()
-
-
-def level() -> str:
-    """The level in use, "" where nothing was compiled."""
-    library = _library()
-    return library.level() if library else ""
-
-
 def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
     """Round `values` times `factors` to 8 or 16 bits; see `gradstore.search.rounding.round_stretches`."""
     n, classes, width = values.shape
@@ -70,7 +52,7 @@ def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None
         *(n, classes, width, values.stride(0), high.stride(0) // width),
         values.dtype == torch.float16,
     )
-    _call("gradstore_round", job, simd)
+    call("round", job, simd=simd)
 
 
 def dot(values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, places: np.ndarray, simd: str) -> np.ndarray:
@@ -88,7 +70,7 @@ def dot(values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, place
         *(len(rows), classes, width, values.stride(0), piece, pieces.stride(0)),
         values.dtype == torch.float16,
     )
-    _call("gradstore_dot", job, simd)
+    call("dot", job, simd=simd)
     return out
 
 
@@ -97,15 +79,4 @@ def add_scaled(
 ) -> None:
     """Add (high + (low + also_low) / 254), int32 [m, B], times a float32 step a row and a column, to float32 `out`."""
     pointers = (tensor.data_ptr() for tensor in (high, low, also_low, row_steps, column_steps, out))
-    _call("gradstore_add_scaled", _ScaleJob(*pointers, *high.shape), simd)
-
-
-def _call(name: str, job: ctypes.Structure, simd: str) -> None:
-    library = _library()
-    assert library is not None, "called only where levels() is not empty"
-    getattr(library.file, name)(ctypes.byref(job), library.levels[simd])
-
-
-def _library() -> Library | None:
-    library = load(Path(__file__).parent, "gradstore_search", _INTERFACE)
-    return None if isinstance(library, str) else library
+    call("add_scaled", _ScaleJob(*pointers, *high.shape), simd=simd)

@@ -1,5 +1,5 @@
-// Numbers as sums of two bfloat16 limbs, and tiles of them multiplied. Included once with the matrix unit of x86 (AMX) in
-// reach, namespace `amx`, and once without, namespace `plain`; both give the same bits.
+// Numbers as sums of two bfloat16 limbs, and tiles of them multiplied: by the matrix unit of x86 (AMX) where MATRIX_UNIT is
+// defined, and without it; both give the same bits.
 //
 // A strip is sixteen rows, cut into steps of 32 columns; a step is one tile of upper limbs, and one of lower limbs where
 // there are two: [steps][limbs][TILE]. The left operand's tiles are [16 rows][32 columns], the right one's
@@ -13,9 +13,27 @@ constexpr int TILE = SIDE * STEP;      // values of a tile, 1 KB
 constexpr int BLOCK = 2 * SIDE;        // rows and columns of the result that are computed together, two strips a side
 constexpr int64_t PANEL = RIGHT_ROWS + SIDE;  // from one row of sums to the next: no power of two, so that rows share no cache sets
 
-#if MATRIX_UNIT
+#ifdef MATRIX_UNIT
 
-#include "tiles.h"
+// Some compilers do not see that loading tiles or their shape reads memory, and would leave out what was stored there.
+static inline void finish_stores(const void* read) { __asm__ volatile("" : : "r"(read) : "memory"); }
+
+// The tile registers, all of them 16 rows of 64 bytes. Must live on a thread while it multiplies tiles.
+struct Tiles {
+    Tiles() {
+        struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+        finish_stores(&shape);
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
 
 // panel[32][32], rows PANEL apart, = or += the product of two strips `left_strip` limbs apart and two strips `right_strip`
 // limbs apart, over `steps`: upper limbs with upper limbs, and upper with lower ones where a side has them; lower with
