@@ -14,7 +14,8 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from gradstore.errors import MismatchError, UsageError
+from gradstore.errors import UsageError
+from gradstore.identity import put, require_featurized, take
 from gradstore.projection import Projection
 from gradstore.schema import DTYPES, LAYOUTS
 
@@ -80,33 +81,20 @@ class Settings:
         Raises:
             MismatchError: the store was imported, so that nothing here can be featurized like it.
         """
-        if "imported" in identity:
-            raise MismatchError(
-                "imported features cannot be computed again, nor others like them",
-                where=where,
-                expected="a store that `gradstore featurize` wrote",
-                got=f"features of {identity['imported']['tool']}",
-            )
+        require_featurized(identity, where=where)
         found = {}
         for setting in fields(cls):
-            *above, name = setting.metadata["at"]
-            inner = identity
-            for step in above:
-                inner = inner[step]
-            found[setting.name] = inner.get(name, setting.default) if _unnamed(setting.metadata) else inner[name]
+            default = (setting.default,) if _unnamed(setting.metadata) else ()
+            found[setting.name] = take(identity, setting.metadata["at"], *default)
         return cls(**found)
 
     def identity(self) -> dict[str, Any]:
         """What an identity says of the settings, as nested plain values."""
         content: dict[str, Any] = {}
         for setting in fields(self):
-            value, inner = getattr(self, setting.name), content
-            if _unnamed(setting.metadata) and value == setting.default:
-                continue
-            *above, name = setting.metadata["at"]
-            for step in above:
-                inner = inner.setdefault(step, {})
-            inner[name] = value
+            value = getattr(self, setting.name)
+            if not (_unnamed(setting.metadata) and value == setting.default):
+                put(content, setting.metadata["at"], value)
         return content
 
     def make_projection(self) -> Projection:
