@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.projection import native, reference, self_check, trust
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import KINDS, kind_of
 from gradstore.projection.paths import PATHS, PRECISIONS, GpuPath
 
 _CPU_TILES = (16, 64)  # gradients that the compiled product takes together, and more
@@ -24,7 +25,7 @@ class Finding:
     Attributes:
         device: "cpu", or the name of a GPU and its index.
         path: such as "avx512", "wgmma" or "reference".
-        entries: "rademacher" or "gaussian".
+        entries: their kind, a name of `projection.kinds.KINDS`.
         precision: "fast" or "exact".
         state: "ok" where it was checked and gave the right products, "wrong" where it did not, or "absent".
         used: whether a projection of this kind takes it on this device.
@@ -56,7 +57,8 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 
 def _on_cpu(kind: str) -> Finding:
     status = native.status()
-    path = status.level if status.path == "native" else "reference"
+    compiled = status.path == "native" and kind_of(kind).compiled is not None
+    path = status.level if compiled else "reference"
     hint = f"; {status.why}; {status.hint}" if status.why else ""
     return _by_this_process("cpu", path, kind, torch.device("cpu"), lambda: lambda: True, hint)
 

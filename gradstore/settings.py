@@ -17,6 +17,7 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.identity import put, require_featurized, take
 from gradstore.projection import Projection
+from gradstore.projection.kinds import DEFAULT, KINDS
 from gradstore.schema import DTYPES, LAYOUTS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,7 +40,7 @@ class Settings:
 
     Args:
         proj_dim: projected dimension K.
-        projection: "rademacher" or "gaussian".
+        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
         seed: of the projection.
         layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
             [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
@@ -48,11 +49,11 @@ class Settings:
             1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
 
     Raises:
-        UsageError: an unknown layout or dtype. `make_projection` refuses the others.
+        UsageError: an unknown projection, layout or dtype. `make_projection` refuses the others.
     """
 
     proj_dim: int = field(default=10240, metadata={"at": ("projection", "K")})
-    projection: str = field(default="rademacher", metadata={"at": ("projection", "kind")})
+    projection: str = field(default=DEFAULT, metadata={"at": ("projection", "kind"), "choices": tuple(KINDS)})
     seed: int = field(default=0, metadata={"at": ("projection", "seed")})
     layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
     dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})

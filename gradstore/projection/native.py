@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gradstore.compiled import FORBIDDEN, Library, load
 from gradstore.errors import UsageError
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
 
-_INTERFACE = 2  # of gradstore_interface() in src/native.cpp
+_INTERFACE = 3  # of gradstore_interface() in src/native.cpp
 # Gradients held as digits: so many columns, or so many bytes if more. SPAN and CHUNK_BYTES in src/gaussian_amx.h
 _DIGIT_COLUMNS, _DIGIT_BYTES = 1 << 14, 16 << 20
 _LANE_PADDING = 16  # a group of lanes may reach beyond the last
@@ -60,6 +60,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "count", "block_stride", "out_stride")),
         *((name, ctypes.c_uint64) for name in ("start", "first_k", "seed")),
         ("domain", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
     )
 
 
@@ -162,7 +163,7 @@ def accumulate_shared(
         UsageError: there is no compiled projection, this processor lacks the level, or P is not of signs.
         MemoryError: the working memory (about 10 MB a thread) could not be had.
     """
-    if entries.kind != "rademacher":
+    if not entries.record.shares_layers:
         raise UsageError(
             "sharing across classes is for signs only", where="kind", expected="rademacher", got=entries.kind
         )
@@ -188,7 +189,7 @@ def _job(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int)
         block.data_ptr(),
         out.data_ptr(),
         *(*block.shape, out.shape[1], block.stride(0), out.stride(0)),
-        *(start, first_k, entries.seed, 2 * entries.stream + KINDS.index(entries.kind)),
+        *(start, first_k, entries.seed, entries.domain, entries.record.compiled),
     )
 
 

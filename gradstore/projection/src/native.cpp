@@ -195,7 +195,7 @@ int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What this library and its caller must agree on: the structures in job.h and the functions below.
-EXPORT int gradstore_interface() { return 2; }
+EXPORT int gradstore_interface() { return 3; }
 
 // The name of SIMD level `index`, fastest first; null after the last. `available` says whether this processor has it.
 EXPORT const char* gradstore_level(int index, int* available) {
@@ -208,7 +208,7 @@ EXPORT const char* gradstore_level(int index, int* available) {
 EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
     threads = useful_threads((double)job->rows * job->columns * job->count, threads);
     try {
-        if (job->domain % 2 == KIND_GAUSSIAN) return !levels()[level].gaussian(*job, threads);
+        if (job->kind == KIND_GAUSSIAN) return !levels()[level].gaussian(*job, threads);
         return !run(job->count, job->rows, rademacher_tiling(*job, threads), threads,
                     [&](Range ks, Range rows) { levels()[level].rademacher(*job, ks, rows); });
     } catch (const std::bad_alloc&) {
