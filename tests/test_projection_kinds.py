@@ -18,12 +18,12 @@ import gradstore
 from gradstore import projection
 from gradstore.errors import UsageError
 from gradstore.projection import Projection
-from gradstore.projection.kinds import DEFAULT, KINDS, kind_of
+from gradstore.projection.kinds import KINDS, kind_of
 from gradstore.projection.philox import philox4x32_10
 
 pytestmark = pytest.mark.numerical
 
-PACKAGE = Path(gradstore.__file__).parent
+ROOT = Path(__file__).parent.parent
 ROW = 2**31  # the first third word of the counters of the third kind
 THIRD = f"""
 from gradstore.projection.kind import Kind
@@ -82,18 +82,8 @@ def test_a_third_kind_may_say_which_k_it_takes(third: str) -> None:
 
 def test_a_third_kind_is_featurized_by_the_command_line(third: str, tmp_path: Path) -> None:
     (tmp_path / "project.py").write_text(PROJECT)
-    words = [
-        "featurize",
-        "project.py",
-        "--out",
-        "store",
-        "--projection",
-        third,
-        "--proj-dim",
-        "64",
-        "--dtype",
-        "float32",
-    ]
+    words = ["featurize", "project.py", "--out", "store", "--projection", third]
+    words += ["--proj-dim", "64", "--dtype", "float32"]
     code = (
         "from gradstore import projection; from gradstore.projection.kinds import KINDS\n"
         "projection.__path__.append('.'); KINDS['third'] = 'uniform'\n"
@@ -126,21 +116,17 @@ def test_no_two_kinds_share_a_counter() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_list() -> None:
-    with pytest.raises(
-        UsageError, match=re.escape(f"kind: unknown kind (expected one of {', '.join(KINDS)}, got 'x')")
-    ):
+    text = f"kind: unknown kind (expected one of {', '.join(KINDS)}, got 'x')"
+    with pytest.raises(UsageError, match=re.escape(text)):
         kind_of("x")
 
 
 def test_no_code_knows_a_kind_by_name() -> None:
     """But its own module, the list, and the compiled code's memory for normals."""
-    own = {PACKAGE / "projection" / f"{name}.py" for name in (*KINDS, "kinds", "native")}
+    own = {ROOT / "gradstore/projection" / f"{name}.py" for name in (*KINDS, "kinds", "native")}
     found = {}
-    for path in {*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "cli").glob("*.py")} - own:
-        tree = ast.walk(ast.parse(path.read_text()))
-        found[path.name] = [
-            node.lineno for node in tree if isinstance(node, ast.Constant) and node.value in tuple(KINDS)
-        ]
+    for path in {*(ROOT / "gradstore").rglob("*.py"), *(ROOT / "cli").glob("*.py")} - own:
+        values = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        found[path.name] = [node.lineno for node in values if node.value in tuple(KINDS)]
     assert {name: lines for name, lines in found.items() if lines} == {}
     assert len(found) > 100
-    assert DEFAULT in KINDS

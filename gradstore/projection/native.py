@@ -22,6 +22,7 @@ from torch import Tensor
 from gradstore.compiled import FORBIDDEN, Library, load
 from gradstore.errors import UsageError
 from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import KINDS, kind_of
 
 _INTERFACE = 3  # of gradstore_interface() in src/native.cpp
 # Gradients held as digits: so many columns, or so many bytes if more. SPAN and CHUNK_BYTES in src/gaussian_amx.h
@@ -164,9 +165,8 @@ def accumulate_shared(
         MemoryError: the working memory (about 10 MB a thread) could not be had.
     """
     if not entries.record.shares_layers:
-        raise UsageError(
-            "sharing across classes is for signs only", where="kind", expected="rademacher", got=entries.kind
-        )
+        expected = ", ".join(name for name in KINDS if kind_of(name).shares_layers)
+        raise UsageError("sharing across classes is for signs only", where="kind", expected=expected, got=entries.kind)
     library, number = _library_and_level(level)
     n, c, positions, outputs = deltas.shape
     if 0 in (*out.shape, *deltas.shape, *activations.shape):
