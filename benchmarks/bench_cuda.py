@@ -101,7 +101,7 @@ def prebuild(folder: Path) -> None:
     os.environ["GRADSTORE_CACHE"] = str(folder)
     from gradstore.projection.cuda import PRECISIONS, row_tiles, source
     from gradstore.projection.cuda.geometry import Variant
-    from gradstore.projection.entries import KINDS
+    from gradstore.projection.kinds import KINDS
 
     variants = [
         Variant(kind, precision, rows, hopper)

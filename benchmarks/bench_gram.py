@@ -25,7 +25,7 @@ import torch
 from setting import append_rows
 
 import gradstore as gs
-from gradstore.fingerprint import fingerprint_of
+from gradstore.identity import fingerprint_of
 from gradstore.matrix_unit import product
 from gradstore.products import ARITHMETICS, LIMBS
 from gradstore.schema import Schema

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.setting import append_rows
 from gradstore.background import in_background
-from gradstore.fingerprint import fingerprint_of
+from gradstore.identity import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from gradstore.projection.kinds import DEFAULT, KINDS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 KERNELS = ("proj-trntk", "proj-pntk", "proj-trntk0")
@@ -62,10 +64,10 @@ def settings_options(function: F) -> F:
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the projection."),
         click.option(
             "--projection",
-            default="rademacher",
+            default=DEFAULT,
             show_default=True,
-            type=click.Choice(["rademacher", "gaussian"]),
-            help="Entries of P.",
+            type=click.Choice(list(KINDS)),
+            help=f"Entries of P: {', '.join(f'{name} ({entries})' for name, entries in KINDS.items())}.",
         ),
         click.option(
             "--proj-dim", default=10240, show_default=True, type=click.IntRange(1), help="Projected dimension K."

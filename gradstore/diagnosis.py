@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradstore.native import library
 from gradstore.projection import compiled_product, reference, self_check, trust
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import KINDS, kind_of
 from gradstore.projection.paths import PATHS, PRECISIONS, GpuPath
 
 _CPU_TILES = (16, 64)  # gradients that the compiled product takes together, and more
@@ -25,7 +26,7 @@ class Finding:
     Attributes:
         device: "cpu", or the name of a GPU and its index.
         path: such as "avx512", "wgmma" or "reference".
-        entries: "rademacher" or "gaussian".
+        entries: their kind, a name of `projection.kinds.KINDS`.
         precision: "fast" or "exact".
         state: "ok" where it was checked and gave the right products, "wrong" where it did not, or "absent".
         used: whether a projection of this kind takes it on this device.
@@ -57,7 +58,8 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 
 def _on_cpu(kind: str) -> Finding:
     status = library.status()
-    path = status.level or "reference"
+    compiled = bool(status.level) and kind_of(kind).compiled is not None
+    path = status.level if compiled else "reference"
     hint = f"; {status.why}; {status.hint}" if status.why else ""
     return _by_this_process("cpu", path, kind, torch.device("cpu"), lambda: lambda: True, hint)
 

@@ -1,18 +1,16 @@
-"""Identity of a store: what must agree before its rows may be continued, compared or mixed with others."""
+"""What makes the identity of a store: a project's model and data, and the settings it is featurized with."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from gradstore.errors import MismatchError
 from gradstore.examples import Examples, input_bytes, sample_rows
+from gradstore.identity import fingerprint_of
 from gradstore.parameters import ParameterBlock, parameter_blocks
 from gradstore.project import Project
 from gradstore.projection import Projection
@@ -84,12 +82,6 @@ def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int
     }
 
 
-def fingerprint_of(identity: Mapping[str, Any]) -> str:
-    """128 bits over an identity without its data, as 32 hexadecimal digits."""
-    content = {name: value for name, value in identity.items() if name != "data"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
 @takes_settings
 def fingerprint(project: Project, **settings: Unpack[Given]) -> str:
     """The fingerprint of a store of `project` featurized with these settings (`gradstore.fingerprint`).
@@ -123,63 +115,3 @@ def identity_of_model(project: Project, settings: Settings) -> dict[str, Any]:
         classes = project.logits(inputs).shape[1]
     blocks = parameter_blocks(project.model, project.parameters)
     return model_identity(project, blocks, settings, classes=classes)
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(field, value in a, value in b) for every leaf in which two identities differ."""
-    left, right = _leaves(a), _leaves(b)
-    names = [*left, *(name for name in right if name not in left)]
-    return [(n, left.get(n, "—"), right.get(n, "—")) for n in names if left.get(n) != right.get(n)]
-
-
-def require_same(
-    a: Mapping[str, Any], b: Mapping[str, Any], *, where: str | Path, theirs: str, ours: str, data: bool = True
-) -> None:
-    """Refuse to mix two identities that differ.
-
-    Args:
-        a: identity of what exists, shown in the column `theirs`.
-        b: identity of what was asked for, shown in the column `ours`.
-        where: the path in question.
-        theirs: heading of the first column.
-        ours: heading of the second column.
-        data: whether the data must agree too; not so for a query store.
-
-    Raises:
-        MismatchError: lists every field that differs, in two columns.
-    """
-    found = differences(a, b)
-    if not data:
-        found = [row for row in found if not row[0].startswith("data.")]
-    if not found:
-        return
-    hint = (
-        "Choose another --out, or the settings of the store"
-        if data
-        else "Featurize both with the same weights and settings"
-    )
-    raise MismatchError(
-        f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)",
-        where=where,
-        hint=hint,
-        table=[[_short(cell) for cell in row] for row in (("", theirs, ours), *found)],
-    )
-
-
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            found.update(_leaves(item, f"{prefix}{name}."))
-        elif isinstance(item, list):
-            found.update({f"{prefix}{name}[{i}]": json.dumps(entry) for i, entry in enumerate(item)})
-        else:
-            found[prefix + name] = str(item)
-    return found
-
-
-def _short(text: str) -> str:
-    """The text, cut where it is long; of a digest, which says nothing to anybody, enough to tell it from others."""
-    if len(text) == hashlib.sha256().digest_size * 2 and set(text) <= set("0123456789abcdef"):
-        return text[:12] + "…"
-    return text if len(text) <= 44 else text[:41] + "…"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.fingerprint import require_same
+from gradstore.identity import require_same
 from gradstore.storage.encoding import exponents
 from gradstore.storage.manifest import Manifest
 from gradstore.store import FeatureStore

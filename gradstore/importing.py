@@ -15,7 +15,7 @@ import torch
 
 from gradstore.background import in_background
 from gradstore.errors import NonFiniteError, UsageError
-from gradstore.fingerprint import fingerprint_of
+from gradstore.identity import fingerprint_of
 from gradstore.indices import class_indices
 from gradstore.schema import DTYPES, MEANING, Schema
 from gradstore.storage.disk import Disk

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError, UsageError
-from gradstore.fingerprint import require_same
+from gradstore.identity import require_same
 from gradstore.storage.encoding import decode
 from gradstore.store import FeatureStore
 

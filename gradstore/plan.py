@@ -11,7 +11,8 @@ from gradstore.audit import require_labels
 from gradstore.device import choose_device
 from gradstore.errors import UsageError
 from gradstore.examples import Examples, Inputs
-from gradstore.fingerprint import data_identity, fingerprint_of, identity
+from gradstore.fingerprint import data_identity, identity
+from gradstore.identity import fingerprint_of
 from gradstore.jacobians import JacobianEngine
 from gradstore.memory import format_bytes
 from gradstore.parameters import ParameterBlock, parameter_blocks

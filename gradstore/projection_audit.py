@@ -34,12 +34,11 @@ from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.projection import Projection
 from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import kind_of
 
 ROWS_OF_P = 16
 
-# Columns of P made at once, for all audited k: a few megabytes on a CPU. On a GPU each launch has a price, too.
-_PIECE = {"rademacher": 1 << 14, "gaussian": 1 << 12}
-_LARGER_ON_GPU = 32
+_LARGER_ON_GPU = 32  # pieces of P that are made at once, as each launch has a price
 _TERMS = 1 << 17  # values of deltas or activations that are held in float64 at once
 
 # Relative errors of feature vectors. The paths' rounding errors are sums with random signs (an entry of P times what
@@ -51,10 +50,8 @@ _ADDITION = 2.0**-24  # of two float32
 _DEVIATIONS = 8
 _TINY = torch.finfo(torch.float32).tiny  # below it, float32 has no relative precision
 
-# Flops of the fast path in the time that an audit takes for one entry of P, and for one block: 4 or 40 ns and 0.8 ms,
-# beside 10^12 or 10^11 flops a second and thread. Twice what was measured on a CPU that had just projected (of two
-# processors, the faster product), or on a GPU, most of it for launching, beside 6 · 10^14 flops a second.
-_CPU_COST = {"rademacher": (4e3, 8e8), "gaussian": (4e3, 8e7)}
+# Flops of the fast path in the time that an audit takes for one entry of P, and for one block, as `AuditCost` has them
+# for a CPU. Twice what was measured on a GPU, most of it for launching, beside 6 · 10^14 flops a second.
 _GPU_COST = (6e4, 2e12)
 _SHARE = 1 / 200  # of the projection's time that audits may take, after the first
 _BLOCK_COLUMNS = 1 << 16
@@ -77,7 +74,8 @@ class AuditSchedule:
     def __init__(
         self, projection: Projection, device: torch.device, sizes: Sequence[int], streams: int, row_flops: float
     ) -> None:
-        entry, block = _GPU_COST if device.type == "cuda" else _CPU_COST[projection.kind]
+        audit = kind_of(projection.kind).audit
+        entry, block = _GPU_COST if device.type == "cuda" else (audit.entry, audit.block)
         blocks = sum(-(-size // _BLOCK_COLUMNS) for size in sizes)
         cost = streams * (min(ROWS_OF_P, projection.dim) * sum(sizes) * entry + blocks * block)
         if device.type != "cuda":
@@ -134,7 +132,7 @@ class ProjectionAudit:
         self._ks = _spread(draw, first_k, projection.dim)
         self._k = _on(torch.from_numpy(self._ks), device)
         self._path = projection.path(device)
-        self._piece = _PIECE[kind] * (1 if device.type == "cpu" else _LARGER_ON_GPU)
+        self._piece = kind_of(kind).audit.columns * (1 if device.type == "cpu" else _LARGER_ON_GPU)
         self._want = torch.zeros(len(self._ks), dtype=torch.float64, device=device)
         self._sq_terms = torch.zeros((), dtype=torch.float64, device=device)
         self._additions = 0

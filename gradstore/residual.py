@@ -14,7 +14,8 @@ import torch
 from gradstore.csv_file import write_csv
 from gradstore.errors import UsageError
 from gradstore.exact.gram import exact_gram
-from gradstore.fingerprint import data_identity, identity_of_model, require_same
+from gradstore.fingerprint import data_identity, identity_of_model
+from gradstore.identity import require_same, without_data
 from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
 from gradstore.project import Project
 from gradstore.report import Fact, ResidualPage, write_residual
@@ -210,10 +211,9 @@ def _require_same_project(project: Project, store: FeatureStore) -> None:
     """Refuse a store of other weights, parameters, classes or inputs than the project has now."""
     n, split = store.manifest.n, store.manifest.split
     ours = identity_of_model(project, Settings.of(store.identity, where=store.path))
-    theirs = {name: value for name, value in store.identity.items() if name != "data"}
     inputs = data_identity(project.examples(split), n=n)["sampled rows"]
     require_same(
-        {**theirs, "inputs": store.identity["data"]["sampled rows"]},
+        {**without_data(store.identity), "inputs": store.identity["data"]["sampled rows"]},
         {**ours, "inputs": inputs},
         where=store.path,
         theirs="the store",

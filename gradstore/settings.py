@@ -14,8 +14,10 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from gradstore.errors import MismatchError, UsageError
+from gradstore.errors import UsageError
+from gradstore.identity import put, require_featurized, take
 from gradstore.projection import Projection
+from gradstore.projection.kinds import DEFAULT, KINDS
 from gradstore.schema import DTYPES, LAYOUTS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,7 +40,7 @@ class Settings:
 
     Args:
         proj_dim: projected dimension K.
-        projection: "rademacher" or "gaussian".
+        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
         seed: of the projection.
         layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
             [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
@@ -47,11 +49,11 @@ class Settings:
             1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
 
     Raises:
-        UsageError: an unknown layout or dtype. `make_projection` refuses the others.
+        UsageError: an unknown projection, layout or dtype. `make_projection` refuses the others.
     """
 
     proj_dim: int = field(default=10240, metadata={"at": ("projection", "K")})
-    projection: str = field(default="rademacher", metadata={"at": ("projection", "kind")})
+    projection: str = field(default=DEFAULT, metadata={"at": ("projection", "kind"), "choices": tuple(KINDS)})
     seed: int = field(default=0, metadata={"at": ("projection", "seed")})
     layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
     dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})
@@ -80,33 +82,20 @@ class Settings:
         Raises:
             MismatchError: the store was imported, so that nothing here can be featurized like it.
         """
-        if "imported" in identity:
-            raise MismatchError(
-                "imported features cannot be computed again, nor others like them",
-                where=where,
-                expected="a store that `gradstore featurize` wrote",
-                got=f"features of {identity['imported']['tool']}",
-            )
+        require_featurized(identity, where=where)
         found = {}
         for setting in fields(cls):
-            *above, name = setting.metadata["at"]
-            inner = identity
-            for step in above:
-                inner = inner[step]
-            found[setting.name] = inner.get(name, setting.default) if _unnamed(setting.metadata) else inner[name]
+            default = (setting.default,) if _unnamed(setting.metadata) else ()
+            found[setting.name] = take(identity, setting.metadata["at"], *default)
         return cls(**found)
 
     def identity(self) -> dict[str, Any]:
         """What an identity says of the settings, as nested plain values."""
         content: dict[str, Any] = {}
         for setting in fields(self):
-            value, inner = getattr(self, setting.name), content
-            if _unnamed(setting.metadata) and value == setting.default:
-                continue
-            *above, name = setting.metadata["at"]
-            for step in above:
-                inner = inner.setdefault(step, {})
-            inner[name] = value
+            value = getattr(self, setting.name)
+            if not (_unnamed(setting.metadata) and value == setting.default):
+                put(content, setting.metadata["at"], value)
         return content
 
     def make_projection(self) -> Projection:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import NoSpaceError, UsageError
-from gradstore.fingerprint import require_same
+from gradstore.identity import require_same
 from gradstore.memory import format_bytes
 from gradstore.storage.disk import Disk
 from gradstore.storage.lock import LOCK, writer_lock

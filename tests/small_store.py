@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.background import in_background
-from gradstore.fingerprint import fingerprint_of
+from gradstore.identity import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.disk import Disk
 from gradstore.storage.manifest import Manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.fingerprint import fingerprint_of
+from gradstore.identity import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.encoding import encode
 from gradstore.storage.manifest import Manifest

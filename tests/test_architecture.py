@@ -29,25 +29,57 @@ def imports(path: Path) -> set[str]:
     return {module for name in names if name.startswith("gradstore.") for module in [".".join(name.split(".")[:2])]}
 
 
-def test_imports_point_upstream() -> None:
-    graph: dict[str, set[str]] = {}
+def graph() -> dict[str, set[str]]:
+    """The modules of the package, a folder as one, by those that each imports."""
+    found: dict[str, set[str]] = {}
     for path in (p for p in MODULES if p.is_relative_to(ROOT / "gradstore") and p != ROOT / "gradstore/__init__.py"):
         name = "gradstore." + path.relative_to(ROOT / "gradstore").parts[0].removesuffix(".py")
-        graph.setdefault(name, set()).update(imports(path) - {name})
+        found.setdefault(name, set()).update(imports(path) - {name})
+    return found
+
+
+def test_imports_point_upstream() -> None:
+    needed = graph()
     placed: set[str] = set()
-    while ready := {name for name, needs in graph.items() if name not in placed and needs <= placed}:
+    while ready := {name for name, needs in needed.items() if name not in placed and needs <= placed}:
         placed |= ready
-    assert placed == set(graph), f"these modules import one another in a circle: {sorted(set(graph) - placed)}"
+    assert placed == set(needed), f"these modules import one another in a circle: {sorted(set(needed) - placed)}"
 
 
-def test_nothing_left_of_featurize_knows_hdf5_and_nothing_right_of_it_a_model() -> None:
-    left = ["project", "parameters", "examples", "weights", "show", "jacobians", "projection"]
-    for path in MODULES:
-        names = {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
-        if names & set(left) and "cli" not in names:
-            assert not imports(path) & {"gradstore.store", "gradstore.schema", "gradstore.writer"}, path
-        if names & {"topk", "index", "gram"} and "cli" not in names:
-            assert not imports(path) & {"gradstore.jacobians", "gradstore.plan", "gradstore.featurize"}, path
+# What the user brings, its Jacobians and their projection; and what joins these with a store, or asks the model again.
+LEFT = ["project", "parameters", "examples", "weights", "show", "jacobians", "projection"]
+BOTH = ["batch", "check", "demo", "diagnosis", "environment", "exact", "featurize", "fingerprint", "fresh", "plan"]
+BOTH += ["previews", "projection_audit", "residual", "settings"]
+NEED_A_MODEL = {f"gradstore.{name}" for name in (*LEFT, *BOTH)}
+
+
+def test_nothing_left_of_featurize_knows_hdf5() -> None:
+    for name, needs in graph().items():
+        if name.removeprefix("gradstore.") in LEFT:
+            assert not needs & {"gradstore.store", "gradstore.schema", "gradstore.writer", "gradstore.storage"}, name
+
+
+def test_only_the_modules_listed_need_a_model() -> None:
+    """By all that they import, functions' own imports too, and not only for types."""
+    needed, found = graph(), {f"gradstore.{name}" for name in LEFT}
+    while more := {name for name, needs in needed.items() if name not in found and needs & found}:
+        found |= more
+    assert found == NEED_A_MODEL
+
+
+def test_stores_are_read_compared_and_explained_where_there_is_no_model() -> None:
+    """Every other module is imported by a process that cannot import these."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in MODULES if path.is_relative_to(ROOT / "gradstore")]
+    names = sorted(".".join(path.parts) for path in paths if f"gradstore.{path.parts[1]}" not in NEED_A_MODEL)
+    assert {"gradstore.store", "gradstore.kernels", "gradstore.search.session", "gradstore.forensics"} < set(names)
+    code = (
+        f"import sys, importlib; sys.modules.update(dict.fromkeys({sorted(NEED_A_MODEL)}))\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "try: import gradstore.residual\n"
+        "except ImportError: print('no model here')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout == "no model here\n"
 
 
 KINDS_REPEATED = ("digests", "exact", "gram", "index", "jacobian", "matrix_unit", "mixed", "projection", "topk")

@@ -21,7 +21,7 @@ from gradstore_cli.commands import gradstore
 from gradstore_cli.output import on_one_line, printable
 
 from gradstore.errors import MismatchError
-from gradstore.fingerprint import require_same
+from gradstore.identity import require_same
 
 PROJECT = """
 import torch

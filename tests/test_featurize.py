@@ -286,7 +286,7 @@ def test_labels_out_of_range_are_refused(labels: list[int], tmp_path: Path) -> N
     [
         ({"dtype": "float64"}, "unknown dtype"),
         ({"layout": "classes"}, "unknown layout"),
-        ({"projection": "sparse"}, "unknown kind"),
+        ({"projection": "sparse"}, "unknown projection"),
         ({"device": "tpu9"}, "unknown device"),
         ({"memory": "lots"}, "not a number of bytes"),
         ({"memory": "10KB"}, "one example does not fit the memory budget"),

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import gradstore as gs
 from gradstore.errors import GradstoreError, ProjectError, UnsafeError, UsageError
-from gradstore.fingerprint import data_identity, differences, require_same
+from gradstore.fingerprint import data_identity
+from gradstore.identity import differences, require_same
 from gradstore.indices import row_mask
 
 DATA = TensorDataset(torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
@@ -311,6 +312,17 @@ def test_fingerprint_follows_what_decides_the_features() -> None:
         model.bias[0] = torch.nextafter(model.bias[0], torch.tensor(9.0))
     others.append(gs.fingerprint(make(model), proj_dim=64))
     assert len({base, *others}) == 8
+
+
+def test_fingerprints_are_what_they_always_were() -> None:
+    """Literals that the first stores have."""
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
+    assert gs.fingerprint(make(model)) == "d6c9cc36f4ec07f3e496b584397e4727"
+    others: Any = {"projection": "gaussian", "precision": "exact", "layout": "mixed", "dtype": "int8"}
+    assert gs.fingerprint(make(model), proj_dim=64, seed=5, **others) == "f609e98d600be53436583517956587c4"
 
 
 def test_differences_are_a_table_of_two_columns() -> None:

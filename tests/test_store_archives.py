@@ -12,6 +12,8 @@ import pytest
 from small_store import N, files, write, wrong_rows
 
 from gradstore.hashing import VERSIONS
+from gradstore.identity import fingerprint_of
+from gradstore.settings import Settings
 from gradstore.storage.disk import Disk
 from gradstore.storage.manifest_file import read_manifest
 from gradstore.store import FeatureStore
@@ -32,6 +34,19 @@ def test_an_archive_reads_as_it_was_written(path: Path) -> None:
     assert len(store) == N
     assert wrong_rows(store) == []
     assert verify(path).ok
+
+
+@pytest.mark.parametrize("path", ARCHIVES, ids=lambda path: path.name)
+def test_its_manifest_and_fingerprint_are_the_same_bytes(path: Path) -> None:
+    manifest = read_manifest(path, Disk())
+    assert manifest.to_bytes() == (path / "store.json").read_bytes()
+    assert manifest.fingerprint == fingerprint_of(manifest.identity) == "59f7e1f202ef5968cf75bc40c7c9625c"
+    settings = Settings.of(manifest.identity).identity()
+    assert {
+        **manifest.identity,
+        **settings,
+        "projection": {**settings["projection"], "version": 1},
+    } == manifest.identity
 
 
 @pytest.mark.parametrize("path", ARCHIVES[-1:], ids=lambda path: path.name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradstore.projection import triton_kernels
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
 
 ROW_TILES = {"fast": (16, 32, 64, 128), "exact": (16, 32, 64)}  # rows of gradients of a program
 WORKSPACE_BYTES = 56 << 20  # for packed gradients; exceeded only where one span of one tile is larger
@@ -74,7 +74,7 @@ def _add(
     most = min(last - first, max(1, workspace // (padded * SPAN * 2 * limbs)))
     packed = torch.empty(limbs, padded * most * SPAN, dtype=torch.float16, device=block.device)
     undo = torch.empty(most * padded, dtype=torch.int32, device=block.device)
-    words = (first_k, entries.seed & _MASK32, entries.seed >> 32, 2 * entries.stream + KINDS.index(entries.kind))
+    words = (first_k, entries.seed & _MASK32, entries.seed >> 32, entries.domain)
     grid = -(-out.shape[1] // _TILE_K), padded // tile
     for span in range(first, last, most):
         spans, call = min(most, last - span), span * BLOCKS

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 from gradstore.native.library import call
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import KINDS, kind_of
 
 _LANE_PADDING = 16  # a group of lanes may reach beyond the last
 
@@ -29,6 +30,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "count", "block_stride", "out_stride")),
         *((name, ctypes.c_uint64) for name in ("start", "first_k", "seed")),
         ("domain", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
     )
 
 
@@ -101,10 +103,9 @@ def accumulate_shared(
         UsageError: there is no compiled code, this processor lacks the level, or P is not of signs.
         MemoryError: the working memory (about 10 MB a thread) could not be had.
     """
-    if entries.kind != "rademacher":
-        raise UsageError(
-            "sharing across classes is for signs only", where="kind", expected="rademacher", got=entries.kind
-        )
+    if not entries.record.shares_layers:
+        expected = ", ".join(name for name in KINDS if kind_of(name).shares_layers)
+        raise UsageError("sharing across classes is for signs only", where="kind", expected=expected, got=entries.kind)
     n, c, positions, outputs = deltas.shape
     if 0 in (*out.shape, *deltas.shape, *activations.shape):
         return
@@ -126,7 +127,7 @@ def _job(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int)
         block.data_ptr(),
         out.data_ptr(),
         *(*block.shape, out.shape[1], block.stride(0), out.stride(0)),
-        *(start, first_k, entries.seed, 2 * entries.stream + KINDS.index(entries.kind)),
+        *(start, first_k, entries.seed, entries.domain, entries.record.compiled),
     )
 
 

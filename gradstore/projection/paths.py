@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradstore.projection import cuda
 from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import kind_of
 
 PRECISIONS = cuda.PRECISIONS
 _HERE = Path(__file__).parent
@@ -81,7 +82,8 @@ class Fused:
 
     def suits(self, index: int, kind: str) -> bool:
         """See `GpuPath`."""
-        if torch.version.hip is not None or torch.cuda.get_device_capability(index) < cuda.OLDEST:
+        nvidia = torch.version.hip is None and torch.cuda.get_device_capability(index) >= cuda.OLDEST
+        if kind_of(kind).fused is None or not nvidia:
             return False
         return self.name == "mma" or cuda.is_hopper(index)
 
@@ -118,7 +120,7 @@ class ByTriton:
 
     def suits(self, index: int, kind: str) -> bool:
         """See `GpuPath`."""
-        return kind == "rademacher" and torch.cuda.get_device_capability(index) >= (8, 0)
+        return kind_of(kind).triton and torch.cuda.get_device_capability(index) >= (8, 0)
 
     def missing(self, index: int) -> str:
         """See `GpuPath`."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from gradstore.errors import UsageError
 from gradstore.native import library
 from gradstore.projection import compiled_product, reference, trust
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import DEFAULT, kind_of
 from gradstore.projection.paths import PRECISIONS
 
 ALIGNMENT = 128
@@ -35,8 +36,8 @@ class Projection:
     threads, or which rows k are asked for together.
 
     Args:
-        kind: "rademacher" (entries +1 and -1) or "gaussian" (standard normal).
-        dim: the projected dimension K, in [1, 2^31].
+        kind: which entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
+        dim: the projected dimension K, in [1, 2^31]; some kinds take only multiples of a number.
         seed: in [0, 2^64).
         stream: an independent matrix for each number in [0, 2^31), under one seed.
         backend: "native" (compiled code on the CPU, the kernels of `path` on GPUs), "cuda" (kernels on GPUs only),
@@ -53,7 +54,7 @@ class Projection:
         torch.Size([2, 4])
     """
 
-    kind: str = "rademacher"
+    kind: str = DEFAULT
     dim: int = 10240
     seed: int = 0
     stream: int = 0
@@ -63,10 +64,13 @@ class Projection:
     VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, KINDS)
+        kind = kind_of(self.kind)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_range("dim", self.dim, 1, 2**31 + 1)
+        if self.dim % kind.multiple:
+            expected = f"a multiple of {kind.multiple} for {kind.name}"
+            raise UsageError("bad dim", where="dim", expected=expected, got=self.dim)
         _check_range("seed", self.seed, 0, 2**64)
         _check_range("stream", self.stream, 0, 2**31)
         if self.backend == "auto":
@@ -143,7 +147,8 @@ class Projection:
         chosen = self._choice(device).path
         if chosen is not None:
             return f"{chosen.name} {self.precision}"
-        return "native" if device.type == "cpu" and self.backend == "native" else "reference"
+        compiled = self.backend == "native" and self._entries.record.compiled is not None
+        return "native" if device.type == "cpu" and compiled else "reference"
 
     def passed_over(self, device: torch.device) -> tuple[str, ...]:
         """Why a GPU does not take each faster path that it could have, a line each."""

@@ -3,8 +3,8 @@
 Its result does not depend on the order in which a matrix product adds up, and so not on the rows beside a row, the
 number of threads, the device or the BLAS: gradients are rounded to integers on a power-of-two grid per (row, tile) so
 fine that it is invisible in float32, and every partial sum of the float64 product then is an integer below 2^53, hence
-exact. Rademacher takes one such product a tile. Gaussian entries are rounded to multiples of 2^-23 (|z| < 8, so 26
-bits), which leaves 17 bits for the gradient; a second product carries the next 17.
+exact. Signs take one such product a tile. Entries of any other size are rounded to multiples of 2^-23 (normals are
+below 8, so 26 bits), which leaves 17 bits for the gradient; a second product carries the next 17. `Kind.grid` says so.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from gradstore.projection.entries import Entries
+from gradstore.projection.kind import Grid
 
-# Of P in float64; the words behind it are a few percent more for Rademacher, as much for Gaussian.
+# Of P in float64; the words behind it are a few percent more for signs, as much for normals.
 TILE_BYTES = 32 << 20
-_DEPTH = {"rademacher": 4096, "gaussian": 512}  # columns of a tile: 2^12 * 2^40 and 2^9 * 2^26 * 2^18 reach 2^52, 2^53
-_LIMB_BITS = {"rademacher": 40, "gaussian": 17}
-_LIMBS = {"rademacher": 1, "gaussian": 2}
-_NORMAL_GRID = 2.0**23
 _SMALLEST_EXPONENT = -900  # keeps 2^(bits - exponent) finite; what is rounded away is far below float32's range
 
 
@@ -39,15 +36,15 @@ def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k
     rows * 4096.
     """
     device = block.device if block.device.type != "mps" else torch.device("cpu")  # Metal has no float64
-    (rows, columns), count, depth = block.shape, out.shape[1], _DEPTH[entries.kind]
-    step = TILE_BYTES // (8 * depth)
+    (rows, columns), count, grid = block.shape, out.shape[1], entries.record.grid
+    step = TILE_BYTES // (8 * grid.depth)
     total = torch.zeros(rows, count, dtype=torch.float64, device=device)
-    for begin, end in _tiles(start, start + columns, depth):
-        limbs, unit = _integers(block[:, begin - start : end - start].to(device), entries.kind)
+    for begin, end in _tiles(start, start + columns, grid.depth):
+        limbs, unit = _integers(block[:, begin - start : end - start].to(device), grid)
         for k in range(0, count, step):
             stop_k = min(k + step, count)
             tile = entries.tile(first_k + k, first_k + stop_k, begin, end, device)
-            total[:, k:stop_k] += _exact_product(limbs, unit, tile, entries.kind)
+            total[:, k:stop_k] += _exact_product(limbs, unit, tile, grid)
     out += total.to(out)
 
 
@@ -57,24 +54,23 @@ def _tiles(start: int, stop: int, depth: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _integers(gradients: Tensor, kind: str) -> tuple[list[Tensor], Tensor]:
+def _integers(gradients: Tensor, grid: Grid) -> tuple[list[Tensor], Tensor]:
     """Gradients as integers in float64, in limbs of falling weight, and the unit [rows, 1] of the first limb."""
-    bits = _LIMB_BITS[kind]
     rest = gradients.double()
     exponent = torch.frexp(rest.abs().amax(dim=1, keepdim=True)).exponent.clamp(min=_SMALLEST_EXPONENT)
-    rest = torch.ldexp(rest, bits - exponent)
+    rest = torch.ldexp(rest, grid.limb_bits - exponent)
     limbs = []
-    for _ in range(_LIMBS[kind]):
+    for _ in range(grid.limbs):
         limbs.append(torch.round(rest))
-        rest = (rest - limbs[-1]).mul_(2.0**bits)
-    return limbs, torch.ldexp(torch.ones_like(rest[:, :1]), exponent - bits)
+        rest = (rest - limbs[-1]).mul_(2.0**grid.limb_bits)
+    return limbs, torch.ldexp(torch.ones_like(rest[:, :1]), exponent - grid.limb_bits)
 
 
-def _exact_product(limbs: list[Tensor], unit: Tensor, tile: Tensor, kind: str) -> Tensor:
+def _exact_product(limbs: list[Tensor], unit: Tensor, tile: Tensor, grid: Grid) -> Tensor:
     """``gradients @ tile.T`` in float64 by products that are exact whatever their order of summation."""
-    if kind == "gaussian":
-        tile, unit = torch.round(tile * _NORMAL_GRID), unit / _NORMAL_GRID
+    if grid.unit != 1.0:
+        tile, unit = torch.round(tile / grid.unit), unit * grid.unit
     total = limbs[0] @ tile.T
     for number, limb in enumerate(limbs[1:], 1):
-        total += (limb @ tile.T).mul_(2.0 ** (-number * _LIMB_BITS[kind]))
+        total += (limb @ tile.T).mul_(2.0 ** (-number * grid.limb_bits))
     return total.mul_(unit)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
 from gradstore.projection import compiled_product
+from gradstore.projection.kinds import kind_of
 from gradstore.projection.projection import Projection
 
 _PASS = 64  # parameters that the compiled product looks up for one k and 16 rows, in _LOOK_UP cycles
@@ -87,7 +88,7 @@ def shared_cost(c: int, positions: int, outputs: int, inputs: int) -> float:
 
 def _can_share(projection: Projection, block: LinearBlock) -> bool:
     on_cpu = block.deltas.device.type == "cpu"
-    return projection.kind == "rademacher" and projection.backend == "native" and on_cpu
+    return kind_of(projection.kind).shares_layers and projection.backend == "native" and on_cpu
 
 
 def _fused(projection: Projection, block: EmbeddingBlock) -> bool:

@@ -20,6 +20,7 @@ from gradstore.clock import now_utc
 from gradstore.errors import GradstoreError
 from gradstore.projection import self_check, verdicts
 from gradstore.projection.check_apart import check_apart
+from gradstore.projection.kinds import DEFAULT
 from gradstore.projection.paths import PATHS, GpuPath
 from gradstore.projection.verdicts import Verdict
 
@@ -88,7 +89,7 @@ def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool
     return found
 
 
-def outlook(index: int, kind: str = "rademacher", precision: str = "fast") -> str:
+def outlook(index: int, kind: str = DEFAULT, precision: str = "fast") -> str:
     """Which path a device takes, for people, as far as it is known without a check."""
     unknown = Verdict("", at="")
 

@@ -13,7 +13,7 @@ import torch
 from gradstore.projection.cuda.source import cache_folder, publish
 from gradstore.projection.paths import GpuPath
 
-_OWN_SOURCES = ("self_check.py", "entries.py", "philox.py")
+_OWN_SOURCES = ("self_check.py", "entries.py", "kind.py", "philox.py")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def file_of(path: GpuPath, index: int, kind: str, precision: str) -> Path:
     device = [properties.name, str(getattr(properties, "uuid", index)), _driver_version()]
     versions = {"torch": torch.__version__, **path.versions()}
     digest = hashlib.sha256(json.dumps([device, versions, path.name, kind, precision]).encode())
-    own = (Path(__file__).parent / name for name in _OWN_SOURCES)
+    own = (Path(__file__).parent / name for name in (*_OWN_SOURCES, f"{kind}.py"))
     for file in (*own, *path.sources()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return cache_folder() / "proved" / f"{digest.hexdigest()[:32]}.json"

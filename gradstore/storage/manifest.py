@@ -47,7 +47,7 @@ class Manifest:
     """The whole of `store.json`.
 
     Attributes:
-        identity: what must agree before rows may be mixed (see `gradstore.fingerprint`).
+        identity: what must agree before rows may be mixed (see `gradstore.identity`).
         fingerprint: digest of the identity without the data.
         schema: shape of a row.
         n: rows of the split.

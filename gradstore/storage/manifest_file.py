@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradstore.errors import CorruptError, UsageError
-from gradstore.fingerprint import fingerprint_of
 from gradstore.hashing import VERSIONS
+from gradstore.identity import fingerprint_of
 from gradstore.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, Schema
 from gradstore.storage.disk import Disk, MissingFileError
 from gradstore.storage.layout import gaps

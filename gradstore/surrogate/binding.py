@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradstore.errors import MismatchError, UsageError
-from gradstore.fingerprint import require_same
 from gradstore.gram_file import Gram
+from gradstore.identity import require_same
 from gradstore.store import FeatureStore
 
 # What must agree between the Gram matrix of the training examples and that of the queries with them.

@@ -99,7 +99,7 @@ int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1
 // Adds block @ P.T to out. Returns 0, or 1 where memory ran out.
 EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
     threads = useful_threads((double)job->rows * job->columns * job->count, threads);
-    const bool normals = job->domain % 2 == KIND_GAUSSIAN;
+    const bool normals = job->kind == KIND_GAUSSIAN;
     const Tiling tiling = normals ? Tiling{PANEL, 4096} : rademacher_tiling(*job, threads);
     const auto kernel = normals ? LEVELS[level].gaussian : LEVELS[level].rademacher;
     return !run(job->count, job->rows, tiling, threads, [&](Range ks, Range rows) { kernel(*job, ks, rows); });

@@ -12,7 +12,8 @@ struct Job {
     int64_t block_stride, out_stride;
     uint64_t start, first_k;   // the entry of P that meets block[0, 0] in out[0, 0]
     uint64_t seed;
-    uint32_t domain;           // 2 * stream + kind, the fourth word of the counter
+    uint32_t domain;           // the fourth word of the counter
+    uint32_t kind;             // of the entries, one of those below
 };
 
 struct Range {

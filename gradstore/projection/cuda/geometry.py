@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gradstore.errors import UsageError
+from gradstore.projection.kind import Fused
+from gradstore.projection.kinds import kind_of
+
 GROUP = 256  # parameters that are handled whole; the same constants stand in src/entries.cuh
 STAGE = 64
 SPAN = 8192
 PRECISIONS = ("fast", "exact")
 
-_MAX_ROWS = {
-    ("rademacher", "fast"): 128,
-    ("rademacher", "exact"): 64,
-    ("gaussian", "fast"): 256,
-    ("gaussian", "exact"): 64,
-}
-_TILES = {("rademacher", "fast"): 2, ("rademacher", "exact"): 2, ("gaussian", "fast"): 1, ("gaussian", "exact"): 1}
 _ROW_STEP = 32
 _RING_BYTES = {True: 160 << 10, False: 64 << 10}  # of gradients in shared memory: Hopper, and every card since Ampere
 _MAX_STAGES = 8
@@ -33,7 +30,7 @@ class Variant:
     """One compiled form of the product.
 
     Attributes:
-        kind: "rademacher" or "gaussian".
+        kind: of the entries, a name of `kinds.KINDS`.
         precision: "fast" (one 16-bit limb of each gradient) or "exact" (two).
         rows: rows of gradients in a tile of the output, a multiple of 32.
         hopper: wgmma instead of mma.
@@ -52,7 +49,7 @@ class Variant:
     @property
     def tiles(self) -> int:
         """Fragments of P that a warp keeps; a tile of the output has 128 times as many rows of P."""
-        return _TILES[self.kind, self.precision]
+        return _fused(self.kind).tiles
 
     @property
     def rows_of_p(self) -> int:
@@ -83,7 +80,7 @@ class Variant:
     def defines(self) -> dict[str, int]:
         """Preprocessor definitions of src/project.cu."""
         return {
-            "KIND": int(self.kind == "gaussian"),
+            "KIND": _fused(self.kind).number,
             "LIMBS": self.limbs,
             "ROWS": self.rows,
             "TILES": self.tiles,
@@ -107,16 +104,23 @@ class Launch:
     spans: int
 
 
+def _fused(kind: str) -> Fused:
+    found = kind_of(kind).fused
+    if found is None:
+        raise UsageError("the fused product does not serve this kind", where="kind", got=repr(kind))
+    return found
+
+
 def variant_for(kind: str, precision: str, rows: int, hopper: bool) -> Variant:
     """The variant for a number of rows: as few tiles of equal size as there can be."""
-    tiles = -(-rows // _MAX_ROWS[kind, precision])
+    tiles = -(-rows // _fused(kind).rows[precision])
     each = -(-rows // tiles)
     return Variant(kind, precision, -(-each // _ROW_STEP) * _ROW_STEP, hopper)
 
 
 def row_tiles(kind: str, precision: str) -> tuple[int, ...]:
     """Every number of rows that a tile of the output may have."""
-    return tuple(range(_ROW_STEP, _MAX_ROWS[kind, precision] + 1, _ROW_STEP))
+    return tuple(range(_ROW_STEP, _fused(kind).rows[precision] + 1, _ROW_STEP))
 
 
 def slabs(variant: Variant, rows: int, budget: int) -> Iterator[range]:

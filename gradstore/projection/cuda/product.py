@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstore.projection.cuda.geometry import GROUP, STAGE, Launch, Variant, launches, slabs, variant_for
 from gradstore.projection.cuda.jobs import Job, Pack
-from gradstore.projection.entries import KINDS, Entries
+from gradstore.projection.entries import Entries
 
 WORKSPACE_BYTES = 80 << 20  # for the packed gradients of a launch; two are under way at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -145,12 +145,12 @@ class _Slab:
         self.device.pack(self.variant, self.block.dtype, job, self.padded_rows, launch.spans)
 
     def _multiply(self, launch: Launch, packed: Tensor, undo: Tensor, turns: Tensor, resident: int) -> None:
-        seed, domain = self.entries.seed, 2 * self.entries.stream + KINDS.index(self.entries.kind)
+        seed = self.entries.seed
         job = Job(
             *(tensor.data_ptr() for tensor in (packed, undo, self.out, turns)),
             None,  # the device's own
             *(*self.out.shape, self.out.stride(0), launch.first_group),
-            *(self.first_k, seed & 0xFFFFFFFF, seed >> 32, domain),
+            *(self.first_k, seed & 0xFFFFFFFF, seed >> 32, self.entries.domain),
             *(launch.groups, launch.spans, self.padded_rows, self.row_tiles, self.k_tiles),
         )
         units = launch.spans * self.row_tiles * self.k_tiles

@@ -35,7 +35,7 @@ struct Words {
     u32 w[4];
 };
 
-// Which P: the generator's key, and the fourth word of its counter (2 * stream + kind).
+// Which P: the generator's key, and the fourth word of its counter.
 struct Matrix {
     u32 key0, key1, domain;
 };

@@ -1,0 +1,33 @@
+"""The kinds of projection: which entries P has. The one list of them.
+
+A new kind is a module of its name beside this one, whose `KIND` says everything that is particular to it (see `Kind`),
+and one line below. This module imports no torch, so that the command line can name the kinds without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from gradstore.errors import UsageError
+
+if TYPE_CHECKING:
+    from gradstore.projection.kind import Kind
+
+KINDS = {  # by name: what the entries are, for people
+    "rademacher": "+1 and -1",
+    "gaussian": "standard normal",
+}
+DEFAULT = "rademacher"
+
+
+def kind_of(name: str) -> Kind:
+    """The record of a kind.
+
+    Raises:
+        UsageError: there is none of this name; lists those there are.
+    """
+    if name not in tuple(KINDS):
+        raise UsageError("unknown kind", where="kind", expected="one of " + ", ".join(KINDS), got=repr(name))
+    kind: Kind = import_module(f"{__package__}.{name}").KIND
+    return kind
