@@ -16,7 +16,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from gradstore.errors import UsageError
 from gradstore.indices import class_indices
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
 from gradstore.surrogate.training_data import two_logits
@@ -90,7 +90,7 @@ class Faithfulness:
 
 def evaluate(
     model: KernelGLM,
-    queries: FeatureStore,
+    queries: Rows,
     labels: np.ndarray | None = None,
     *,
     bootstrap: int = 200,
