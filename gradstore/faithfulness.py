@@ -96,12 +96,12 @@ def evaluate(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Faithfulness:
-    """Compare a surrogate with its network on a store of queries.
+    """Compare a surrogate with its network on queries.
 
     Args:
         model: a fitted surrogate.
-        queries: with the network's logits, and labels.
-        labels: the correct classes, int64 [m]; default those of the store.
+        queries: a store or any `Rows`, with the network's logits, and labels.
+        labels: the correct classes, int64 [m]; default those that are stored.
         bootstrap: resamples of the queries for the errors; 0 for none.
         seed: of the resamples.
 

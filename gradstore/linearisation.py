@@ -131,7 +131,7 @@ def linearise(
 def linearise_store(
     model: KernelGLM, queries: Rows, *, target: str = "logits", bootstrap: int = 200, seed: int = 0
 ) -> list[Linearisation]:
-    """All three maps for a surrogate and the network's logits and labels in a store; see `linearise`."""
+    """All three maps for a surrogate and the network's logits and labels of some rows; see `linearise`."""
     basis, logits = model.log_odds_basis(queries), two_logits(queries.logits)
     return [
         linearise(queries.labels, logits, basis, name, target=target, bootstrap=bootstrap, seed=seed) for name in MAPS
