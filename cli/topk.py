@@ -13,7 +13,7 @@ from .output import print_json, print_table, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradstore.store import FeatureStore
+    from gradstore.rows import Rows
     from gradstore.topk import TopK
 
 SHOWN = 20
@@ -117,8 +117,8 @@ def topk(
 
 
 def _featurize(
-    train: FeatureStore, file: Path, options: dict[str, str], split: str, rows: Sequence[int] | None, device: str
-) -> FeatureStore:
+    train: Rows, file: Path, options: dict[str, str], split: str, rows: Sequence[int] | None, device: str
+) -> Rows:
     import gradstore as gs
 
     project = gs.load_project(file, options)

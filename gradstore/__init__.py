@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradstore.attribution import attribute
+    from gradstore.concat import concat
     from gradstore.errors import GradstoreError
     from gradstore.exact.gram import exact_gram
     from gradstore.export import export
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gradstore.project import Project, load_project
     from gradstore.projection import Projection
     from gradstore.residual import residual
+    from gradstore.rows import Rows
     from gradstore.search.session import Session
     from gradstore.show import image, text
     from gradstore.store import FeatureStore
@@ -45,8 +47,10 @@ _WHERE = {
     "Project": "project",
     "Projection": "projection",
     "Provenance": "importing",
+    "Rows": "rows",
     "Session": "search.session",
     "attribute": "attribution",
+    "concat": "concat",
     "evaluate": "faithfulness",
     "exact_gram": "exact.gram",
     "export": "export",
@@ -74,8 +78,10 @@ __all__ = [
     "Project",
     "Projection",
     "Provenance",
+    "Rows",
     "Session",
     "attribute",
+    "concat",
     "evaluate",
     "exact_gram",
     "export",

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradstore.concat import concat
 from gradstore.errors import UsageError
 from gradstore.gram_file import Gram
 from gradstore.indices import chosen_row
 from gradstore.kernels import Kernel, feature_map
 from gradstore.memory import parse_bytes
-from gradstore.store import FeatureStore, open_store
+from gradstore.rows import Rows
+from gradstore.store import open_store
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.rows import StoreRows, doubled
 from gradstore.surrogate.training_data import kernel_on
@@ -184,15 +186,15 @@ class Contributions:
 
 
 def attribute(
-    model: KernelGLM, queries: FeatureStore | Gram | np.ndarray, row: int, *, train: FeatureStore | None = None
+    model: KernelGLM, queries: Rows | Gram | np.ndarray, row: int, *, train: Rows | None = None
 ) -> Attribution:
     """Divide the surrogate's logits of one query among the training examples (eq. 3).
 
     Args:
         model: a fitted surrogate.
-        queries: what it was fitted on: a query store, a Gram matrix [m, n], or an array [m, n] of kernel values.
+        queries: as it was fitted on: a query store or any `Rows`, a Gram matrix [m, n], or kernel values [m, n].
         row: of `queries`.
-        train: the training store; default the one at the path the surrogate remembers.
+        train: the training store; default what is at the path, or paths, that the surrogate remembers.
 
     Returns:
         float64 values [classes, n]. One pass over the training store, a block at a time.
@@ -205,7 +207,7 @@ def attribute(
     """
     row = chosen_row(row, queries.shape[0], where="--row", what="query row")
     labels = None
-    if isinstance(queries, FeatureStore):
+    if isinstance(queries, Rows):
         model.binding_.require_queries(queries)
         train = _remembered(model.binding_.source) if train is None else train
         similarity, labels = _to_training_store(model, queries, row, train), train.labels
@@ -213,7 +215,7 @@ def attribute(
         similarity = _given(model, queries, row)
     n = len(similarity)
     values = model.coef_ * similarity + model.intercept_[:, None] / n
-    names = queries.classes if isinstance(queries, FeatureStore) and len(queries.classes) > 1 else model.classes_
+    names = queries.classes if isinstance(queries, Rows) and len(queries.classes) > 1 else model.classes_
     logits = model.coef_ @ similarity + model.intercept_
     return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels)
 
@@ -230,7 +232,7 @@ def class_index(names: Sequence[str], wanted: str) -> int:
     return list(names).index(wanted)
 
 
-def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, store: FeatureStore) -> np.ndarray:
+def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows) -> np.ndarray:
     """κ(x, x_i) in float64, so that the attributions sum to the logit."""
     model.binding_.require_training_store(store)
     kernel = kernel_on(model.kernel)
@@ -241,15 +243,21 @@ def _to_training_store(model: KernelGLM, queries: FeatureStore, row: int, store:
     return out
 
 
-def _remembered(source: str) -> FeatureStore:
-    if not Path(source).exists():
-        raise UsageError(
-            "the training store is no longer where the surrogate was fitted", where=source, hint="Name it with --train"
-        )
-    return open_store(source)
+def _remembered(source: str | list[str]) -> Rows:
+    paths = [source] if isinstance(source, str) else source
+    for path in paths:
+        if not path:
+            raise UsageError("the surrogate was fitted on rows in memory", where="--train", expected="these rows")
+        if not Path(path).exists():
+            raise UsageError(
+                "the training store is no longer where the surrogate was fitted",
+                where=path,
+                hint="Name it with --train",
+            )
+    return concat([open_store(path) for path in paths])
 
 
-def _unit(kernel: Kernel, store: FeatureStore, row: int) -> torch.Tensor:
+def _unit(kernel: Kernel, store: Rows, row: int) -> torch.Tensor:
     """Φ of one row, divided as `StoreRows` does it; float64 [D]."""
     phi, norms = feature_map(kernel, store.read(row, row + 1))
     return (phi / norms[:, None].float() if kernel.normalised else phi)[0].double()

@@ -12,19 +12,17 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.memory import parse_bytes
+from gradstore.rows import Rows
 from gradstore.schema import raw
 from gradstore.storage.disk import Disk
 from gradstore.storage.encoding import decode
-from gradstore.store import FeatureStore
 
 FORMATS = (".npy", ".safetensors")
 _SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
 
 
-def export(
-    store: FeatureStore, path: str | os.PathLike[str], *, memory: int | str = "256MB", disk: Disk | None = None
-) -> Path:
-    """Write the features of a store as float32 to a file that other tools read (`gradstore.export`).
+def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "256MB", disk: Disk | None = None) -> Path:
+    """Write the features of a store, or any `Rows`, as float32 to a file that other tools read (`gradstore.export`).
 
     Args:
         store: a finished store; every row is checked against its digest.
@@ -63,9 +61,7 @@ def export(
     return path
 
 
-def _pieces(
-    store: FeatureStore, header: bytes, small: Mapping[str, np.ndarray], rows: int
-) -> Iterator[bytes | memoryview]:
+def _pieces(store: Rows, header: bytes, small: Mapping[str, np.ndarray], rows: int) -> Iterator[bytes | memoryview]:
     yield header
     for _, block in store.blocks(rows):
         yield raw(decode(block["features"], block["scale"]).numpy())
@@ -73,7 +69,7 @@ def _pieces(
         yield raw(array)
 
 
-def _small_arrays(store: FeatureStore) -> dict[str, np.ndarray]:
+def _small_arrays(store: Rows) -> dict[str, np.ndarray]:
     arrays = {
         "labels": store.labels,
         "logits": store.logits,
@@ -86,19 +82,19 @@ def _small_arrays(store: FeatureStore) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _feature_bytes(store: FeatureStore) -> int:
+def _feature_bytes(store: Rows) -> int:
     n, c, K = store.shape
     return 4 * n * c * K
 
 
-def _npy_header(store: FeatureStore) -> bytes:
+def _npy_header(store: Rows) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": store.shape})
     return buffer.getvalue()
 
 
-def _safetensors_header(store: FeatureStore, small: Mapping[str, np.ndarray]) -> bytes:
-    tensors: dict[str, object] = {"__metadata__": {"fingerprint": store.fingerprint, "split": store.manifest.split}}
+def _safetensors_header(store: Rows, small: Mapping[str, np.ndarray]) -> bytes:
+    tensors: dict[str, object] = {"__metadata__": {"fingerprint": store.fingerprint, "split": store.split}}
     shapes = {"features": ("float32", store.shape, _feature_bytes(store))}
     shapes.update({name: (str(array.dtype), array.shape, array.nbytes) for name, array in small.items()})
     at = 0

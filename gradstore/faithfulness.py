@@ -16,7 +16,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from gradstore.errors import UsageError
 from gradstore.indices import class_indices
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
 from gradstore.surrogate.training_data import two_logits
@@ -90,18 +90,18 @@ class Faithfulness:
 
 def evaluate(
     model: KernelGLM,
-    queries: FeatureStore,
+    queries: Rows,
     labels: np.ndarray | None = None,
     *,
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Faithfulness:
-    """Compare a surrogate with its network on a store of queries.
+    """Compare a surrogate with its network on queries.
 
     Args:
         model: a fitted surrogate.
-        queries: with the network's logits, and labels.
-        labels: the correct classes, int64 [m]; default those of the store.
+        queries: a store or any `Rows`, with the network's logits, and labels.
+        labels: the correct classes, int64 [m]; default those that are stored.
         bootstrap: resamples of the queries for the errors; 0 for none.
         seed: of the resamples.
 

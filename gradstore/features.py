@@ -18,7 +18,7 @@ import torch
 from gradstore.storage.encoding import decode
 
 if TYPE_CHECKING:
-    from gradstore.store import FeatureStore
+    from gradstore.rows import Rows
 
 _PIECE_BYTES = 64 << 20  # read at a time: what all threads of a store's reader have in hand
 
@@ -42,7 +42,7 @@ class Features:
     dtype = np.dtype("float32")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, store: FeatureStore) -> None:
+    def __init__(self, store: Rows) -> None:
         self._store = store
         self.shape = store.shape
 
@@ -72,7 +72,7 @@ class Features:
             CorruptError: a row does not match its digest.
         """
         if copy is False:
-            raise ValueError(f"the features of {self._store.path} are on the disk, so reading them makes a copy")
+            raise ValueError(f"the features of {self._store.where} are on the disk, so reading them makes a copy")
         return self._read(np.arange(len(self)), (), self.dtype if dtype is None else np.dtype(dtype))
 
     def __getitem__(self, key: Any) -> Any:
@@ -112,7 +112,7 @@ class Features:
 
     def __repr__(self) -> str:
         """Shape, dtype and place on one line."""
-        return f"Features({list(self.shape)} {self.dtype}, read from {str(self._store.path)!r} when indexed)"
+        return f"Features({list(self.shape)} {self.dtype}, read from {self._store.where!r} when indexed)"
 
     def _refusal(self, problem: str) -> IndexError:
         return IndexError(f"{problem}; the features have the shape {list(self.shape)}")

@@ -21,8 +21,8 @@ from gradstore.report import (
     VoteCount,
     write_forensics,
 )
+from gradstore.rows import Rows
 from gradstore.shown import provenance, shown_example
-from gradstore.store import FeatureStore
 from gradstore.topk import TopK, topk
 
 
@@ -49,7 +49,7 @@ class Forensics:
     poisoned: np.ndarray
 
     @property
-    def train(self) -> FeatureStore:
+    def train(self) -> Rows:
         """The training store."""
         return self.neighbours[0].train
 
@@ -86,7 +86,7 @@ class Forensics:
             "k": self.neighbours[0].k,
             "threshold": self.threshold,
             "queries": len(self.votes),
-            "flagged": [{"store": str(r.queries.path), "row": int(r.split_rows[q])} for r, q in flagged],
+            "flagged": [_named(*r.queries.part(int(r.rows[q]))) for r, q in flagged],
             "votes": np.bincount(self.votes, minlength=self.neighbours[0].k + 1).tolist(),
             "confusion": None if found is None else confusion_dict(found),
             "culprits": [
@@ -126,8 +126,8 @@ class Forensics:
 
 
 def forensics(
-    train: FeatureStore,
-    queries: FeatureStore | Sequence[FeatureStore],
+    train: Rows,
+    queries: Rows | Sequence[Rows],
     *,
     poisoned: Choice | None = None,
     k: int = 5,
@@ -140,8 +140,8 @@ def forensics(
     The neighbours are taken over all training examples, poisoned or not (Engel et al., ICLR 2024, §4).
 
     Args:
-        train: store of the training split.
-        queries: one or more stores with the same fingerprint.
+        train: store of the training split, or any `Rows`.
+        queries: one or more query stores, or any `Rows`, with the same fingerprint.
         poisoned: bool mask [n], or row indices of the poisoned training examples, each once; default what the store
             knows.
         k: neighbours that vote.
@@ -154,7 +154,7 @@ def forensics(
             theirs, or votes is not within 1 … k.
         Others: as `topk`.
     """
-    stores = [queries] if isinstance(queries, FeatureStore) else list(queries)
+    stores = [queries] if isinstance(queries, Rows) else list(queries)
     if not stores:
         raise UsageError("there are no query stores", where="QUERIES", expected="at least one")
     if not 1 <= votes <= k:
@@ -167,15 +167,19 @@ def forensics(
     return Forensics(kernel, votes, results, counts, counts >= votes, truth, mask)
 
 
+def _named(store: Rows, row: int) -> dict[str, Any]:
+    return {"store": store.where, "row": int(store.rows[row])}
+
+
 def forensics_page(results: Sequence[Forensics]) -> ForensicsPage:
     """One page for the same queries under one kernel or several."""
     first = results[0]
     stores = [result.queries for result in first.neighbours]
     return ForensicsPage(
-        train=first.train.manifest.split,
+        train=first.train.split,
         train_size=len(first.train),
         train_poisoned=int(first.poisoned.sum()),
-        queries=tuple(store.manifest.split for store in stores),
+        queries=tuple(store.split for store in stores),
         verdicts=tuple(result.verdict() for result in results),
         provenance=provenance(first.train, *stores),
     )
@@ -227,13 +231,13 @@ def _read_lines(path: Path) -> np.ndarray:
     return np.loadtxt(text.splitlines(), dtype=np.int64, ndmin=1) if text.strip() else np.empty(0, np.int64)
 
 
-def _poisoned_mask(train: FeatureStore, poisoned: Choice | None) -> np.ndarray:
+def _poisoned_mask(train: Rows, poisoned: Choice | None) -> np.ndarray:
     if poisoned is not None:
         return row_mask(poisoned, len(train), where="--poisoned", what="training row")
     if train.poisoned is None:
         raise UsageError(
             "it is not known which training examples are poisoned",
-            where=train.path,
+            where=train.where,
             expected="poisoned={...} in the project, or --poisoned FILE",
             hint="FILE holds one row index a line, or is a .npy mask or index array",
         )

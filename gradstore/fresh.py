@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -16,67 +14,40 @@ from gradstore.indices import Choice, chosen_rows
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.plan import Plan
 from gradstore.project import Project
+from gradstore.rows import Rows
 from gradstore.settings import Settings
 from gradstore.storage.digests import row_digests
-from gradstore.storage.disk import Disk
 from gradstore.storage.manifest import Manifest
-from gradstore.storage.shards import ShardFile
-from gradstore.store import FeatureStore
 
 
-class FreshRows(FeatureStore):
+class FreshRows(Rows):
     """Rows that were featurized but never stored; whatever reads a store's rows can read them.
 
     Position i holds row `rows[i]` of the split. Holds all rows as they would be stored, and copies what is read.
     """
 
-    def __init__(self, plan: Plan, columns: Mapping[str, np.ndarray], path: Path) -> None:
-        self.path, self.disk, self.verify = path, Disk(), True
-        self.manifest = replace(plan.manifest, identity=_identity_of_some(plan.manifest, columns["row"]))
-        self._columns = {**columns, "digest": row_digests(plan.manifest.schema, columns)}
+    _kind = "were featurized on the spot"
+
+    def __init__(self, manifest: Manifest, columns: Mapping[str, np.ndarray]) -> None:
+        self.where, self.split = f"{manifest.split} of the project", manifest.split
+        self.schema, self.classes, self.fingerprint = manifest.schema, manifest.classes, manifest.fingerprint
+        self.identity = _identity_of_some(manifest, columns["row"])
+        self._of = manifest.n
+        self._columns = {**columns, "digest": row_digests(manifest.schema, columns)}
 
     def __len__(self) -> int:
         """Rows at hand."""
         return len(self._columns["row"])
 
     @property
-    def complete(self) -> bool:
-        """Nothing is missing of what was asked for."""
-        return True
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the rows in memory."""
         return sum(column.nbytes for column in self._columns.values())
 
-    def require_complete(self) -> FreshRows:
-        """These rows, of which none is missing."""
-        return self
-
-    def require_stored(self, what: str) -> NoReturn:
-        """Refuse: there is no store on the disk.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            f"{what} is kept beside a store, and these rows were featurized on the spot",
-            where=self.path,
-            expected="a store that `gradstore featurize` wrote",
-            got=f"{len(self)} rows in memory",
-            hint="Featurize the split into a store",
-        )
-
-    def unchecked(self) -> FreshRows:
-        """These rows, which nobody else can change."""
-        return self
-
-    def holds_same_rows(self, other: FeatureStore) -> bool:
-        """Whether the other are these rows themselves."""
-        return other is self
-
-    def read(self, start: int, stop: int, *, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """Every column of positions start:stop, copied; as `FeatureStore.read`."""
+    def read(
+        self, start: int, stop: int, *, out: Mapping[str, np.ndarray] | None = None, check: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Every column of positions start:stop, copied; see `Rows.read`."""
         self._require_range(start, stop)
         data = self.schema.empty(stop - start) if out is None else out
         for name in data:
@@ -84,7 +55,7 @@ class FreshRows(FeatureStore):
         return {name: array[: stop - start] for name, array in data.items()}
 
     def gather(self, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every column of scattered positions int64 [r], ascending, copied; as `FeatureStore.gather`."""
+        """Every column of scattered positions int64 [r], ascending, copied; see `Rows.gather`."""
         if len(rows):
             self._require_range(int(rows[0]), int(rows[-1]) + 1)
         data = {name: array[: len(rows)] for name, array in out.items()}
@@ -95,7 +66,7 @@ class FreshRows(FeatureStore):
     def stream(
         self, start: int, stop: int, columns: Mapping[str, np.ndarray], room: np.ndarray
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Features of positions start:stop, a few rows at a time, copied; as `FeatureStore.stream`."""
+        """Features of positions start:stop, a few rows at a time, copied; see `Rows.stream`."""
         self._require_range(start, stop)
         for name, column in columns.items():
             np.copyto(column[: stop - start], self._columns[name][start:stop])
@@ -104,16 +75,13 @@ class FreshRows(FeatureStore):
             np.copyto(room[: len(part)], part)
             yield at, room[: len(part)]
 
-    def shard_file(self, index: int) -> ShardFile:
-        """Refuse, as `require_stored`: there is none."""
-        self.require_stored("a shard")
-
     def card(self) -> dict[str, str]:
         """What the rows are, for people."""
-        rows = f"{self.manifest.split}, {len(self)} of {self.manifest.n} rows, featurized on the spot"
+        rows = f"{self.split}, {len(self)} of {self._of} rows, featurized on the spot"
         return {**super().card(), "split": rows, "size": f"{format_bytes(self.nbytes)} in memory"}
 
-    def _column(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> np.ndarray:
+        """One small dataset of all rows, copied."""
         return self._columns[name].copy()
 
 
@@ -127,7 +95,7 @@ def _identity_of_some(manifest: Manifest, rows: np.ndarray) -> dict[str, Any]:
 
 def featurize_queries(
     project: Project,
-    train: FeatureStore,
+    train: Rows,
     *,
     split: str,
     rows: Choice | None = None,
@@ -141,7 +109,7 @@ def featurize_queries(
 
     Args:
         project: the model and data.
-        train: the training store, for its settings.
+        train: the training store, or any rows, for their settings.
         split: name of the split.
         rows: wanted rows of the split, as indices in this order or a bool mask; default all.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
@@ -152,7 +120,7 @@ def featurize_queries(
         MismatchError: the training store was imported, so that nothing can be featurized like it.
         ProjectError, NonFiniteError: as `featurize`.
     """
-    plan = Plan(project, split, Settings.of(train.identity, where=train.path), device, parse_bytes(memory))
+    plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, parse_bytes(memory))
     n, group = plan.manifest.n, plan.manifest.group
     wanted = chosen_rows(rows, n, where="--rows", what="query row")
     if not wanted.size:
@@ -165,4 +133,4 @@ def featurize_queries(
         places = np.flatnonzero((wanted >= span.start) & (wanted < span.stop))
         for name, column in columns.items():
             kept[name][places] = column[wanted[places] - span.start]
-    return FreshRows(plan, kept, Path(f"{split} of the project"))
+    return FreshRows(plan.manifest, kept)

@@ -15,11 +15,11 @@ import torch
 
 from gradstore.device import choose_device, full_float32
 from gradstore.gram_file import Gram, Report, write_tiles
-from gradstore.kernels import Kernel, projected_kernel, require_comparable, require_served, stored_feature_map
+from gradstore.kernels import Kernel, projected_kernel, require_served, stored_feature_map
 from gradstore.memory import parse_bytes
 from gradstore.products import LIMBS, Operand, bytes_a_row, choose_arithmetic, multiply, workspace_bytes
+from gradstore.rows import Rows, require_comparable
 from gradstore.storage.disk import Disk
-from gradstore.store import FeatureStore
 from gradstore.threads import Workers, worker_count
 from gradstore.tiles import Grid, Skip, Tile, nothing, plan_grid
 
@@ -32,8 +32,8 @@ _VALUE_BYTES = 12
 
 @overload
 def gram(
-    a: FeatureStore,
-    b: FeatureStore | None = ...,
+    a: Rows,
+    b: Rows | None = ...,
     kernel: str = ...,
     *,
     out: None = ...,
@@ -47,8 +47,8 @@ def gram(
 
 @overload
 def gram(
-    a: FeatureStore,
-    b: FeatureStore | None = ...,
+    a: Rows,
+    b: Rows | None = ...,
     kernel: str = ...,
     *,
     out: str | os.PathLike[str],
@@ -61,8 +61,8 @@ def gram(
 
 
 def gram(
-    a: FeatureStore,
-    b: FeatureStore | None = None,
+    a: Rows,
+    b: Rows | None = None,
     kernel: str = "proj-trntk",
     *,
     out: str | os.PathLike[str] | None = None,
@@ -72,7 +72,7 @@ def gram(
     progress: Report | None = None,
     disk: Disk | None = None,
 ) -> Iterator[Tile] | Gram:
-    """The matrix of kernel values between the rows of two stores, [n, m].
+    """The matrix of kernel values between the rows of two stores, or any two `Rows`, [n, m].
 
     Rows of `a` are held a group at a time while those of `b` pass by. As many workers as cores read, check, convert and
     multiply, each with one thread; the next blocks are made while the last one is multiplied. Only two groups' worth of
@@ -80,8 +80,8 @@ def gram(
     n · D · 4 bytes / memory in float32, and half of that for float16 features in bfloat16x2.
 
     Args:
-        a: store of the rows.
-        b: store of the columns; None for `a` itself, which computes one half and mirrors it.
+        a: rows of the matrix.
+        b: its columns; None for `a` itself, which computes one half and mirrors it.
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
         out: HDF5 file to write the matrix to. None returns an iterator of tiles, each on or above the diagonal where b
             is None. A run that was interrupted is continued by the same call.
@@ -122,7 +122,7 @@ def gram(
 
 
 class StoreTiles:
-    """The tiles of one kernel between two stores.
+    """The tiles of one kernel between two `Rows`.
 
     Attributes:
         grid: how the matrix is cut.
@@ -135,14 +135,14 @@ class StoreTiles:
 
     def __init__(
         self,
-        a: FeatureStore,
-        b: FeatureStore | None,
+        a: Rows,
+        b: Rows | None,
         kernel: Kernel,
         memory: int,
         arithmetic: str = "auto",
         device: str = "cpu",
     ) -> None:
-        self.symmetric = b is None or a.holds_same_rows(b)
+        self.symmetric = b is None or a == b
         self.a, self.b = a, a if b is None else b
         self.device = choose_device("cpu" if device == "auto" and arithmetic not in ("auto", "float32") else device)
         self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic, self.device)
@@ -197,8 +197,8 @@ class StoreTiles:
             "symmetric": int(self.symmetric),
             "arithmetic": self.arithmetic,
             "fingerprint": self.a.fingerprint,
-            "split_a": self.a.manifest.split,
-            "split_b": self.b.manifest.split,
+            "split_a": self.a.split,
+            "split_b": self.b.split,
             "data_a": _data_digest(self.a),
             "data_b": _data_digest(self.b),
         }
@@ -217,15 +217,14 @@ class StoreTiles:
         a = self._reader(self.a, workers)
         return a, a if self.symmetric else self._reader(self.b, workers)
 
-    def _reader(self, store: FeatureStore, workers: Workers) -> Load:
-        unchecked = store.unchecked()
+    def _reader(self, store: Rows, workers: Workers) -> Load:
         checked = np.zeros(len(store), bool)
 
         def load(rows: range, made: Operand | None = None) -> Operand:
             made = made or self._empty(len(rows))
-            source = unchecked if checked[rows.start : rows.stop].all() else store
+            check = not checked[rows.start : rows.stop].all()
             strips = [range(at, min(at + self.strip, rows.stop)) for at in range(rows.start, rows.stop, self.strip)]
-            workers.map(lambda strip: self._fill(made, strip.start - rows.start, source, strip), strips)
+            workers.map(lambda strip: self._fill(made, strip.start - rows.start, store, strip, check=check), strips)
             checked[rows.start : rows.stop] = True
             return made
 
@@ -244,12 +243,12 @@ class StoreTiles:
 
         return load_part
 
-    def _fill(self, made: Operand, place: int, store: FeatureStore, rows: range) -> None:
-        """Read some rows of a store and make them the operand's rows from `place` on."""
+    def _fill(self, made: Operand, place: int, store: Rows, rows: range, *, check: bool) -> None:
+        """Read some rows and make them the operand's rows from `place` on."""
         columns = store.schema.empty(len(rows))
         if self.in_place:
             columns["features"] = made.values[place : place + len(rows)].view(columns["features"].shape).numpy()
-        store.read(rows.start, rows.stop, out=columns)
+        store.read(rows.start, rows.stop, out=columns, check=check)
         for at in range(0, len(rows), self.together):
             some = slice(at, at + self.together)
             phi, factors = stored_feature_map(self.kernel, {name: values[some] for name, values in columns.items()})
@@ -268,6 +267,6 @@ def _within(device: torch.device, memory: int) -> int:
     return min(memory, int(0.9 * torch.cuda.mem_get_info(device)[0])) if device.type == "cuda" else memory
 
 
-def _data_digest(store: FeatureStore) -> str:
-    """32 digits that stand for what the store's identity says of its data."""
+def _data_digest(store: Rows) -> str:
+    """32 digits that stand for what an identity says of the data."""
     return sha256(json.dumps(store.identity["data"], sort_keys=True).encode()).hexdigest()[:32]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError, UsageError
-from gradstore.identity import require_same
+from gradstore.rows import Rows
 from gradstore.storage.encoding import decode
-from gradstore.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,16 @@ def _named(name: str, here: Mapping[str, Kernel], elsewhere: Mapping[str, Kernel
     raise UsageError(what, where="--kernel", expected=f"one of {', '.join(here)}", got=repr(name))
 
 
-def require_served(kernel: Kernel, store: FeatureStore) -> None:
-    """Refuse a kernel that a store's layout cannot serve.
+def require_served(kernel: Kernel, store: Rows) -> None:
+    """Refuse a kernel that the layout of some rows cannot serve.
 
     Raises:
-        UsageError: per-class features are needed and the store holds only a sum over classes.
+        UsageError: per-class features are needed and there is only a sum over classes.
     """
     if store.identity["layout"] == "mixed" and store.schema.classes > 1 and kernel.sums_classes:
         raise UsageError(
             f"{kernel.name} needs P Σ_c g^c, and this store projects every class by a P of its own",
-            where=store.path,
+            where=store.where,
             expected="layout per-class or sum",
             got="layout mixed",
             hint="Use --kernel proj-trntk, or featurize with another --layout",
@@ -119,24 +118,11 @@ def require_served(kernel: Kernel, store: FeatureStore) -> None:
     if store.identity["layout"] == "sum" and store.schema.classes > 1 and not kernel.sums_classes:
         raise UsageError(
             f"{kernel.name} needs the features of each class, and this store holds only P Σ_c g^c",
-            where=store.path,
+            where=store.where,
             expected="layout per-class",
             got="layout sum",
             hint="Use --kernel proj-pntk, or featurize with --layout per-class",
         )
-
-
-def require_comparable(a: FeatureStore, b: FeatureStore) -> None:
-    """Refuse two stores whose features are not of one model and one projection, or that lack rows.
-
-    Raises:
-        MismatchError: lists every field that differs; class names too.
-        UsageError: one of the stores is unfinished.
-    """
-    left, right = ({**store.identity, "class names": list(store.classes)} for store in (a, b))
-    require_same(left, right, where=b.path, theirs=str(a.path), ours=str(b.path), data=False)
-    a.require_complete()
-    b.require_complete()
 
 
 def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -144,7 +130,7 @@ def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tens
 
     Args:
         kernel: which kernel.
-        columns: what `FeatureStore.read` returns: features [n, c, K] with their scale, norm and row.
+        columns: what `Rows.read` returns: features [n, c, K] with their scale, norm and row.
 
     Returns:
         (Φ float32 [n, D], its norms float64 [n]); D is c·K, or K where classes are summed. The norms are 1 for a kernel

@@ -26,7 +26,7 @@ from scipy.special import expit, log_expit
 
 from gradstore.errors import UsageError
 from gradstore.faithfulness import Measure, checked_labels, is_constant, saturated, with_error
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 from gradstore.surrogate import KernelGLM
 from gradstore.surrogate.alpha import log_odds
 from gradstore.surrogate.training_data import two_logits
@@ -129,9 +129,9 @@ def linearise(
 
 
 def linearise_store(
-    model: KernelGLM, queries: FeatureStore, *, target: str = "logits", bootstrap: int = 200, seed: int = 0
+    model: KernelGLM, queries: Rows, *, target: str = "logits", bootstrap: int = 200, seed: int = 0
 ) -> list[Linearisation]:
-    """All three maps for a surrogate and the network's logits and labels in a store; see `linearise`."""
+    """All three maps for a surrogate and the network's logits and labels of some rows; see `linearise`."""
     basis, logits = model.log_odds_basis(queries), two_logits(queries.logits)
     return [
         linearise(queries.labels, logits, basis, name, target=target, bootstrap=bootstrap, seed=seed) for name in MAPS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from gradstore.errors import UsageError
 from gradstore.exact.gram import exact_gram
 from gradstore.fingerprint import data_identity, identity_of_model
 from gradstore.identity import require_same, without_data
-from gradstore.kernels import Kernel, feature_map, projected_kernel, require_comparable, require_served
+from gradstore.kernels import Kernel, feature_map, projected_kernel, require_served
 from gradstore.project import Project
 from gradstore.report import Fact, ResidualPage, write_residual
+from gradstore.rows import Rows, require_comparable
 from gradstore.settings import Settings
 from gradstore.shown import provenance
 from gradstore.standard_error import effective_dimension, standard_errors
-from gradstore.store import FeatureStore
 
 _EXACT = {"proj-trntk": "trntk", "proj-trntk0": "trntk0", "proj-pntk": "pntk-cosine"}
 _POINTS = 120
@@ -49,8 +50,8 @@ class Residuals:
     exact: np.ndarray
     projected: np.ndarray
     standard_error: np.ndarray
-    a: FeatureStore
-    b: FeatureStore
+    a: Rows
+    b: Rows
 
     @property
     def residual(self) -> np.ndarray:
@@ -135,8 +136,8 @@ class Residuals:
 
 def residual(
     project: Project,
-    a: FeatureStore,
-    b: FeatureStore | None = None,
+    a: Rows,
+    b: Rows | None = None,
     kernel: str = "proj-trntk",
     *,
     pairs: int = 900,
@@ -151,8 +152,8 @@ def residual(
 
     Args:
         project: the project that the stores were made from.
-        a: a store.
-        b: another store; None pairs rows of `a` with other rows of `a`.
+        a: a store, or any `Rows`.
+        b: another; None pairs rows of `a` with other rows of `a`.
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
         pairs: how many pairs, at least.
         seed: of the sample.
@@ -169,14 +170,17 @@ def residual(
     require_comparable(a, other)
     require_served(chosen, a)
     for store in (a,) if b is None else (a, b):
-        _require_same_project(project, store)
+        for part in store.parts:
+            _require_same_project(project, part)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
-    splits = (a.manifest.split, other.manifest.split)
-    chosen_a, chosen_b = a.rows[rows_a], other.rows[rows_b]
-    exact = exact_gram(project, *splits, _EXACT[kernel], rows_a=chosen_a, rows_b=chosen_b, memory=memory, device=device)
+    (rows_a, splits_a), (rows_b, splits_b) = _by_part(a, rows_a), _by_part(other, rows_b)
+    exact_values = partial(exact_gram, project, kernel=_EXACT[kernel], memory=memory, device=device)
+    exact = np.block(
+        [[exact_values(x, y, rows_a=rows_x, rows_b=rows_y) for y, rows_y in splits_b] for x, rows_x in splits_a]
+    )
     projected, errors = _projected(chosen, a, other, rows_a, rows_b)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
-    flat = (grid_a.ravel(), grid_b.ravel(), np.asarray(exact).ravel(), projected.ravel(), errors.ravel())
+    flat = (grid_a.ravel(), grid_b.ravel(), exact.ravel(), projected.ravel(), errors.ravel())
     return Residuals(kernel, *flat, a=a, b=other)
 
 
@@ -191,8 +195,18 @@ def _sample(n: int, m: int | None, pairs: int, seed: int) -> tuple[np.ndarray, n
     return both[: len(both) // 2], both[len(both) // 2 :]
 
 
+def _by_part(store: Rows, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
+    """Rows int64 [r], those of one part together, and each part's split with its rows of that split."""
+    found: dict[Rows, list[tuple[int, int]]] = {}
+    for row in rows.tolist():
+        part, own = store.part(row)
+        found.setdefault(part, []).append((row, int(part.rows[own])))
+    ordered = np.array([row for pairs in found.values() for row, _ in pairs])
+    return ordered, [(part.split, np.array([own for _, own in pairs])) for part, pairs in found.items()]
+
+
 def _projected(
-    kernel: Kernel, a: FeatureStore, b: FeatureStore, rows_a: np.ndarray, rows_b: np.ndarray
+    kernel: Kernel, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel values and their standard errors, [n, m]; holds the features of rows_b and of one row of rows_a."""
     right = torch.from_numpy(b.features[rows_b])
@@ -207,15 +221,15 @@ def _projected(
     return torch.stack(values).numpy(), torch.stack(errors).numpy()
 
 
-def _require_same_project(project: Project, store: FeatureStore) -> None:
+def _require_same_project(project: Project, store: Rows) -> None:
     """Refuse a store of other weights, parameters, classes or inputs than the project has now."""
-    n, split = store.manifest.n, store.manifest.split
-    ours = identity_of_model(project, Settings.of(store.identity, where=store.path))
+    n, split = store.identity["data"]["length"], store.split
+    ours = identity_of_model(project, Settings.of(store.identity, where=store.where))
     inputs = data_identity(project.examples(split), n=n)["sampled rows"]
     require_same(
         {**without_data(store.identity), "inputs": store.identity["data"]["sampled rows"]},
         {**ours, "inputs": inputs},
-        where=store.path,
+        where=store.where,
         theirs="the store",
         ours="the project",
         data=False,

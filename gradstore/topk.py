@@ -6,13 +6,13 @@ from gradstore.errors import UsageError
 from gradstore.indices import Choice
 from gradstore.kernels import projected_kernel
 from gradstore.memory import parse_bytes
+from gradstore.rows import Rows
 from gradstore.search.class_weights import Classes
 from gradstore.search.error_bars import with_error_bars
 from gradstore.search.request import check_request, query_phis
 from gradstore.search.scan import scan_all
 from gradstore.search.session import Session
 from gradstore.search.topk_result import Search, TopK
-from gradstore.store import FeatureStore
 
 __all__ = ["Search", "TopK", "topk"]
 
@@ -20,8 +20,8 @@ MODES = ("exact", "certified", "approx")
 
 
 def topk(
-    train: FeatureStore,
-    queries: FeatureStore,
+    train: Rows,
+    queries: Rows,
     k: int = 5,
     kernel: str = "proj-trntk",
     *,
@@ -39,16 +39,16 @@ def topk(
     engine or threads: similarity descending, then row ascending.
 
     Args:
-        train: store of the training split.
-        queries: store of another split with the same fingerprint.
+        train: store of the training split, or any `Rows`.
+        queries: store of another split, or any `Rows`, with the same fingerprint.
         k: neighbours a query.
         kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
         rows: rows of the query store, as indices in any order or a bool mask; default all.
         classes: compare Φ = Σ_c w_c φ^c instead: weights as a mapping or text ("cat - dog": why the one rather than the
             other), or "predicted" for the class that the network predicts for each query. The kernel then decides only
             whether it is a cosine.
-        mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
-            none; "approx" re-ranks the candidates of that index and says which recall was measured.
+        mode: "exact" reads every row; "certified" finds the same through an index beside a store, which it builds
+            where there is none; "approx" re-ranks the candidates of that index and says which recall was measured.
         memory: bytes held beside the result, and beside the index where one is used.
         engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "bfloat16", "cuda".
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
@@ -71,5 +71,5 @@ def topk(
         raise UsageError("unknown mode", where="--mode", expected=f"one of {', '.join(MODES)}", got=repr(mode))
     if classes is not None:
         raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
-    result = Session(train, kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
+    result = Session(train.require_stored("an index"), kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
     return with_error_bars(result, phis) if error_bars else result

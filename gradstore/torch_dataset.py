@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from gradstore.store import FeatureStore
+    from gradstore.rows import Rows
 
 
 class FeatureDataset(Dataset):
-    """Rows of a store as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
+    """Rows as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
 
-    def __init__(self, store: FeatureStore) -> None:
+    def __init__(self, store: Rows) -> None:
         self.store = store
 
     def __len__(self) -> int:

@@ -218,8 +218,8 @@ def test_they_may_be_written_elsewhere_and_trained_on_but_not_indexed(made: tupl
     for index in (lambda: gs.Session(here), lambda: gs.topk(here, stored, mode="certified")):
         with pytest.raises(UsageError, match=message):
             index()
-    with pytest.raises(UsageError, match="a shard is kept beside a store"):
-        fresh.shard_file(0)
+    with pytest.raises(UsageError, match="--train: the surrogate was fitted on rows in memory"):
+        gs.attribute(models[0], fresh, 1)
 
 
 def test_no_rows_at_all_are_refused(made: tuple) -> None:

@@ -28,7 +28,7 @@ BACKENDS: Mapping[str, Mapping[str, object]] = {
 SGD_ALPHA_OF_TWO = 1e-4
 """The paper fits models of two classes with a weaker penalty."""
 
-Similarities = np.ndarray | Gram | gs.FeatureStore
+Similarities = np.ndarray | Gram | gs.Rows
 """κ between a split's rows and the training rows: a matrix in memory, one in a file, or the store it follows from."""
 
 
@@ -122,13 +122,13 @@ def split_outputs(project: gs.Project, split: str) -> Outputs:
     return Outputs(examples.labels, two_logits(np.concatenate(logits)))
 
 
-def dense(a: gs.FeatureStore, b: gs.FeatureStore, kernel: str) -> np.ndarray:
+def dense(a: gs.Rows, b: gs.Rows, kernel: str) -> np.ndarray:
     """The whole matrix between two stores, float64."""
     found = np.empty((len(a), len(b)))
     for tile in gs.gram(a, b, kernel):
         rows, columns = tile.rows, tile.columns
         found[rows.start : rows.stop, columns.start : columns.stop] = tile.values
-        if a.path == b.path:
+        if a == b:
             found[columns.start : columns.stop, rows.start : rows.stop] = tile.values.T
     return found
 
@@ -139,7 +139,7 @@ def surrogate(found: Experiment, kernel: str, backend: str, **changes: object) -
     settings = dict(BACKENDS[backend])
     if backend == "sgd" and train.logits.shape[1] == 2:
         settings["alpha"] = SGD_ALPHA_OF_TWO
-    name = kernel if isinstance(source, gs.FeatureStore) else "precomputed"
+    name = kernel if isinstance(source, gs.Rows) else "precomputed"
     model = gs.KernelGLM(name, **{**settings, **changes})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

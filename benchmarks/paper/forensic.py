@@ -66,7 +66,7 @@ def forensic_rows(
 
 def nearest(queries: Similarities, train: Similarities, k: int, kernel: str) -> np.ndarray:
     """The k most similar training rows of each query, int64 [m, k]; ties by row."""
-    if isinstance(queries, gs.FeatureStore) and isinstance(train, gs.FeatureStore):
+    if isinstance(queries, gs.Rows) and isinstance(train, gs.Rows):
         return gs.topk(train, queries, k, kernel).indices
     blocks = (queries[at : at + 1000] for at in range(0, len(queries), 1000))
     return np.concatenate([np.argsort(-block, axis=1, kind="stable")[:, :k] for block in blocks])

@@ -11,14 +11,12 @@ from gradstore.jacobians import JacobianEngine
 from gradstore.kernels import feature_map, projected_kernel
 from gradstore.parameters import parameter_blocks
 from gradstore.project import Project
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 
 KERNELS = ("proj-trntk", "proj-pntk")
 
 
-def residuals(
-    project: Project, train: FeatureStore, queries: Sequence[FeatureStore], rows: int = 64
-) -> dict[str, Tensor]:
+def residuals(project: Project, train: Rows, queries: Sequence[Rows], rows: int = 64) -> dict[str, Tensor]:
     """Projected minus exact cosine of pairs of a training and a query example.
 
     Args:
@@ -31,7 +29,7 @@ def residuals(
         Kernel -> float64 [queries * rows, rows]. Holds the Jacobian of one parameter for all these examples twice.
     """
     stores = [train, *queries]
-    inputs = [project.examples(store.manifest.split).read(range(min(rows, len(store))))[0] for store in stores]
+    inputs = [project.examples(store.split).read(range(min(rows, len(store))))[0] for store in stores]
     exact = exact_cosines(project, torch.cat(inputs))  # type: ignore[arg-type]
     first = len(inputs[0])
     return {
@@ -40,7 +38,7 @@ def residuals(
     }
 
 
-def projected_cosines(kernel: str, stores: Sequence[FeatureStore], rows: int) -> Tensor:
+def projected_cosines(kernel: str, stores: Sequence[Rows], rows: int) -> Tensor:
     """Cosines between the first rows of some stores, as top-k and forensics compute them; float64 [N, N]."""
     maps = [feature_map(projected_kernel(kernel), store.read(0, min(rows, len(store)))) for store in stores]
     phi, norms = (torch.cat(part).double() for part in zip(*maps, strict=True))

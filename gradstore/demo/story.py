@@ -32,10 +32,10 @@ def demo_page(result: DemoResult, results: Sequence[Forensics], clean: TopK) -> 
         story=_story(int(first.poisoned.sum()), len(first.train)),
         facts=_facts(result),
         forensics=ForensicsPage(
-            train=first.train.manifest.split,
+            train=first.train.split,
             train_size=len(first.train),
             train_poisoned=int(first.poisoned.sum()),
-            queries=tuple(store.manifest.split for store in stores),
+            queries=tuple(store.split for store in stores),
             verdicts=tuple(found.verdict(cases=3, culprits=8) for found in results),
         ),
         topk=topk,

@@ -16,13 +16,13 @@ import torch
 from scipy.linalg import eigh, solve_triangular
 from torch import Tensor
 
+from gradstore.rows import Rows
 from gradstore.search.engines import single_threaded
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded, integer_product, round_rows
 from gradstore.search.streamed import piece_rows
-from gradstore.store import FeatureStore
 
 # Covers float64 roundings of coordinates.
 _ROUNDED = 1e-9
@@ -87,7 +87,7 @@ class Basis:
         return coordinates, float(missed.max(initial=0)) + _ROUNDED
 
 
-def fit_basis(store: FeatureStore, phi: Phi, rows: np.ndarray, size: int) -> Basis:
+def fit_basis(store: Rows, phi: Phi, rows: np.ndarray, size: int) -> Basis:
     """Principal directions of some rows, from the Gram matrix of their unit features.
 
     Args:
@@ -101,7 +101,7 @@ def fit_basis(store: FeatureStore, phi: Phi, rows: np.ndarray, size: int) -> Bas
     sample = _Sample.of(store, phi, rows)
     gram = sample.gram()
     norms = np.sqrt(np.diag(gram))
-    phi.require_direction(norms, rows, store.path)
+    phi.require_direction(norms, rows, store.where)
     gram /= np.outer(norms, norms)
     size = min(size, len(rows))
     values, vectors = eigh(gram, subset_by_index=[len(rows) - size, len(rows) - 1], driver="evr", overwrite_a=True)
@@ -117,7 +117,7 @@ class _Sample:
     steps: np.ndarray
 
     @classmethod
-    def of(cls, store: FeatureStore, phi: Phi, rows: np.ndarray) -> _Sample:
+    def of(cls, store: Rows, phi: Phi, rows: np.ndarray) -> _Sample:
         digits = torch.empty(phi.segments, len(rows), phi.K, dtype=torch.int8)
         found = np.empty((phi.segments, len(rows), 4))
         workers, piece = min(torch.get_num_threads(), 16), piece_rows(store.schema)
@@ -127,7 +127,7 @@ class _Sample:
             for low in range(0, len(places), piece):
                 at = slice(places[low], places[low : low + piece][-1] + 1)
                 columns = store.gather(rows[at], room)
-                scaled = Scaled.of(phi, columns, store.path)
+                scaled = Scaled.of(phi, columns, store.where)
                 round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, at], None, found[:, at])
 
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

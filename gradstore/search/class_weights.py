@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.kernels import Kernel
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 
 PREDICTED = "predicted"
 
@@ -18,7 +18,7 @@ Classes = str | Mapping[str, float] | None
 
 
 def query_weights(
-    classes: Classes, kernel: Kernel, train: FeatureStore, queries: FeatureStore, rows: np.ndarray
+    classes: Classes, kernel: Kernel, train: Rows, queries: Rows, rows: np.ndarray
 ) -> list[tuple[float, ...] | None]:
     """The class weights w of Φ = Σ_c w_c φ^c for each query; None where the classes stand side by side.
 
@@ -38,7 +38,7 @@ def query_weights(
     if c == 1 and train.schema.classes > 1:
         raise UsageError(
             "a combination of classes needs the features of each, and this store holds only their sum",
-            where=train.path,
+            where=train.where,
             expected="layout per-class",
             got=f"layout {train.identity['layout']}",
         )
@@ -75,7 +75,7 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _as_tuple(weights: Mapping[str, float], train: FeatureStore) -> tuple[float, ...]:
+def _as_tuple(weights: Mapping[str, float], train: Rows) -> tuple[float, ...]:
     names = list(train.classes)
     unknown = [name for name in weights if name not in names]
     if unknown:
@@ -98,12 +98,12 @@ def _one_hot(c: int, count: int) -> tuple[float, ...]:
     return tuple(float(i == c) for i in range(count))
 
 
-def _predicted(queries: FeatureStore, row: int) -> int:
+def _predicted(queries: Rows, row: int) -> int:
     found = int(queries.predicted[row])
     if found < 0:
         raise UsageError(
             "the network's logits of a query are not known",
-            where=queries.path,
+            where=queries.where,
             expected="logits, whose largest is the predicted class",
             got=f"none in row {row}",
             hint="Name the classes with --classes, or import the store with its logits",

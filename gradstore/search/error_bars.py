@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.rows import Rows
 from gradstore.search.phi import Phi
 from gradstore.search.topk_result import TopK
 from gradstore.standard_error import standard_errors
-from gradstore.store import FeatureStore
 
 
 def with_error_bars(result: TopK, phis: Sequence[Phi]) -> TopK:
@@ -33,7 +33,7 @@ def with_error_bars(result: TopK, phis: Sequence[Phi]) -> TopK:
     return replace(result, standard_error=errors)
 
 
-def _classes(store: FeatureStore, row: int, phi: Phi) -> Tensor:
+def _classes(store: Rows, row: int, phi: Phi) -> Tensor:
     """The features of one row that a similarity is made of: [c, K], or [1, K] where classes are summed."""
     features = torch.from_numpy(store.features[row])
     if phi.weights is None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gradstore.native import library
+from gradstore.rows import Rows
 from gradstore.search import compiled_loops
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup, vector_norm
-from gradstore.store import FeatureStore
 
 # Running sums of an inner product; `dot` in src/kernels.h has as many.
 _LANES = 16
@@ -41,7 +41,7 @@ class ExactScore:
         rows_read: rows read so far.
     """
 
-    def __init__(self, train: FeatureStore, groups: Sequence[QueryGroup], workers: int = 1, room: int = ROOM) -> None:
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1, room: int = ROOM) -> None:
         self.train, self.groups, self.workers = train, groups, workers
         size = sum(len(group.members) for group in groups)
         self._group = np.empty(size, dtype=np.int64)
@@ -92,9 +92,9 @@ class ExactScore:
         groups = self._group[queries[pairs]]
         for g in np.unique(groups).tolist():
             mine, group = pairs[groups == g], self.groups[g]
-            scaled = Scaled.of(group.phi, columns, self.train.path)
+            scaled = Scaled.of(group.phi, columns, self.train.where)
             values, factors, norms = _vectors(group.phi, features, scaled)
-            group.phi.require_direction(norms, batch, self.train.path)
+            group.phi.require_direction(norms, batch, self.train.where)
             row_scale = 1 / norms if group.phi.kernel.normalised else np.ldexp(1.0, scaled.exponent)
             places, at = self._place[queries[mine]], np.searchsorted(batch, rows[mine])
             products = inner_products(values, factors, group.pieces, at, places)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from gradstore.errors import UsageError
+from gradstore.rows import Rows
 from gradstore.search.basis import Basis
 from gradstore.search.index import SketchIndex
 from gradstore.search.index_file import shard_digests
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.storage.disk import Disk
-from gradstore.store import FeatureStore
 
 SPACES = ("sketch", "full")
 # IndexRaBitQFastScan returns wrong neighbours without an error from this many dimensions on (faiss 1.15.1).
@@ -176,10 +176,10 @@ def _add(index: Any, sketch: SketchIndex, space: str, start: int) -> None:
             index.add(_unit_rows(sketch.store, sketch.phi, low, high))
 
 
-def _unit_rows(store: FeatureStore, phi: Phi, start: int, stop: int) -> np.ndarray:
+def _unit_rows(store: Rows, phi: Phi, start: int, stop: int) -> np.ndarray:
     """Φ/‖Φ‖ of some rows, float32 [rows, D]."""
     columns = store.read(start, stop)
-    scaled = Scaled.of(phi, columns, store.path)
+    scaled = Scaled.of(phi, columns, store.where)
     out, vector = np.empty((stop - start, phi.length), np.float32), torch.empty(phi.segments, phi.K)
     for i in range(stop - start):
         phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)

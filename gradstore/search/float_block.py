@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.rows import Rows
 from gradstore.search.engines import Engine
 from gradstore.search.phi import Scaled
 from gradstore.search.query_batch import QueryGroup
-from gradstore.store import FeatureStore
 
 _UNIT = 2.0**-24
 # Roundings beside those of the sum: scaling, normalising, and underflow of entries below 2^-100 of the norm.
@@ -37,7 +37,7 @@ class FloatBlock:
     Holds the block as stored, a piece of it in float32 (two where classes are summed), and 32 bytes a row and query.
     """
 
-    def __init__(self, train: FeatureStore, groups: Sequence[QueryGroup], engine: Engine, block: int) -> None:
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], engine: Engine, block: int) -> None:
         self.train, self.groups, self.engine = train, groups, engine
         device, width = engine.device, max(group.phi.width for group in groups)
         summed = any(group.phi.weights is not None for group in groups)
@@ -52,9 +52,9 @@ class FloatBlock:
         features = torch.from_numpy(columns["features"]).to(self.engine.device)
         found = []
         for group, pieces in zip(self.groups, self._pieces, strict=True):
-            scaled = Scaled.of(group.phi, columns, self.train.path)
+            scaled = Scaled.of(group.phi, columns, self.train.where)
             center, norms = self._product(group, pieces, features, scaled)
-            group.phi.require_direction(norms, columns["row"], self.train.path)
+            group.phi.require_direction(norms, columns["row"], self.train.where)
             error = error_bound(group.phi.width, group.phi.pieces)
             found.append((group, *bounds_within(group, center, norms, scaled.exponent, error)))
         return found

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.rows import Rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
 from gradstore.search.rounding import Rounded, add_integer_product, round_stretches
 from gradstore.search.streamed import Streamed
-from gradstore.store import FeatureStore
 
 _UNIT = 2.0**-24
 # Covers float64 roundings of bounds, and of norms that were summed in float64.
@@ -73,7 +73,7 @@ class IntegerBlock:
     Holds 2·D bytes a row for each feature map, four megabytes of rows as stored, and 32 bytes a row and query.
     """
 
-    def __init__(self, train: FeatureStore, queries: Sequence[RoundedQueries], block: int) -> None:
+    def __init__(self, train: Rows, queries: Sequence[RoundedQueries], block: int) -> None:
         self.train, self.queries = train, queries
         self._streamed = Streamed(train, block, max(1, block // 2))
         maps = {part.group.phi for part in queries}
@@ -91,9 +91,9 @@ class IntegerBlock:
         rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
             for phi, block in rows.items():
-                scaled = Scaled.of(phi, columns, self.train.path)
+                scaled = Scaled.of(phi, columns, self.train.where)
                 block.write(at, phi, features, scaled)
-                phi.require_direction(block.norms[at], columns["row"], self.train.path)
+                phi.require_direction(block.norms[at], columns["row"], self.train.where)
         return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self.queries]
 
 

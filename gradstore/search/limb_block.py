@@ -23,12 +23,12 @@ from torch import Tensor
 
 from gradstore.heap import pages
 from gradstore.matrix_unit.product import LIMB, REST_ERROR, Packed, Strips, pack, rounding_bound
+from gradstore.rows import Rows
 from gradstore.schema import Schema
 from gradstore.search.float_block import bounds_within
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.streamed import Streamed, piece_rows, streamed_bytes
-from gradstore.store import FeatureStore
 
 # Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
 # products and squares below 2^-126: the norms of scaled vectors are around 1.
@@ -138,7 +138,7 @@ class LimbBlock:
     Holds `block_bytes`, and 32 bytes a row and query.
     """
 
-    def __init__(self, train: FeatureStore, queries: PackedBatch, block: int) -> None:
+    def __init__(self, train: Rows, queries: PackedBatch, block: int) -> None:
         self.train, self.queries, self._rows = train, queries, strip_rows(block)
         self._streamed = Streamed(train, self._rows)
         self._rooms = {
@@ -163,10 +163,10 @@ class LimbBlock:
         placed = {phi: _Placed(phi, self._rows // limbs, limbs, room) for phi, room in self._rooms.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
             for rows in placed.values():
-                rows.place(at.start, features, columns, self.train.path)
+                rows.place(at.start, features, columns, self.train.where)
         columns = {name: column[: stop - start] for name, column in self._streamed.columns.items()}
         for rows in placed.values():
-            rows.finish(columns, self.train.path)
+            rows.finish(columns, self.train.where)
         return [(part.group, *placed[part.group.phi].bounds(part)) for part in parts]
 
 

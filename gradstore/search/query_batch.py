@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
+from gradstore.rows import Rows
 from gradstore.search.phi import Phi, Scaled
-from gradstore.store import FeatureStore
 
 # Rows read together where wanted rows follow one another.
 _RUN = 16
@@ -53,7 +53,7 @@ class QueryGroup:
         return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
 
 
-def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi], workers: int = 1) -> list[QueryGroup]:
+def load_queries(store: Rows, rows: np.ndarray, phis: Sequence[Phi], workers: int = 1) -> list[QueryGroup]:
     """Read queries.
 
     Args:
@@ -75,13 +75,13 @@ def load_queries(store: FeatureStore, rows: np.ndarray, phis: Sequence[Phi], wor
     return groups
 
 
-def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi: Phi, workers: int) -> QueryGroup:
+def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Phi, workers: int) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
 
     def load(span: tuple[int, int]) -> None:
         columns, (padded, vector) = store.read(*span), phi.padded()
-        scaled = Scaled.of(phi, columns, store.path)
+        scaled = Scaled.of(phi, columns, store.where)
         for i, row in enumerate(range(*span)):
             phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
             norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[i])
@@ -100,12 +100,12 @@ def _load_group(store: FeatureStore, rows: np.ndarray, members: np.ndarray, phi:
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 
-def _require_finite(norm: float, vector: Tensor, row: int, store: FeatureStore, phi: Phi) -> None:
-    phi.require_direction(np.array([norm]), np.array([row]), store.path)
+def _require_finite(norm: float, vector: Tensor, row: int, store: Rows, phi: Phi) -> None:
+    phi.require_direction(np.array([norm]), np.array([row]), store.where)
     if not torch.isfinite(vector.sum(dtype=torch.float64)):
         raise NonFiniteError(
             f"the features of row {row} are not finite",
-            where=store.path,
+            where=store.where,
             expected="finite values",
             hint="Run `gradstore verify` on the store",
         )

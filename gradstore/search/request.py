@@ -6,15 +6,15 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.indices import Choice, chosen_rows
-from gradstore.kernels import Kernel, require_comparable, require_served
+from gradstore.kernels import Kernel, require_served
+from gradstore.rows import Rows, require_comparable
 from gradstore.search.class_weights import Classes, query_weights
 from gradstore.search.phi import Phi
-from gradstore.store import FeatureStore
 
 
 def check_request(
-    train: FeatureStore,
-    queries: FeatureStore,
+    train: Rows,
+    queries: Rows,
     k: int,
     kernel: Kernel,
     rows: Choice | None,
@@ -34,9 +34,7 @@ def check_request(
     return chosen_rows(rows, len(queries), where="--rows", what="query row")
 
 
-def query_phis(
-    train: FeatureStore, queries: FeatureStore, kernel: Kernel, rows: np.ndarray, classes: Classes
-) -> list[Phi]:
+def query_phis(train: Rows, queries: Rows, kernel: Kernel, rows: np.ndarray, classes: Classes) -> list[Phi]:
     """The feature map of each query."""
     weights = query_weights(classes, kernel, train, queries, rows)
     return [Phi(kernel, train.schema.c, train.schema.K, w) for w in weights]

@@ -19,6 +19,7 @@ from torch import Tensor
 from gradstore.device import full_float32
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.memory import format_bytes
+from gradstore.rows import Rows
 from gradstore.search.best import Best, pending_limit
 from gradstore.search.engines import Engine, choose_engine, single_threaded
 from gradstore.search.exact_score import ROOM, ExactScore
@@ -30,7 +31,6 @@ from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.rounding import MAX_WIDTH
 from gradstore.search.streamed import piece_rows
 from gradstore.search.topk_result import Search
-from gradstore.store import FeatureStore
 
 # A block is large enough for a good matrix product and no larger; the matrix unit is so fast that packed queries should
 # be read from memory seldom.
@@ -62,7 +62,7 @@ class ScanPlan:
     room: int
 
 
-def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed: Sequence[Phi] = ()) -> ScanPlan:
+def plan_scan(train: Rows, phi: Phi, m: int, k: int, memory: int, packed: Sequence[Phi] = ()) -> ScanPlan:
     """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
 
     Args:
@@ -100,7 +100,7 @@ def plan_scan(train: FeatureStore, phi: Phi, m: int, k: int, memory: int, packed
     )
 
 
-def _blocks(train: FeatureStore, phi: Phi) -> list[tuple[int, int]]:
+def _blocks(train: Rows, phi: Phi) -> list[tuple[int, int]]:
     """(rows, bytes) of the blocks that a worker may use, the largest first."""
     schema = train.schema
     row, features = schema.row_bytes, schema.column("features").row_bytes
@@ -111,7 +111,7 @@ def _blocks(train: FeatureStore, phi: Phi) -> list[tuple[int, int]]:
     return [(size, size * (each + 8 * phi.width) + piece[size]) for size in range(cap, 0, -1)]
 
 
-def _packed_blocks(train: FeatureStore, phis: Sequence[Phi]) -> list[tuple[int, int]]:
+def _packed_blocks(train: Rows, phis: Sequence[Phi]) -> list[tuple[int, int]]:
     """The same of rows in strips, whole ones."""
     row = sum(2 * phi.length for phi in phis)
     cap = int(np.clip(_PACKED_BLOCK_BYTES // row, 1, min(_BLOCK_ROWS, max(1, len(train)))))
@@ -120,8 +120,8 @@ def _packed_blocks(train: FeatureStore, phis: Sequence[Phi]) -> list[tuple[int, 
 
 
 def scan_all(
-    train: FeatureStore,
-    queries: FeatureStore,
+    train: Rows,
+    queries: Rows,
     rows: np.ndarray,
     phis: Sequence[Phi],
     k: int,
@@ -151,7 +151,7 @@ def scan_all(
     return np.concatenate([rows for rows, _ in found]), np.concatenate([values for _, values in found]), search
 
 
-def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engine: str) -> tuple[Engine, ScanPlan]:
+def _prepare(train: Rows, phis: Sequence[Phi], k: int, memory: int, engine: str) -> tuple[Engine, ScanPlan]:
     longest, maps = max(phis, key=lambda phi: phi.length), tuple(dict.fromkeys(phis))
     plan = plan_scan(train, longest, len(phis), k, memory)
     asked = engine
@@ -179,7 +179,7 @@ def _prepare(train: FeatureStore, phis: Sequence[Phi], k: int, memory: int, engi
 
 
 def scan(
-    train: FeatureStore, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan
+    train: Rows, groups: Sequence[QueryGroup], k: int, engine: Engine, plan: ScanPlan
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows of every query, over all rows, int64 [m, k], and their similarities float64 [m, k].
 
@@ -205,9 +205,7 @@ def scan(
 class _Scan:
     """One pass: workers take blocks in order, and offer their bounds under one lock."""
 
-    def __init__(
-        self, train: FeatureStore, groups: Sequence[QueryGroup], best: Best, engine: Engine, plan: ScanPlan
-    ) -> None:
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], best: Best, engine: Engine, plan: ScanPlan) -> None:
         self.train, self.groups, self.best, self.engine, self.plan = train, groups, best, engine, plan
         self._rounded = [RoundedQueries.of(group) for group in groups] if engine.name == "int8" else []
         packed = groups if engine.name == "bfloat16" else []
@@ -263,7 +261,7 @@ class _Scan:
         if len(bad):
             raise NonFiniteError(
                 f"the features of row {rows[int(bad[0])]} are not finite",
-                where=self.train.path,
+                where=self.train.where,
                 expected="finite values",
                 hint="Run `gradstore verify` on the store",
             )

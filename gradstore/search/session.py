@@ -10,6 +10,7 @@ from gradstore.errors import UsageError
 from gradstore.indices import Choice
 from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
+from gradstore.rows import Rows
 from gradstore.search.certified import SCATTERED, IndexSearch
 from gradstore.search.engines import one_torch_thread
 from gradstore.search.faiss_index import open_faiss
@@ -71,7 +72,7 @@ class Session:
 
     def topk(
         self,
-        queries: FeatureStore,
+        queries: Rows,
         k: int = 5,
         *,
         rows: Choice | None = None,
@@ -81,7 +82,7 @@ class Session:
         """The k most similar training rows of each query.
 
         Args:
-            queries: store of another split with the same fingerprint.
+            queries: store of another split, or any `Rows`, with the same fingerprint.
             k: neighbours a query.
             rows: rows of the query store, as indices in any order or a bool mask; default all.
             mode: "certified" finds what a scan of all rows finds, to the last bit; "approx" re-ranks `candidates` rows.
@@ -137,7 +138,7 @@ class Session:
         self.index = self.index.with_recall({key: value})
         return value
 
-    def _certified(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
+    def _certified(self, queries: Rows, wanted: np.ndarray, k: int) -> TopK:
         if len(wanted) > _MAX_BATCH and SCATTERED * len(wanted) * k > len(self.train):
             return self._scanned(queries, wanted, k)
         rows, similarity = np.empty((len(wanted), k), np.int64), np.empty((len(wanted), k))
@@ -157,7 +158,7 @@ class Session:
             note = f"the index proves too little for {len(left)} of {len(wanted)} queries; a scan answered these"
         return self._result(queries, wanted, rows, similarity, Search("certified", read, self._name, 1.0, note))
 
-    def _scanned(self, queries: FeatureStore, wanted: np.ndarray, k: int) -> TopK:
+    def _scanned(self, queries: Rows, wanted: np.ndarray, k: int) -> TopK:
         """The same by a scan, where scattered reads of the answers alone would take longer."""
         phis = [self._phi] * len(wanted)
         rows, similarity, scan = scan_all(self.train, queries, wanted, phis, k, self.memory)
@@ -166,7 +167,7 @@ class Session:
             queries, wanted, rows, similarity, Search("certified", scan.rows_read, scan.engine, 1.0, note)
         )
 
-    def _approximate(self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int, recall: float) -> TopK:
+    def _approximate(self, queries: Rows, wanted: np.ndarray, k: int, count: int, recall: float) -> TopK:
         rows, similarity, read = self._approximate_rows(queries, wanted, k, count)
         return self._result(
             queries,
@@ -177,7 +178,7 @@ class Session:
         )
 
     def _approximate_rows(
-        self, queries: FeatureStore, wanted: np.ndarray, k: int, count: int
+        self, queries: Rows, wanted: np.ndarray, k: int, count: int
     ) -> tuple[np.ndarray, np.ndarray, int]:
         found = []
         for _, part in self._batches(wanted):
@@ -197,7 +198,7 @@ class Session:
             return proposed
         return [np.union1d(a, b) for a, b in zip(proposed, self._search.propose(group, k), strict=True)]
 
-    def _load(self, queries: FeatureStore, rows: np.ndarray) -> QueryGroup:
+    def _load(self, queries: Rows, rows: np.ndarray) -> QueryGroup:
         return load_queries(queries, rows, [self._phi] * len(rows), self._search.workers)[0]
 
     def _batches(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -220,7 +221,7 @@ class Session:
         return np.sort(np.random.default_rng(1).choice(pool, min(count, len(pool)), replace=False))
 
     def _result(
-        self, queries: FeatureStore, wanted: np.ndarray, rows: np.ndarray, similarity: np.ndarray, search: Search
+        self, queries: Rows, wanted: np.ndarray, rows: np.ndarray, similarity: np.ndarray, search: Search
     ) -> TopK:
         return TopK(rows, similarity, wanted, self.kernel.name, self.train, queries, search)
 

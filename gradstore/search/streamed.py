@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradstore.heap import pages
+from gradstore.rows import Rows
 from gradstore.schema import Schema
-from gradstore.store import FeatureStore
 
 # Bytes of features read together. Smaller pieces would stay in a nearer cache, and threads would wait more often for
 # the interpreter lock: a megabyte at a time took a seventh longer.
@@ -32,7 +32,7 @@ class Streamed:
     Holds `streamed_bytes`.
     """
 
-    def __init__(self, store: FeatureStore, block: int, piece: int = _MOST) -> None:
+    def __init__(self, store: Rows, block: int, piece: int = _MOST) -> None:
         schema, rows = store.schema, min(piece, piece_rows(store.schema))
         self._store, self.columns = store, schema.empty(block, features=False)
         room = pages(rows * schema.column("features").row_bytes)

@@ -11,8 +11,8 @@ import numpy as np
 
 from gradstore.csv_file import write_csv
 from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
+from gradstore.rows import Rows
 from gradstore.shown import class_name, predicted_class, provenance, shown_example
-from gradstore.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class TopK:
         similarity: float64 [m, k].
         rows: int64 [m], positions in the query store; of a store, its rows.
         kernel: name of the kernel.
-        train: the training store.
-        queries: the query store.
+        train: the training rows.
+        queries: the query rows.
         search: how it was found.
         standard_error: float64 [m, k], of each similarity, due to the random projection; None where not asked for.
     """
@@ -53,8 +53,8 @@ class TopK:
     similarity: np.ndarray
     rows: np.ndarray
     kernel: str
-    train: FeatureStore
-    queries: FeatureStore
+    train: Rows
+    queries: Rows
     search: Search = Search("exact", 0)
     standard_error: np.ndarray | None = None
 
@@ -65,7 +65,7 @@ class TopK:
 
     @property
     def split_rows(self) -> np.ndarray:
-        """Rows of the queries in their split, int64 [m]."""
+        """Rows of the queries in their split, int64 [m]; of several stores, in all of them."""
         return self.queries.rows[self.rows]
 
     def records(self) -> list[dict[str, Any]]:
@@ -103,9 +103,9 @@ class TopK:
         """The first `limit` queries as a page."""
         return TopKPage(
             kernel=self.kernel,
-            train=self.train.manifest.split,
+            train=self.train.split,
             train_size=len(self.train),
-            queries=self.queries.manifest.split,
+            queries=self.queries.split,
             query_size=len(self.rows),
             explanations=tuple(self.explanation(q) for q in range(min(limit, len(self.rows)))),
             provenance=provenance(self.train, self.queries),

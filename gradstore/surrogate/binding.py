@@ -9,7 +9,7 @@ from typing import Any
 from gradstore.errors import MismatchError, UsageError
 from gradstore.gram_file import Gram
 from gradstore.identity import require_same
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows, named_identity
 
 # What must agree between the Gram matrix of the training examples and that of the queries with them.
 _GRAM_FIELDS = ("kernel", "fingerprint", "weights", "parameters", "layers")
@@ -21,18 +21,18 @@ class Binding:
 
     Attributes:
         kind: "store", "gram" or "array".
-        source: path of the store or of the Gram matrix; "" for an array.
+        source: path of the store or of the Gram matrix, or those of several stores; "" for what is in memory.
         identity: of the store with its class names, or attributes of the matrix; empty for an array.
     """
 
     kind: str
-    source: str = ""
+    source: str | list[str] = ""
     identity: Mapping[str, Any] | None = None
 
     @classmethod
-    def of_store(cls, store: FeatureStore) -> Binding:
-        """Bound to a store's weights, projection, classes and data."""
-        return cls("store", str(store.path.resolve()), store_identity(store))
+    def of_store(cls, store: Rows) -> Binding:
+        """Bound to the weights, projection, classes and data of stored rows."""
+        return cls("store", store.source, named_identity(store))
 
     @classmethod
     def of_gram(cls, gram: Gram) -> Binding:
@@ -40,7 +40,7 @@ class Binding:
         names = (*_GRAM_FIELDS, "data_a", "split_a")
         return cls("gram", str(gram.path.resolve()), {n: gram.attributes[n] for n in names if n in gram.attributes})
 
-    def require_queries(self, store: FeatureStore) -> None:
+    def require_queries(self, store: Rows) -> None:
         """Refuse queries that were not featurized with the same weights and settings.
 
         Raises:
@@ -49,18 +49,18 @@ class Binding:
         """
         self.require_kind("store", store)
         require_same(
-            self._known(), store_identity(store), where=store.path, theirs="surrogate", ours=str(store.path), data=False
+            self._known(), named_identity(store), where=store.where, theirs="surrogate", ours=store.where, data=False
         )
         store.require_complete()
 
-    def require_training_store(self, store: FeatureStore) -> None:
+    def require_training_store(self, store: Rows) -> None:
         """Refuse a store that is not the one the surrogate was fitted on, data included.
 
         Raises:
             MismatchError: lists every field that differs.
         """
         self.require_kind("store", store)
-        require_same(self._known(), store_identity(store), where=store.path, theirs="surrogate", ours=str(store.path))
+        require_same(self._known(), named_identity(store), where=store.where, theirs="surrogate", ours=store.where)
         store.require_complete()
 
     def require_query_gram(self, gram: Gram) -> None:
@@ -105,8 +105,3 @@ class Binding:
         if self.identity is None:
             raise MismatchError("the surrogate does not say what it was fitted on", hint="Fit it again")
         return self.identity
-
-
-def store_identity(store: FeatureStore) -> dict[str, Any]:
-    """Identity of a store with the names of its classes."""
-    return {**store.identity, "class names": list(store.classes)}

@@ -14,7 +14,7 @@ from gradstore.errors import UsageError
 from gradstore.memory import format_bytes
 from gradstore.surrogate.alpha import choose_alpha
 from gradstore.surrogate.one_vs_rest import fit_one_vs_rest
-from gradstore.surrogate.rows import Rows, mean_square, weighted_sum
+from gradstore.surrogate.rows import PhiRows, mean_square, weighted_sum
 from gradstore.surrogate.settings import Fitted, Settings, class_weights, hard_labels, require_usable, targets
 from gradstore.surrogate.softmax import PAIRS, factored, fit_softmax
 from gradstore.surrogate.training_data import TrainingData
@@ -62,7 +62,7 @@ class MultinomialSolver:
         scale: mean of κ(x_i, x_i), by which the kernel is divided; the penalty is multiplied instead.
     """
 
-    def __init__(self, rows: Rows, scale: float, data: TrainingData, settings: Settings) -> None:
+    def __init__(self, rows: PhiRows, scale: float, data: TrainingData, settings: Settings) -> None:
         self._rows, self._scale, self._settings = rows, scale, settings
         self._targets = targets(data, settings)
         self._weights = class_weights(data, settings)[hard_labels(data, settings)]

@@ -16,14 +16,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from gradstore.gram_file import Gram
 from gradstore.memory import parse_bytes
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 from gradstore.surrogate.fitting import fit
 from gradstore.surrogate.rows import ArrayRows, StoreRows, scores
 from gradstore.surrogate.saved import load_fitted, save_fitted
 from gradstore.surrogate.settings import Settings
 from gradstore.surrogate.training_data import TrainingData, kernel_on, new_array, training_data
 
-Data = FeatureStore | Gram | np.ndarray
+Data = Rows | Gram | np.ndarray
 
 
 class KernelGLM(ClassifierMixin, BaseEstimator):
@@ -106,7 +106,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         """Fit W and b.
 
         Args:
-            X: training store, Gram matrix [n, n] or array [n, D].
+            X: training store or any `Rows`, Gram matrix [n, n] or array [n, D].
             y: labels [n]; default those of the store. Any values scikit-learn takes as classes.
             outputs: logits of the network [n, classes]; default those of the store. Needed where `target` is not
                 "labels", and to select alpha by τ.
@@ -136,7 +136,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             NonFiniteError: the cosine of a query is undefined; names the row.
         """
         check_is_fitted(self)
-        if isinstance(X, FeatureStore):
+        if isinstance(X, Rows):
             self.binding_.require_queries(X)
             rows = StoreRows(X, kernel_on(self.kernel), parse_bytes(self.memory))
             return scores(rows, self.vectors_) + self.intercept_
@@ -155,7 +155,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         The exception is scikit-learn's convention.
         """
         logits = self.logits(X)
-        if isinstance(X, (FeatureStore, Gram)) or len(self.classes_) > 2:
+        if isinstance(X, (Rows, Gram)) or len(self.classes_) > 2:
             return logits
         return logits[:, 1] if self.backend == "sgd" else logits[:, 1] - logits[:, 0]
 

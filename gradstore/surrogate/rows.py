@@ -13,14 +13,14 @@ from gradstore.errors import UsageError
 from gradstore.kernels import Kernel, feature_map
 from gradstore.memory import format_bytes
 from gradstore.prefetch import prefetched
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 
 # Of a block in float32: memory that the allocator hands out again, where a larger block is fresh pages every time.
 _BLOCK_BYTES = 8 << 20
 _COPY_BYTES = 16 << 20
 
 
-class Rows(Protocol):
+class PhiRows(Protocol):
     """Φ of n examples, each of length D and divided by its norm where the kernel is a cosine.
 
     Attributes:
@@ -64,13 +64,13 @@ class ArrayRows:
 
 
 class StoreRows:
-    """Φ of a store, float32, as a kernel on stored features defines it.
+    """Φ of stored rows, float32, as a kernel on stored features defines it.
 
     Blocks are read and converted one ahead of the arithmetic; digests are checked the first time. Where all rows fit
     half of the memory, they are kept.
 
     Args:
-        store: a complete store.
+        store: complete rows.
         kernel: which Φ.
         memory: bytes.
         share: the blocks may take one part in `share` of them.
@@ -79,13 +79,12 @@ class StoreRows:
         UsageError: not even one row fits the memory.
     """
 
-    def __init__(self, store: FeatureStore, kernel: Kernel, memory: int, share: int = 1) -> None:
+    def __init__(self, store: Rows, kernel: Kernel, memory: int, share: int = 1) -> None:
         n, c, K = store.shape
         self.n, self.length = n, K if kernel.sums_classes else c * K
         self.bytes = 4 * n * self.length
         self._store, self._kernel = store, kernel
-        self._unchecked = store.unchecked()
-        self._checked = not store.verify
+        self._checked = False
         # As read, decoded and normalised, three times: one block in use, one ready, one being made.
         row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length)
         if share * row > memory:
@@ -117,12 +116,12 @@ class StoreRows:
             self._kept = found
 
     def _load(self, span: slice) -> Tensor:
-        store = self._unchecked if self._checked else self._store
-        phi, norms = feature_map(self._kernel, store.read(span.start, span.stop))
+        columns = self._store.read(span.start, span.stop, check=not self._checked)
+        phi, norms = feature_map(self._kernel, columns)
         return phi.div_(norms[:, None].float()) if self._kernel.normalised else phi
 
 
-def doubled(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+def doubled(rows: PhiRows) -> Iterator[tuple[slice, Tensor]]:
     """Blocks in float64, small enough that the copies stay in cache.
 
     Sums in float32 would be too coarse: an objective that is only known to 1e-7 hides its minimum from L-BFGS.
@@ -137,7 +136,7 @@ def doubled(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
             yield slice(span.start + at, span.start + at + len(part)), part
 
 
-def weighted_sum(rows: Rows, weights: np.ndarray) -> np.ndarray:
+def weighted_sum(rows: PhiRows, weights: np.ndarray) -> np.ndarray:
     """Σ_i weights[·, i] Φ(x_i), float64 [classes, D]: the one vector per class that a surrogate amounts to."""
     w = torch.from_numpy(np.ascontiguousarray(weights))
     total = torch.zeros(len(w), rows.length, dtype=torch.float64)
@@ -146,7 +145,7 @@ def weighted_sum(rows: Rows, weights: np.ndarray) -> np.ndarray:
     return total.numpy()
 
 
-def scores(rows: Rows, vectors: np.ndarray) -> np.ndarray:
+def scores(rows: PhiRows, vectors: np.ndarray) -> np.ndarray:
     """⟨vectors_c, Φ(x_i)⟩, float64 [n, classes]."""
     v = torch.from_numpy(np.ascontiguousarray(vectors)).T
     out = np.empty((rows.n, v.shape[1]))
@@ -155,7 +154,7 @@ def scores(rows: Rows, vectors: np.ndarray) -> np.ndarray:
     return out
 
 
-def mean_square(rows: Rows) -> float:
+def mean_square(rows: PhiRows) -> float:
     """Mean of κ(x_i, x_i), by which a kernel that is not a cosine is brought to scale."""
     total = sum(float(torch.linalg.vector_norm(phi, dtype=torch.float64)) ** 2 for _, phi in rows.blocks())
     return total / rows.n

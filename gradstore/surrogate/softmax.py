@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 from threadpoolctl import threadpool_limits
 
 from gradstore.errors import NonFiniteError
-from gradstore.surrogate.rows import ArrayRows, Rows, doubled
+from gradstore.surrogate.rows import ArrayRows, PhiRows, doubled
 
 PAIRS = 20
 """Steps that L-BFGS remembers, two vectors each."""
@@ -59,7 +59,7 @@ class SoftmaxObjective:
         alpha: α.
     """
 
-    def __init__(self, rows: Rows, targets: np.ndarray, sample_weights: np.ndarray, alpha: float) -> None:
+    def __init__(self, rows: PhiRows, targets: np.ndarray, sample_weights: np.ndarray, alpha: float) -> None:
         self.rows, self.targets, self.sample_weights, self.alpha = rows, targets, sample_weights, alpha
         self.logits = np.empty(targets.shape)
         self.slope = np.inf
@@ -95,7 +95,7 @@ class SoftmaxObjective:
 
 
 def fit_softmax(
-    rows: Rows,
+    rows: PhiRows,
     targets: np.ndarray,
     sample_weights: np.ndarray,
     alpha: float,

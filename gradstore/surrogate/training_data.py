@@ -14,9 +14,9 @@ from gradstore.errors import UsageError
 from gradstore.gram_file import Gram
 from gradstore.indices import class_indices
 from gradstore.kernels import PROJECTED, Kernel, require_served
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 from gradstore.surrogate.binding import Binding
-from gradstore.surrogate.rows import ArrayRows, Rows, StoreRows
+from gradstore.surrogate.rows import ArrayRows, PhiRows, StoreRows
 from gradstore.surrogate.training_gram import assembled, store_gram
 
 ON_ARRAYS = ("linear", "cosine")
@@ -31,7 +31,7 @@ class TrainingData:
     """Training examples.
 
     Attributes:
-        source: a store, an array [n, D] of features, or a Gram matrix [n, n].
+        source: `Rows`, an array [n, D] of features, or a Gram matrix [n, n].
         kernel: on stores; None otherwise.
         rows: Φ of the examples; None for Gram matrices.
         labels: indices into `classes`, int64 [n].
@@ -42,9 +42,9 @@ class TrainingData:
         name: for messages.
     """
 
-    source: FeatureStore | Gram | np.ndarray
+    source: Rows | Gram | np.ndarray
     kernel: Kernel | None
-    rows: Rows | None
+    rows: PhiRows | None
     labels: np.ndarray
     classes: np.ndarray
     outputs: np.ndarray | None
@@ -59,21 +59,21 @@ class TrainingData:
 
     def gram(self, memory: int, scratch: Any) -> AbstractContextManager[np.ndarray | Gram]:
         """The Gram matrix while the context lasts, in memory or in a file."""
-        if isinstance(self.source, FeatureStore):
+        if isinstance(self.source, Rows):
             assert self.kernel is not None
             return store_gram(self.source, self.kernel, memory, scratch)
         return nullcontext(self._given_gram())
 
     def gram_in_memory(self, memory: int) -> np.ndarray:
         """The Gram matrix, float64 [n, n], the caller's own."""
-        if isinstance(self.source, FeatureStore):
+        if isinstance(self.source, Rows):
             assert self.kernel is not None
             return assembled(self.source, self.kernel, memory, np.float64)
         return np.array(self._given_gram()[:], np.float64)
 
     def _given_gram(self) -> np.ndarray | Gram:
         if self.rows is None:
-            assert not isinstance(self.source, FeatureStore)
+            assert not isinstance(self.source, Rows)
             return self.source
         phi = np.concatenate([block.numpy() for _, block in self.rows.blocks()])
         return phi @ phi.T
@@ -102,14 +102,14 @@ def training_data(X: Any, y: Any, outputs: Any, kernel: str, target: str, memory
     Raises:
         UsageError: labels are missing or all the same, or the kernel does not fit the data.
     """
-    if isinstance(X, FeatureStore):
+    if isinstance(X, Rows):
         return _from_store(X, y, outputs, kernel_on(kernel), target, memory)
     if isinstance(X, Gram):
         return _from_gram(X, y, outputs, kernel)
     return _from_array(X, y, outputs, kernel)
 
 
-def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, target: str, memory: int) -> TrainingData:
+def _from_store(store: Rows, y: Any, outputs: Any, kernel: Kernel, target: str, memory: int) -> TrainingData:
     store.require_complete()
     require_served(kernel, store)
     classes = max(store.schema.classes, 2)
@@ -126,7 +126,7 @@ def _from_store(store: FeatureStore, y: Any, outputs: Any, kernel: Kernel, targe
         outputs=logits,
         binding=Binding.of_store(store),
         columns=store.schema.K if kernel.sums_classes else store.schema.c * store.schema.K,
-        name=str(store.path),
+        name=store.where,
     )
 
 
@@ -190,20 +190,20 @@ def two_logits(logits: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(logits), logits], axis=1) if logits.shape[1] == 1 else logits
 
 
-def _stored_labels(store: FeatureStore, y: Any, classes: int) -> np.ndarray:
+def _stored_labels(store: Rows, y: Any, classes: int) -> np.ndarray:
     labels = store.labels if y is None else class_indices(y, where="y")
     if labels.shape != (len(store),):
-        raise UsageError("the labels are not one a row", where=store.path, expected=len(store), got=list(labels.shape))
+        raise UsageError("the labels are not one a row", where=store.where, expected=len(store), got=list(labels.shape))
     missing = np.flatnonzero((labels < 0) | (labels >= classes))
     if missing.size:
         raise UsageError(
             "labels are missing",
-            where=store.path,
+            where=store.where,
             expected=f"a class below {classes} for each of {len(store)} rows",
             got=f"{missing.size} without, the first in row {missing[0]}",
             hint="Give labels, or learn the network's own outputs: --target predictions",
         )
-    _require_two(labels, str(store.path))
+    _require_two(labels, store.where)
     return labels
 
 

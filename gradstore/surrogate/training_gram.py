@@ -15,7 +15,7 @@ from gradstore.gram import gram
 from gradstore.gram_file import Gram
 from gradstore.kernels import Kernel
 from gradstore.memory import format_bytes
-from gradstore.store import FeatureStore
+from gradstore.rows import Rows
 
 
 class TrainingGram:
@@ -78,7 +78,7 @@ class TrainingGram:
 
 @contextmanager
 def store_gram(
-    store: FeatureStore, kernel: Kernel, memory: int, scratch: str | os.PathLike[str] | None
+    store: Rows, kernel: Kernel, memory: int, scratch: str | os.PathLike[str] | None
 ) -> Iterator[np.ndarray | Gram]:
     """The Gram matrix of a store: float32 in memory where it fits half of it, otherwise a file that is removed after.
 
@@ -100,7 +100,7 @@ def store_gram(
         yield gram(store, None, kernel.name, out=Path(folder) / "gram.h5", memory=memory)
 
 
-def assembled(store: FeatureStore, kernel: Kernel, memory: int, dtype: type = np.float32) -> np.ndarray:
+def assembled(store: Rows, kernel: Kernel, memory: int, dtype: type = np.float32) -> np.ndarray:
     """The whole Gram matrix [n, n] of a store; holds it and what `gradstore.gram` holds."""
     n = len(store)
     found: np.ndarray = np.empty((n, n), dtype)
