@@ -1,9 +1,9 @@
 """The compiled products with P for tensors on the CPU, in ``native/src/projection.cpp``.
 
-Without them the reference is used, with results that agree to float32 rounding. The bits of a product with signs are
-the same at every SIMD level, for there is nothing to fuse in them. Those of a product with normals are the same at
-"amx", "avx512" and "avx2"; "plain" rounds each product before it is added, where the others fuse the two.
-"amx" runs the code of "avx512".
+Without them the reference is used, with results that agree to float32 rounding. The bits of a dense product with signs
+are the same at every SIMD level, for there is nothing to fuse in it. Those of other products are the same at "amx"
+(which runs the code of "avx512"), "avx512" and "avx2"; "plain" rounds each product before it is added, where the others
+fuse the two.
 """
 
 from __future__ import annotations
