@@ -49,8 +49,8 @@ def topk(
             whether it is a cosine.
         mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
             none; "approx" re-ranks the candidates of that index and says which recall was measured.
-        memory: bytes held beside the result, and beside the index where one is used.
-        engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "bfloat16", "cuda".
+        memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
+        engine: of mode "exact", one of `gradstore.arithmetic.choices.ENGINES`; "auto" measures.
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
     Raises:

@@ -16,11 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradstore.arithmetic import compiled_loops, matrix_unit
 from gradstore.errors import UsageError
-from gradstore.matrix_unit import product
 from gradstore.projection import Projection, native
 from gradstore.projection.entries import Entries
-from gradstore.search import native as search
 from gradstore.storage import native as storage
 
 pytestmark = pytest.mark.numerical
@@ -280,12 +279,12 @@ def test_the_variable_forbids_every_compiled_part(monkeypatch):
     monkeypatch.setenv("GRADSTORE_SIMD", "none")
     why, hint = "GRADSTORE_SIMD=none forbids it", "unset GRADSTORE_SIMD"
     assert native.status() == native.Status("reference", why=why, hint=hint)
-    assert (search.levels(), storage.levels(), product.levels()) == ((), (), ())
+    assert (compiled_loops.levels(), storage.levels(), matrix_unit.levels()) == ((), (), ())
     with pytest.raises(UsageError, match=rf"backend: no compiled projection \(got {why}\)\. .*{hint}"):
         native.accumulate(Entries("rademacher", 0, 0), torch.zeros(1, 1), torch.ones(1, 1), 0, 0)
     monkeypatch.delenv("GRADSTORE_SIMD")
     assert native.available()
-    assert all(levels() for levels in (search.levels, storage.levels, product.levels))
+    assert all(levels() for levels in (compiled_loops.levels, storage.levels, matrix_unit.levels))
 
 
 def test_without_the_library_the_reference_is_used(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.search import native
+from gradstore.arithmetic import compiled_loops
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup, vector_norm
 from gradstore.store import FeatureStore
@@ -131,9 +131,9 @@ def inner_products(
     Returns:
         float64 [q]; the same bits at every level.
     """
-    simd = native.level() if simd is None else simd
+    simd = compiled_loops.level() if simd is None else simd
     if simd:
-        return native.dot(values, factors, pieces, rows, places, simd)
+        return compiled_loops.dot(values, factors, pieces, rows, places, simd)
     return np.array([_by_numpy(values[i], factors[i], pieces[:, q]) for i, q in zip(rows, places, strict=True)])
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.int8_digits import Rounded
 from gradstore.search.basis import Basis
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
-from gradstore.search.rounding import Rounded
 from gradstore.search.streamed import Streamed
 from gradstore.store import FeatureStore
 

@@ -10,14 +10,15 @@ For normal entries the higher digits leave a rest of 0.009 of the norm, both dig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.rounding import MOST_COLUMNS, integer_product
-from gradstore.search import native
+from gradstore.arithmetic import compiled_loops
+from gradstore.arithmetic.int8 import MOST_COLUMNS, integer_product
 
 # Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
 _FINER = 254
@@ -73,9 +74,9 @@ def round_stretches(
         found: float64 [segments, n, 4], spaced as `high`: overwritten with what `Rounded.of` takes.
         simd: a level of the compiled loops, or "" for torch, which holds 12 bytes a value; default the fastest.
     """
-    simd = native.level() if simd is None else simd
+    simd = compiled_loops.level() if simd is None else simd
     if simd:
-        native.round_rows(values, factors.contiguous(), high, low, found, simd)
+        compiled_loops.round_rows(values, factors.contiguous(), high, low, found, simd)
         return
     for s in range(values.shape[1]):
         x = values[:, s].float() * factors[:, s, None]
@@ -128,9 +129,23 @@ def add_integer_product(
     """
     both = integer_product(queries.flatten(0, 1), high.T)
     m, also_low = len(query_steps), integer_product(queries[0], low.T)
-    simd = native.level()
+    simd = compiled_loops.level()
     if simd:
-        native.add_scaled(both[:m], both[m:], also_low, query_steps, steps, out, simd)
+        compiled_loops.add_scaled(both[:m], both[m:], also_low, query_steps, steps, out, simd)
     else:
         total = both[m:].add_(also_low).float().div_(_FINER).add_(both[:m])
         out.add_(total.mul_(query_steps[:, None]).mul_(steps))
+
+
+def sample_product(queries: int, rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
+    """As `gradstore.arithmetic.float32.sample_product`, of two digits."""
+    stored, factors, out = torch.ones(rows, width).to(dtype), torch.ones(rows), torch.zeros(queries, rows)
+    digits, rounded = (torch.empty(2, size, width, dtype=torch.int8) for size in (rows, queries))
+    steps = torch.from_numpy(round_rows(torch.ones(queries, width), torch.ones(queries), *rounded).step).float()
+
+    def multiply() -> None:
+        values = stored.float() if dtype == torch.int8 else stored
+        round_rows(values, factors, *digits)
+        add_integer_product(rounded, steps, digits[0], digits[1], factors, out)
+
+    return multiply

@@ -59,7 +59,7 @@ def level() -> str:
 
 
 def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
-    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.search.rounding.round_stretches`."""
+    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.arithmetic.int8_digits.round_stretches`."""
     n, classes, width = values.shape
     job = _RoundJob(
         values.data_ptr(),
@@ -107,5 +107,5 @@ def _call(name: str, job: ctypes.Structure, simd: str) -> None:
 
 
 def _library() -> Library | None:
-    library = load(Path(__file__).parent, "gradstore_search", _INTERFACE)
+    library = load(Path(__file__).parent.parent / "search", "gradstore_search", _INTERFACE)
     return None if isinstance(library, str) else library
