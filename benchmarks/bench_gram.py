@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gradstore.matrix_unit import product
+from gradstore.products import ARITHMETICS, LIMBS
 from setting import append_rows
 
 import gradstore as gs
 from gradstore.identity import fingerprint_of
-from gradstore.matrix_unit import product
-from gradstore.products import ARITHMETICS, LIMBS
 from gradstore.schema import Schema
 from gradstore.storage.encoding import encode
 from gradstore.storage.manifest import Manifest

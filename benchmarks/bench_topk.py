@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradstore.matrix_unit import product
+from gradstore.search.rounding import add_integer_product
 from setting import RESULTS, append_rows
 from structured import write_structured
 
 import gradstore as gs
-from gradstore.matrix_unit import product
 from gradstore.search.engines import single_threaded
 from gradstore.search.faiss_index import require_faiss
-from gradstore.search.rounding import add_integer_product
 from gradstore.store import FeatureStore
 
 K_BEST = 10

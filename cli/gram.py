@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from .options import as_json, memory_option, parse_assignments
+from gradstore.arithmetic.choices import ARITHMETICS
+
+from .options import as_json, assignments_option, choice_option, memory_option
 from .output import print_json, print_pairs, say
 from .progress import CountBar
 from .stopping import ON, keeping
@@ -33,25 +35,10 @@ from .stopping import ON, keeping
     help="From stores proj-trntk, proj-pntk, proj-trntk0; from a project trntk, trntk0, pntk, pntk-cosine, entk, ck, "
     "embedding, embedding-layerwise.  [default: proj-trntk or trntk]",
 )
-@click.option(
-    "--arithmetic",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16x2", "int8"]),
-    help="Products from stores: auto, which is bfloat16x2 where the processor has a matrix unit (AMX), as right as "
-    "float16 features and faster, and else float32; int8, about 1e-4 off, for processors without one.",
-)
+@choice_option("--arithmetic", ARITHMETICS, "Products from stores:")
 @click.option("--layers", help="The final linear layer (ck), or a regular expression of module names (embedding).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=parse_assignments,
-    help="Keyword argument of project(); may be repeated.",
-)
+@assignments_option()
 @memory_option("2GB")
 @as_json
 def gram(

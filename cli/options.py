@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from gradstore.arithmetic.choices import Choice
+from gradstore.memory import require_promise
 from gradstore.projection.kinds import DEFAULT, KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,16 +26,22 @@ def as_json(function: F) -> F:
 
 def project_options(function: F) -> F:
     """The project file and `-o`."""
-    function = click.option(
+    function = assignments_option()(function)
+    return click.argument("project_file", metavar="PROJECT.PY", type=click.Path(path_type=Path))(function)
+
+
+def assignments_option(when: str = "") -> Callable[[F], F]:
+    """`-o NAME=VALUE`, for the project; `when` it is heeded, a few words that begin its help."""
+    what = "keyword argument of project(); may be repeated."
+    return click.option(
         "-o",
         "--option",
         "options",
         multiple=True,
         metavar="NAME=VALUE",
-        callback=parse_assignments,
-        help="Keyword argument of project(); may be repeated.",
-    )(function)
-    return click.argument("project_file", metavar="PROJECT.PY", type=click.Path(path_type=Path))(function)
+        callback=_parse_assignments,
+        help=f"{when}: {what}" if when else what[0].upper() + what[1:],
+    )
 
 
 def settings_options(function: F) -> F:
@@ -83,10 +91,18 @@ def memory_option(default: str) -> Callable[[F], F]:
     return click.option(
         "--memory",
         default=default,
+        callback=_promised,
         show_default=True,
         metavar="BYTES",
         help="Memory to use beside the model and the result, e.g. 2GB.",
     )
+
+
+def choice_option(name: str, choices: Sequence[Choice], what: str) -> Callable[[F], F]:
+    """An option that takes one of some names, the first by default; `what` begins its help, which lists them."""
+    names = [choice.name for choice in choices]
+    text = f"{what} {'; '.join(map(str, choices))}."
+    return click.option(name, default=names[0], show_default=True, type=click.Choice(names), help=text)
 
 
 def kernel_help() -> str:
@@ -112,7 +128,12 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str | 
     return spans[0] if len(spans) == 1 else [row for span in spans for row in span]
 
 
-def parse_assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def _promised(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    require_promise(value)
+    return value
+
+
+def _parse_assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """Values written as NAME=VALUE."""
     options = {}
     for value in values:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, kernel_help, memory_option, parse_assignments, parse_rows
+from gradstore.arithmetic.choices import ENGINES
+
+from .options import as_json, assignments_option, choice_option, kernel_help, memory_option, parse_rows
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -30,15 +32,7 @@ SHOWN = 20
 @click.option("--kernel", default="proj-trntk", show_default=True, help=kernel_help())
 @click.option("--rows", callback=parse_rows, help="Query rows, e.g. 0:100 or 3,5,8.  [default: all]")
 @click.option("--split", default="test", show_default=True, help="With a project: split of the queries.")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=parse_assignments,
-    help="With a project: keyword argument of project(); may be repeated.",
-)
+@assignments_option("With a project")
 @click.option("--device", default="auto", show_default=True, help="With a project: auto, cpu, cuda or cuda:<index>.")
 @click.option(
     "--classes",
@@ -51,9 +45,7 @@ SHOWN = 20
     show_default=True,
     help="exact: read every row; certified: the same answer through an index; approx: candidates of the index only.",
 )
-@click.option(
-    "--engine", default="auto", show_default=True, help="With exact: auto, numpy, torch, int8, bfloat16 or cuda."
-)
+@choice_option("--engine", ENGINES, "With exact, for the same answer:")
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")

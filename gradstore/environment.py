@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from gradstore import __version__
+from gradstore.arithmetic import matrix_unit
 from gradstore.errors import GradstoreError, MismatchError
 from gradstore.hashing import NAMES, NEWEST
-from gradstore.matrix_unit import product
 from gradstore.native import library
 from gradstore.projection import Projection, trust
 from gradstore.storage.disk import Disk
@@ -107,7 +107,7 @@ def _projection_path() -> str:
 
 
 def _matrix_unit() -> str:
-    if product.available():
+    if matrix_unit.available():
         return "AMX, for kernels and searches"
     forbidden = "amx" in library.levels()
     return "not used: GRADSTORE_SIMD names another level" if forbidden else "none that can be used; products by BLAS"

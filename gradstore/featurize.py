@@ -18,7 +18,6 @@ from gradstore.clock import now_utc
 from gradstore.environment import environment, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
-from gradstore.heap import freed_at_once
 from gradstore.memory import parse_bytes
 from gradstore.plan import Plan, to_device
 from gradstore.project import Project
@@ -139,9 +138,7 @@ def featurize(
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note)
-            with freed_at_once(run.scarce, plan.memory):
-                run.write_missing()
+            _Run(plan, writer, batch_size, progress, smaller, workers, on_note).write_missing()
     return open_store(out)
 
 
@@ -219,11 +216,6 @@ class _Run:
         before = self.audited
         self._fill(shard.index, lambda make: shard.write(make()))
         return self.audited - before
-
-    @property
-    def scarce(self) -> bool:
-        """Whether the largest batch leaves no room for what the C library would keep of it once it is freed."""
-        return 2 * self._most_groups() * self._group_bytes() > self.plan.memory
 
     def _group_bytes(self) -> int:
         return max(1, self.plan.bytes_needed(self.writer.manifest.schema, self.group))

@@ -13,11 +13,12 @@ from typing import overload
 import numpy as np
 import torch
 
+from gradstore.arithmetic.chooser import choose_arithmetic, runs_on_gpu
+from gradstore.arithmetic.product import Operand, multiply
 from gradstore.device import choose_device, full_float32
 from gradstore.gram_file import Gram, Report, write_tiles
 from gradstore.kernels import Kernel, projected_kernel, require_served, stored_feature_map
 from gradstore.memory import parse_bytes
-from gradstore.products import LIMBS, Operand, bytes_a_row, choose_arithmetic, multiply, workspace_bytes
 from gradstore.rows import Rows, require_comparable
 from gradstore.storage.disk import Disk
 from gradstore.threads import Workers, worker_count
@@ -89,9 +90,9 @@ def gram(
         arithmetic: how rows are multiplied; the file records which it was.
             "float32": by BLAS, a cosine right to about 1e-6.
             "bfloat16x2": rows as they are stored, on the processor's matrix unit; a cosine is right to 3e-6, at worst
-            to `gradstore.matrix_unit.product.error_bound`. Rows are held in half the memory, and it is some three
+            to `gradstore.arithmetic.bfloat16_limbs.error_bound`. Rows are held in half the memory, and it is some three
             times as fast.
-            "int8": rows rounded to 8 bits, typically 1e-4 off, bounds in `gradstore.rounding`; a row that would
+            "int8": rows rounded to 8 bits, typically 1e-4 off, bounds in `gradstore.arithmetic.int8`; a row that would
             lose too much is refused. Twice as fast as float32 where there is no matrix unit, and a fifth faster than
             bfloat16x2 where there is one.
             "auto": bfloat16x2 where this process has a matrix unit, else float32. It is the default since both are as
@@ -144,27 +145,27 @@ class StoreTiles:
     ) -> None:
         self.symmetric = b is None or a == b
         self.a, self.b = a, a if b is None else b
-        self.device = choose_device("cpu" if device == "auto" and arithmetic not in ("auto", "float32") else device)
+        self.device = choose_device("cpu" if device == "auto" and not runs_on_gpu(arithmetic) else device)
         self.kernel, self.arithmetic = kernel, choose_arithmetic(arithmetic, self.device)
         for store in (self.a, self.b):
             require_served(kernel, store)
         require_comparable(self.a, self.b)
         n, c, K = self.a.shape
         self.width = 1 if kernel.sums_classes else c
-        self.in_place = self.arithmetic == LIMBS and not kernel.sums_classes and self.a.schema.dtype != "int8"
+        self.in_place = self.arithmetic.as_stored and not kernel.sums_classes and self.a.schema.dtype != "int8"
         few_bits = self.a.schema.dtype != "float32" and not kernel.sums_classes
         self.dtype = torch.float16 if few_bits else torch.float32
         row = self.a.schema.row_bytes
         share = memory // 16 // worker_count()
         self.strip = max(1, min(_STRIP_BYTES, share) // row)
         self.together = max(1, min(_CACHED_BYTES, share) // (_VALUE_BYTES * c * K))
-        always, each = workspace_bytes(self.arithmetic, K)
+        always, each = self.arithmetic.workspace_bytes(K)
         making = always + self.strip * row + self.together * _VALUE_BYTES * c * K
         self.grid: Grid = plan_grid(
             n,
             len(self.b),
             symmetric=self.symmetric,
-            held=bytes_a_row(self.width * K, self.arithmetic, self.dtype),
+            held=self.arithmetic.bytes_a_row(self.width * K, self.dtype),
             loading=worker_count() * each,
             value=28,
             memory=_within(self.device, memory),
@@ -195,7 +196,7 @@ class StoreTiles:
             "kernel": self.kernel.name,
             "formula": self.kernel.formula,
             "symmetric": int(self.symmetric),
-            "arithmetic": self.arithmetic,
+            "arithmetic": self.arithmetic.choice.name,
             "fingerprint": self.a.fingerprint,
             "split_a": self.a.split,
             "split_b": self.b.split,
@@ -204,14 +205,8 @@ class StoreTiles:
         }
 
     def _empty(self, rows: int) -> Operand:
-        return Operand.empty(
-            rows,
-            self.width,
-            self.a.schema.K,
-            normalised=self.kernel.normalised,
-            arithmetic=self.arithmetic,
-            dtype=self.dtype,
-        )
+        normalised = self.kernel.normalised
+        return self.arithmetic.empty(rows, self.width, self.a.schema.K, normalised=normalised, dtype=self.dtype)
 
     def _readers(self, workers: Workers) -> tuple[Load, Load]:
         a = self._reader(self.a, workers)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from gradstore.errors import UsageError
 
+PROMISED = 256 * 10**6
+"""Bytes from which on budgets are kept, as is tested by measured peaks.
+
+Below, plans are cut to the budget as well, and refused where they do not fit; but what the C library and others keep of
+freed memory, tens of megabytes, is then no small part of it."""
 _UNITS = {
     "": 1,
     "B": 1,
@@ -39,6 +45,20 @@ def parse_bytes(value: int | str) -> int:
     if count < 1:
         raise UsageError("not a number of bytes", where="--memory", expected="at least 1", got=repr(value))
     return int(count)
+
+
+def require_promise(value: int | str) -> None:
+    """Warn of a budget that is less than is promised to be kept.
+
+    Args:
+        value: as for `parse_bytes`, and refused as there.
+    """
+    if parse_bytes(value) < PROMISED:
+        warnings.warn(
+            f"--memory is kept from {format_bytes(PROMISED)} up; with {value} tens of megabytes more may be taken, "
+            "for the C library keeps some of what is freed",
+            stacklevel=2,
+        )
 
 
 def format_bytes(count: float) -> str:

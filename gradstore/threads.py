@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -48,3 +50,21 @@ class Workers:
 def worker_count() -> int:
     """How many threads `Workers` has."""
     return min(torch.get_num_threads(), _MAX_WORKERS)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """No threads within an operation of torch: small ones take less time than threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Linear algebra libraries use one thread each, where a worker a core is used: none waits for another."""
+    with threadpool_limits(1), one_torch_thread():
+        yield

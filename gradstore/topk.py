@@ -47,10 +47,10 @@ def topk(
         classes: compare Φ = Σ_c w_c φ^c instead: weights as a mapping or text ("cat - dog": why the one rather than the
             other), or "predicted" for the class that the network predicts for each query. The kernel then decides only
             whether it is a cosine.
-        mode: "exact" reads every row; "certified" finds the same through an index beside a store, which it builds
-            where there is none; "approx" re-ranks the candidates of that index and says which recall was measured.
-        memory: bytes held beside the result, and beside the index where one is used.
-        engine: of mode "exact": "auto" measures; or "numpy", "torch", "int8", "bfloat16", "cuda".
+        mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
+            none; "approx" re-ranks the candidates of that index and says which recall was measured.
+        memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
+        engine: of mode "exact", one of `gradstore.arithmetic.choices.ENGINES`; "auto" measures.
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
     Raises:

@@ -20,12 +20,16 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.bfloat16_limbs import error_bound
+from gradstore.arithmetic.choices import BFLOAT16X2
+from gradstore.arithmetic.chooser import choose_arithmetic
+from gradstore.arithmetic.float32 import Float32Operand
+from gradstore.arithmetic.int8 import MOST_COLUMNS, STEPS, IntegerOperand, integer_products_are_exact
+from gradstore.arithmetic.product import multiply
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
 from gradstore.gram import StoreTiles
 from gradstore.kernels import projected_kernel
-from gradstore.matrix_unit import product
-from gradstore.products import LIMBS, Operand, choose_arithmetic, multiply
-from gradstore.rounding import MOST_COLUMNS, STEPS, integer_products_are_exact
 from gradstore.storage.disk import Disk
 from gradstore.store import FeatureStore
 from gradstore.threads import Workers
@@ -34,9 +38,9 @@ from gradstore.tiles import Grid, nothing, plan_grid
 pytestmark = pytest.mark.numerical
 
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
-needs_unit = pytest.mark.skipif(not product.available(), reason="this processor has no matrix unit")
+needs_unit = pytest.mark.skipif(not matrix_unit.available(), reason="this processor has no matrix unit")
 needs_int8 = pytest.mark.skipif(not integer_products_are_exact(), reason="no exact products of 8-bit integers here")
-EVERY = ["float32", pytest.param(LIMBS, marks=needs_unit), pytest.param("int8", marks=needs_int8)]
+EVERY = ["float32", pytest.param(BFLOAT16X2.name, marks=needs_unit), pytest.param("int8", marks=needs_int8)]
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +132,8 @@ def test_products_in_limbs_stay_within_their_bound(dtype: str, kernel: str, peak
     features = rng.standard_normal((90, 3, 700)) * 2.0 ** rng.integers(-12, 12, (90, 3, 1))
     features[::7, 1, 5] *= peak
     store = write_store(tmp_path / "store", features, dtype=dtype)
-    written = gs.gram(store, kernel=kernel, out=tmp_path / "gram.h5", arithmetic=LIMBS)
-    assert written.attributes["arithmetic"] == LIMBS
+    written = gs.gram(store, kernel=kernel, out=tmp_path / "gram.h5", arithmetic=BFLOAT16X2.name)
+    assert written.attributes["arithmetic"] == BFLOAT16X2.name
     expected = dense_similarity(store, store, kernel)
     values = store.features[:].astype(np.float64)
     values = np.abs(values.sum(1) if kernel == "proj-pntk" else values.reshape(90, -1))
@@ -140,7 +144,7 @@ def test_products_in_limbs_stay_within_their_bound(dtype: str, kernel: str, peak
     error = np.abs(written[:] - expected)
     exact = dtype != "float32" and kernel != "proj-pntk"
     # beside it: three roundings of factors and one of norms, for each class
-    assert (error <= sizes * (product.error_bound(700, exact_values=exact) + 3 * 4 * 2.0**-24)).all()
+    assert (error <= sizes * (error_bound(700, exact_values=exact) + 3 * 4 * 2.0**-24)).all()
     assert error.max() > 0
 
 
@@ -156,7 +160,7 @@ def test_int8_products_of_8_bit_rows_are_exact(values: list[int], pieces: int, e
     rows[:, 0] = 127  # the peak, so that a unit is one
     rows = np.stack([np.roll(rows, i, 1) for i in range(pieces)], 1)
     phi = torch.from_numpy(rows).float() * 2.0**exponent
-    operand = Operand.empty(2, pieces, phi.shape[2], normalised=False, arithmetic="int8")
+    operand = IntegerOperand.empty(2, pieces, phi.shape[2], normalised=False)
     operand.fill(0, phi, torch.ones(2, pieces, dtype=torch.float64), range(2))
     np.testing.assert_array_equal(operand.values.numpy(), rows.reshape(2, -1))
     expected = rows.reshape(2, -1) @ rows.reshape(2, -1).T * 4.0**exponent
@@ -193,16 +197,16 @@ def test_without_a_matrix_unit_auto_is_float32(stores: tuple, tmp_path: Path, mo
     monkeypatch.setenv("GRADSTORE_SIMD", "plain")
     assert gs.gram(stores[0], out=tmp_path / "auto.h5").attributes["arithmetic"] == "float32"
     with pytest.raises(UsageError, match=r"--arithmetic: this processor has no matrix unit.*Use --arithmetic auto"):
-        gs.gram(stores[0], arithmetic=LIMBS)
+        gs.gram(stores[0], arithmetic=BFLOAT16X2.name)
     monkeypatch.setenv("GRADSTORE_SIMD", "")
-    best = LIMBS if product.available() else "float32"
+    best = BFLOAT16X2.name if matrix_unit.available() else "float32"
     assert gs.gram(stores[0], out=tmp_path / "best.h5").attributes["arithmetic"] == best
 
 
 def test_where_8_bit_products_are_wrong_they_are_refused(
     stores: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradstore.rounding.integer_products_are_exact", lambda: False)
+    monkeypatch.setattr("gradstore.arithmetic.int8.integer_products_are_exact", lambda: False)
     said = r"--arithmetic: torch's products of 8-bit integers are missing or overflow on this processor \(got 'int8'\)"
     with pytest.raises(UsageError, match=rf"{said}\. Use --arithmetic float32"):
         gs.gram(stores[0], out=tmp_path / "gram.h5", arithmetic="int8")
@@ -211,9 +215,9 @@ def test_where_8_bit_products_are_wrong_they_are_refused(
 @pytest.mark.parametrize("arithmetic", EVERY)
 def test_rows_that_lie_apart_are_multiplied_as_those_that_lie_together(arithmetic: str) -> None:
     phi = torch.from_numpy(clustered(150, 2, 64))
-    options = {"normalised": False, "arithmetic": arithmetic}
-    group = Operand.empty(100, 2, 64, **options)
-    blocks = [group.part(0, 48), group.part(48, 100), Operand.empty(50, 2, 64, **options)]
+    operand = choose_arithmetic(arithmetic)
+    group = operand.empty(100, 2, 64, normalised=False)
+    blocks = [group.part(0, 48), group.part(48, 100), operand.empty(50, 2, 64, normalised=False)]
     for start, block in zip((0, 48, 100), blocks, strict=True):
         block.fill(0, phi[start : start + len(block)].clone(), torch.ones(len(block), 2).double(), range(150))
     flat = phi.flatten(1).double().numpy()
@@ -539,6 +543,6 @@ def test_the_way_of_a_gpu_gives_the_same_matrix(stores: tuple, memory: int) -> N
 
 def test_a_gpu_multiplies_in_float32_only() -> None:
     there = torch.device("cuda")
-    assert choose_arithmetic("auto", there) == choose_arithmetic("float32", there) == "float32"
+    assert choose_arithmetic("auto", there) is choose_arithmetic("float32", there) is Float32Operand
     with pytest.raises(UsageError, match="not an arithmetic of a GPU"):
         choose_arithmetic("int8", there)

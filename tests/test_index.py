@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, rows_of_every_kind, write_store
 
 import gradstore as gs
+from gradstore.arithmetic.int8 import integer_product
 from gradstore.errors import NonFiniteError, NoSpaceError, UsageError
 from gradstore.kernels import projected_kernel
 from gradstore.search.basis import fit_basis
@@ -21,7 +22,6 @@ from gradstore.search.index_file import load_index
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import query_phis
-from gradstore.search.rounding import integer_product
 from gradstore.search.session import Session
 from gradstore.search.sketch import SketchBlock, sketch_queries
 from gradstore.store import FeatureStore, open_store
@@ -97,7 +97,7 @@ def test_products_in_float32_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8)) for shape in ((5, 2500), (2500, 17)))
     a[0], b[:, 0] = 127, 127
-    monkeypatch.setattr("gradstore.rounding.integer_products_are_exact", lambda: False)
+    monkeypatch.setattr("gradstore.arithmetic.int8.integer_products_are_exact", lambda: False)
     assert torch.equal(integer_product(a, b).long(), a.long() @ b.long())
 
 

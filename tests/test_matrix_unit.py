@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradstore.heap import pages
-from gradstore.matrix_unit import product
-from gradstore.matrix_unit.product import REST_ERROR, Strips, add_product, error_bound, pack
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.bfloat16_limbs import LIMB, error_bound
+from gradstore.arithmetic.matrix_unit import REST_ERROR, Packed, Strips, add_product, aligned, pack
 
-LEVELS = product.levels()
+LEVELS = matrix_unit.levels()
 SHAPES = [(1, 1, 1), (3, 5, 33), (16, 16, 32), (33, 70, 1100), (40, 520, 70)]
 DTYPES = [torch.float16, torch.float32]
 
@@ -22,8 +22,8 @@ def rows(n: int, D: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def multiply(a: Tensor, b: Tensor | product.Packed, level: str, limbs: tuple[int, int] = (2, 2)) -> Tensor:
-    out = torch.zeros(len(a), b.rows if isinstance(b, product.Packed) else len(b))
+def multiply(a: Tensor, b: Tensor | Packed, level: str, limbs: tuple[int, int] = (2, 2)) -> Tensor:
+    out = torch.zeros(len(a), b.rows if isinstance(b, Packed) else len(b))
     add_product(a, b, out, limbs=limbs, level=level)
     return out
 
@@ -57,7 +57,7 @@ def test_the_bound_holds_for_the_worst_values_and_is_nearly_reached(
     error = abs(multiply(a, a, level)[0, 1].item() - exact) / exact
     assert 0.95 * left_out < error <= error_bound(64, exact_values=dtype == torch.float16)
     coarse = abs(multiply(a, a, level, (1, 1))[0, 1].item() - exact) / exact
-    assert coarse <= 2 * product.LIMB + product.LIMB**2
+    assert coarse <= 2 * LIMB + LIMB**2
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -107,7 +107,7 @@ def test_rows_placed_some_at_a_time_give_the_same_bits(
     n: int, m: int, segments: int, K: int, limbs: int, dtype: torch.dtype, level: str
 ) -> None:
     values, queries = rows(n * segments, K, dtype, 13).view(n, segments, K), rows(m, K, torch.float32, 14)
-    room = pages(Strips.bytes_needed(segments, K, n + 9, limbs))
+    room = aligned(Strips.bytes_needed(segments, K, n + 9, limbs))
     strips, packed = Strips(segments, K, n + 9, limbs, room, level=level), pack(queries, limbs, level=level)
     for at in (3, 0, *range(6, n, 3)):  # in any order
         strips.place(at, values[at : at + 3])
@@ -157,6 +157,6 @@ def test_what_is_not_finite_stays_so(bad: float, level: str) -> None:
 @needs_unit
 def test_the_unit_is_used_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADSTORE_SIMD", raising=False)
-    assert product.available()
+    assert matrix_unit.available()
     monkeypatch.setenv("GRADSTORE_SIMD", "plain")
-    assert not product.available()
+    assert not matrix_unit.available()

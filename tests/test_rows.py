@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
+from gradstore.arithmetic.int8 import integer_products_are_exact
 from gradstore.errors import CorruptError, MismatchError, UsageError
-from gradstore.rounding import integer_products_are_exact
 
 pytestmark = pytest.mark.numerical
 

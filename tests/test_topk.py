@@ -14,14 +14,15 @@ from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 import gradstore.search.scan
+from gradstore.arithmetic.int8 import integer_products_are_exact
 from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.kernels import projected_kernel
-from gradstore.rounding import integer_products_are_exact
+from gradstore.search.bounds_float32 import Float32Bounds
 from gradstore.search.class_weights import parse_weights
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.request import query_phis
-from gradstore.search.scan import plan_scan
+from gradstore.search.scan_plan import ScanPlan, plan_scan
 from gradstore.store import FeatureStore
 
 pytestmark = pytest.mark.numerical
@@ -74,20 +75,24 @@ def test_bits_depend_on_nothing_but_the_stores(stores: tuple, kernel: str) -> No
     first = gs.topk(train, queries, 7, kernel)
     phi = query_phis(train, queries, projected_kernel(kernel), np.arange(1), None)[0]
     least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
-    assert plan_scan(train, phi, 30, 7, least) != plan_scan(train, phi, 30, 7, 10**9)
+    assert _planned(train, phi, least) != _planned(train, phi, 10**9)
     some = [11, 0, 29]
-    cuts = [(least, "torch"), (3 * least, "numpy"), (10**9, "torch")]
+    cuts = [(least, "float32"), (3 * least, "float32"), (10**9, "auto")]
     if integer_products_are_exact():
-        cuts += [(10**9, "int8"), (least, "int8")]
+        cuts += [(10**9, "int8"), (2 * least, "int8")]
     for memory, engine in cuts:
         other = gs.topk(train, queries, 7, kernel, rows=some, memory=memory, engine=engine)
         np.testing.assert_array_equal(other.indices, first.indices[some])
         np.testing.assert_array_equal(other.similarity, first.similarity[some])
 
 
+def _planned(train: FeatureStore, phi: Phi, memory: int) -> ScanPlan:
+    return plan_scan(train, [phi], 30, 7, memory, Float32Bounds)
+
+
 def _fits(train: FeatureStore, phi: Phi, memory: int) -> bool:
     try:
-        plan_scan(train, phi, 30, 7, memory)
+        _planned(train, phi, memory)
     except UsageError:
         return False
     return True
@@ -195,7 +200,7 @@ def test_combinations_as_text() -> None:
         ({"classes": "cat - cat"}, "--classes: the weights of the classes are unusable"),
         (
             {"engine": "abacus"},
-            "--engine: unknown engine (expected auto, numpy, torch, int8, bfloat16, cuda, got 'abacus').",
+            "--engine: unknown engine (expected one of auto, float32, int8, bfloat16, cuda, got 'abacus').",
         ),
         ({"memory": 5000}, "--memory: too little memory (expected at least "),
     ],
@@ -282,7 +287,7 @@ def test_queries_of_one_pass_are_gone_before_the_next_are_read(stores: tuple, mo
     train, queries = stores
     phi = query_phis(train, queries, projected_kernel("proj-trntk"), np.arange(1), None)[0]
     least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
-    assert plan_scan(train, phi, 30, 7, least).batch < 15
+    assert _planned(train, phi, least).batch < 15
     seen: list[weakref.ref[object]] = []
 
     def watched(*arguments: Any) -> list[QueryGroup]:
@@ -292,5 +297,5 @@ def test_queries_of_one_pass_are_gone_before_the_next_are_read(stores: tuple, mo
         return groups
 
     monkeypatch.setattr(gradstore.search.scan, "load_queries", watched)
-    gs.topk(train, queries, 7, memory=least, engine="torch")
+    gs.topk(train, queries, 7, memory=least, engine="float32")
     assert len(seen) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +14,29 @@ from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, rows_of_every_kind, write_store
 
 import gradstore as gs
+from gradstore.arithmetic import chooser, matrix_unit
+from gradstore.arithmetic.choices import ENGINES
+from gradstore.arithmetic.int8 import integer_product, integer_products_are_exact
+from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
 from gradstore.errors import UsageError
 from gradstore.kernels import projected_kernel
-from gradstore.matrix_unit import product
 from gradstore.native import library
-from gradstore.rounding import integer_product, integer_products_are_exact
 from gradstore.search import engines
-from gradstore.search.engines import ENGINES, Engine, choose_engine
+from gradstore.search.bounds import Bounds
+from gradstore.search.bounds_bfloat16 import LimbBounds, PackedQueries
+from gradstore.search.bounds_float32 import Float32Bounds
+from gradstore.search.bounds_int8 import IntegerBounds
 from gradstore.search.exact_score import inner_products
-from gradstore.search.float_block import FloatBlock
-from gradstore.search.integer_block import IntegerBlock, RoundedQueries
-from gradstore.search.limb_block import LimbBlock, PackedBatch, PackedQueries
+from gradstore.search.phi import Phi
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import query_phis
-from gradstore.search.rounding import add_integer_product, round_rows
 from gradstore.store import FeatureStore
 
 pytestmark = pytest.mark.numerical
 
 LEVELS = (*library.levels(), "")
-MISSING = {"cuda"}  # its tests need a GPU
-MISSING |= set() if integer_products_are_exact() else {"int8"}
-MISSING |= set() if product.available() else {"bfloat16"}
-CPU_ENGINES = [name for name in ENGINES if name not in MISSING]
+MEANS = {"float32": Float32Bounds, "int8": IntegerBounds, "bfloat16": LimbBounds}  # tests of cuda need a GPU
+CPU_ENGINES = [name for name, means in MEANS.items() if means.refusal(1) is None]
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,15 +153,10 @@ def test_bounds_hold_for_every_pair(
         queries, np.arange(8), query_phis(train, queries, projected_kernel(kernel), np.arange(8), None)
     )
     exact = dense_similarity(train, queries, kernel)
-    if engine == "int8":
-        block = IntegerBlock(train, [RoundedQueries.of(group) for group in groups], 30)
-    elif engine.startswith("bfloat16"):
-        batch = PackedBatch(groups, dtype)
-        if engine.endswith("refined"):
-            batch.refine()
-        block = LimbBlock(train, batch, 30)
-    else:
-        block = FloatBlock(train, groups, Engine(engine, torch.device("cpu")), 30)
+    bounds = MEANS[engine.split()[0]](train, groups)
+    if engine.endswith("refined"):
+        bounds.refine()
+    block = bounds.block(30)
     for start, stop in ((0, 30), (30, 50)):
         ((group, center, spread),) = block.bounds(start, stop)
         np.testing.assert_array_equal(group.members, np.arange(8))
@@ -194,10 +191,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Feat
 def test_every_engine_gives_the_same_bits(
     stores: tuple, what: dict, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = gs.topk(*stores, 9, engine="torch", **what)
+    first = gs.topk(*stores, 9, engine="float32", **what)
     if not compiled:
         monkeypatch.setenv("GRADSTORE_SIMD", "none")
-    for engine in (name for name in CPU_ENGINES if compiled or name != "bfloat16"):
+    for engine in CPU_ENGINES:
         for memory in ("1GB", "2MB"):
             other = gs.topk(*stores, 9, engine=engine, memory=memory, **what)
             assert other.search.engine == engine
@@ -221,9 +218,9 @@ def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatc
     rng = np.random.default_rng(0)
     features = (rng.standard_normal((1, 2, 300)) + 0.02 * rng.standard_normal((600, 2, 300))).astype(np.float32)
     train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
-    expected = gs.topk(train, queries, 3, engine="torch")
+    expected = gs.topk(train, queries, 3, engine="float32")
     monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 50)
-    monkeypatch.setattr("gradstore.search.scan._PACKED_BLOCK_BYTES", 40 * train.schema.row_bytes)
+    monkeypatch.setattr("gradstore.search.bounds_bfloat16._BLOCK_BYTES", 40 * train.schema.row_bytes)
     seen = []
     monkeypatch.setattr(PackedQueries, "refined", lambda self, of=PackedQueries.refined: seen.append(1) or of(self))
     found = gs.topk(train, queries, 3, engine="bfloat16")
@@ -232,37 +229,78 @@ def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatc
     np.testing.assert_array_equal(found.similarity, expected.similarity)
 
 
-def test_the_matrix_unit_is_refused_where_there_is_none(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradstore.matrix_unit.product.available", lambda: False)
-    with pytest.raises(UsageError, match="this processor has no matrix unit"):
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The names of what "auto" measures, however little work there is; the last one is found fastest."""
+    seen: list[list[str]] = []
+
+    def last(calls: Mapping[str, Callable[[], object]]) -> str:
+        seen.append(list(calls))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(engines, "_WORTH_MEASURING", 0)
+    monkeypatch.setattr(chooser, "fastest", last)
+    engines._fastest.cache_clear()
+    yield seen
+    engines._fastest.cache_clear()
+
+
+def test_what_can_be_used_is_measured_and_the_fastest_is_taken(stores: tuple, measured: list[list[str]]) -> None:
+    assert gs.topk(*stores, 2).search.engine == CPU_ENGINES[-1]
+    assert measured == [CPU_ENGINES]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_the_fastest_engine_is_one_of_them(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_WORTH_MEASURING", 0)
+    train = write_store(tmp_path / "a", clustered(50, 2, 64), dtype=dtype)
+    assert gs.topk(train, train, 2).search.engine in CPU_ENGINES
+
+
+def test_the_matrix_unit_is_refused_where_there_is_none(
+    stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix_unit, "available", lambda: False)
+    with pytest.raises(UsageError, match="--engine: this processor has no matrix unit"):
         gs.topk(*stores, 2, engine="bfloat16")
-    engines._fastest.cache_clear()
-    assert choose_engine("auto", 6, 20, 64).name != "bfloat16"
-    engines._fastest.cache_clear()
+    gs.topk(*stores, 2)
+    assert "bfloat16" not in measured[0]
 
 
 @pytest.mark.skipif("bfloat16" not in CPU_ENGINES, reason="this processor has no matrix unit")
-def test_where_packed_queries_do_not_fit_other_engines_are_used(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradstore.search.scan._WORTH_MEASURING", 0)
-    monkeypatch.setattr("gradstore.search.engines._fastest", lambda every, *sizes: "bfloat16" if every else "torch")
+def test_where_packed_queries_do_not_fit_other_engines_are_used(stores: tuple, measured: list[list[str]]) -> None:
     assert gs.topk(*stores, 2).search.engine == "bfloat16"
     small = 30_000
-    assert gs.topk(*stores, 2, memory=small).search.engine == "torch"
+    assert gs.topk(*stores, 2, memory=small).search.engine != "bfloat16"
     with pytest.raises(UsageError, match="too little memory"):
         gs.topk(*stores, 2, memory=small, engine="bfloat16")
 
 
-def test_the_fastest_engine_is_one_of_them_and_int8_needs_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype in (torch.float16, torch.float32, torch.int8):
-        assert choose_engine("auto", 3, 20, 64, dtype).name in ENGINES
-    assert choose_engine("float32", 3, 20, 64).name in ("numpy", "torch")
-    engines._fastest.cache_clear()
-    monkeypatch.setattr("gradstore.search.engines.integer_products_are_exact", lambda: False)
-    with pytest.raises(
-        UsageError, match="torch's products of 8-bit integers are missing or overflow on this processor"
-    ):
-        choose_engine("int8", 3, 20, 64)
-    assert choose_engine("auto", 5, 20, 64).name != "int8"
+def test_an_engine_that_reads_the_store_much_more_often_is_not_taken(
+    stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_as_many(train: FeatureStore, phis: list[Phi], m: int, k: int, memory: int, means: type[Bounds]) -> object:
+        plan = plan_scan(train, phis, m, k, memory, means)
+        return plan if means is Float32Bounds else dataclasses.replace(plan, batch=plan.batch // 2 - 1)
+
+    plan_scan = engines.plan_scan
+    monkeypatch.setattr(engines, "plan_scan", half_as_many)
+    assert gs.topk(*stores, 2).search.engine == "float32"
+
+
+def test_int8_needs_exact_products(stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradstore.arithmetic.int8.integer_products_are_exact", lambda: False)
+    said = "--engine: torch's products of 8-bit integers are missing or overflow on this processor"
+    with pytest.raises(UsageError, match=said):
+        gs.topk(*stores, 2, engine="int8")
+    gs.topk(*stores, 2)
+    assert "int8" not in measured[0]
+
+
+def test_an_unknown_engine_is_refused(stores: tuple) -> None:
+    names = ", ".join(choice.name for choice in ENGINES)
+    with pytest.raises(UsageError, match=f"--engine: unknown engine \\(expected one of {names}, got 'numpy'\\)"):
+        gs.topk(*stores, 2, engine="numpy")
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 15, 64, 300])
@@ -280,10 +318,12 @@ def test_long_sums_of_products_do_not_wrap_round() -> None:
     assert integer_product(long, long.T).unique().tolist() == [127**2 * long.shape[1]]
 
 
-def test_where_sums_would_not_fit_other_engines_are_used(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradstore.search.scan.MAX_WIDTH", 89)
-    monkeypatch.setattr("gradstore.search.scan._WORTH_MEASURING", 0)
-    assert gs.topk(*stores, 2).search.engine in ("numpy", "torch", "cuda")
+def test_where_sums_would_not_fit_other_engines_are_used(
+    stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstore.search.bounds_int8.MAX_WIDTH", 89)
+    gs.topk(*stores, 2)
+    assert "int8" not in measured[0]
     with pytest.raises(UsageError, match=r"K is too large for sums of integers \(expected at most 89, got 90\)"):
         gs.topk(*stores, 2, engine="int8")
 

@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic import matrix_unit
 from gradstore.exact.dense import Sums, formed, slices, workers_for
 from gradstore.exact.factors import Factors, Held, column_slices, count, dense_columns, rows_and_classes
-from gradstore.heap import return_freed_memory
 from gradstore.jacobians import DenseBlock, EmbeddingBlock
-from gradstore.matrix_unit import product
 from gradstore.threads import Workers
 
 # Bytes for dense rows beyond which nothing is gained.
@@ -57,7 +56,6 @@ def contract(blocks: Sequence[Pair], out: Tensor, *, pairs: bool, scratch: int) 
         _contract_factors(*blocks[i], out, pairs, scratch)
         squares[i] = squared_norms(blocks[i][1], scratch)
     if dense:
-        return_freed_memory()
         with workers_for(out.device) as workers:
             found = _contract_dense([blocks[i] for i in dense], out, pairs, scratch, workers)
         for i, square in zip(dense, found, strict=True):
@@ -123,7 +121,7 @@ def _contract_dense(
     m = count(right[0])
     squares = [torch.zeros(m, rows_and_classes(b[0])[1], dtype=torch.float64, device=out.device) for b in right]
     sums = Sums(out, own, workers)
-    taken = workers.count * product.WORKSPACE_BYTES if workers else 0
+    taken = workers.count * matrix_unit.WORKSPACE_BYTES if workers else 0
     room = min(max(scratch - taken, scratch // 2), _MOST_SCRATCH) // (
         6 if own else 12
     )  # float32 values, and a third for making them

@@ -1,7 +1,7 @@
 """Products of dense Jacobian rows: columns are formed a slice at a time, multiplied in float32 and added up in float64.
 
 On a CPU worker threads form the rows of some batches each, and share a product; a processor's matrix unit is used where
-there is one (`gradstore.matrix_unit.product`, whose products are right to about 1e-6), and BLAS elsewhere.
+there is one (`gradstore.arithmetic.matrix_unit`, whose products are right to about 1e-6), and BLAS elsewhere.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.product import equal_shares
 from gradstore.exact.factors import Held, column_slices, count, device_of, rows_and_classes, unit_columns, write_columns
 from gradstore.jacobians.fresh import reused
-from gradstore.matrix_unit import product
-from gradstore.products import equal_shares
 from gradstore.threads import Workers
 
 S = TypeVar("S")
@@ -77,8 +77,8 @@ def each(workers: Workers | None, work: Callable[[S], T], jobs: Iterable[S]) -> 
 
 
 def _add_product(left: Tensor, right: Tensor, out: Tensor, diagonal: int | None) -> None:
-    if left.device.type == "cpu" and product.available():
-        product.add_product(left, right, out, diagonal=diagonal)
+    if left.device.type == "cpu" and matrix_unit.available():
+        matrix_unit.add_product(left, right, out, diagonal=diagonal)
         return
     step = len(left) if diagonal is None else _SQUARE
     for low in range(0, len(left), step):

@@ -16,7 +16,6 @@ from gradstore.exact.contraction import contract, squared_norms
 from gradstore.exact.factors import Held, bytes_each, held, joined_batches, joined_rows, patch_bytes, tensors_of
 from gradstore.exact.jacobian_plan import plan_jacobians
 from gradstore.exact.selection import Selection
-from gradstore.heap import freed_at_once, return_freed_memory
 from gradstore.jacobians import JacobianEngine
 from gradstore.jacobians.fresh import drop_spare
 from gradstore.jacobians.side_by_side import uncut_if_small
@@ -30,7 +29,6 @@ from gradstore.weights import weights_digest
 
 _PROBE = 4
 _JOINED = 256  # examples whose blocks are joined at most, since operations on few take longer to begin than to do
-_LARGE = 1 << 25  # bytes that batches took from which returning them is cheap beside making them
 _MIRRORED = 128  # rows copied together
 
 
@@ -59,7 +57,7 @@ class JacobianTiles:
 
     def __init__(self, project: Project, a: Selection, b: Selection, kernel: Kernel, memory: int, device: str) -> None:
         self.project, self.a, self.b, self.kernel = project, a, b, kernel
-        self.device, self._memory = choose_device(device), memory
+        self.device = choose_device(device)
         project.prepare(self.device)
         blocks = parameter_blocks(project.model, project.parameters)
         probe = to_device(a.read(range(min(_PROBE, len(a)))), self.device)
@@ -85,10 +83,6 @@ class JacobianTiles:
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped; of a matrix with pairs of classes, in its own indices."""
-        with freed_at_once(self._scarce, self._memory):
-            yield from self._tiles(skip)
-
-    def _tiles(self, skip: Skip) -> Iterator[Tile]:
         for start in range(0, len(self.a), self.plan.group):
             group = range(start, min(start + self.plan.group, len(self.a)))
             wanted = [span for span in self._spans(group) if not skip(self._places(group), self._places(span))]
@@ -141,15 +135,12 @@ class JacobianTiles:
 
     def _load(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
         drop_spare()  # what products used
-        return_freed_memory()
         # Threads that wait for the next small layer would take the cores from those that multiply.
         with uncut_if_small(self.engine.outputs(self.plan.batch)):
-            made = self._computed(selection, rows, classes)
-        return_freed_memory()  # before products need room
-        return made
+            return self._computed(selection, rows, classes)
 
     def _computed(self, selection: Selection, rows: range, classes: slice) -> Jacobians:
-        batches, apart, taken = list[list[Held]](), list[list[Held]](), 0
+        batches, apart = list[list[Held]](), list[list[Held]]()
         room = self.plan.scratch // (32 * self.plan.group * self.plan.classes)
         for start in range(rows.start, rows.stop, self.plan.batch):
             span = range(start, min(start + self.plan.batch, rows.stop))
@@ -158,26 +149,12 @@ class JacobianTiles:
             if stream.trusted:
                 self._trusted.add((selection.split, span))
             apart.append(joined_rows(map(held, stream), room))
-            taken += self._needed
             full = (len(apart) + 1) * self.plan.batch > self._joined(apart[0]) or span.stop == rows.stop
-            if self._scarce and (taken >= _LARGE or full):
-                return_freed_memory()
-                taken = 0
             if full:
                 batches += joined_batches(apart)
                 apart = []
         columns = tuple((same[0].name, list(same)) for same in zip(*batches, strict=True))
         return Jacobians(columns, selection.rows[rows.start : rows.stop])
-
-    @property
-    def _needed(self) -> int:
-        """Bytes that computing a batch takes."""
-        return self.engine.bytes_needed(self.plan.batch, self.plan.classes, factors=True)
-
-    @property
-    def _scarce(self) -> bool:
-        """Whether there is no room for what a batch takes and, once more, for what is left when it has been freed."""
-        return 2 * self._needed > self.plan.scratch
 
     def _joined(self, blocks: Sequence[Held]) -> int:
         """Examples that are joined.
@@ -217,7 +194,6 @@ class JacobianTiles:
         total = torch.zeros(len(b.rows), dtype=torch.float64, device=self.device)
         blocks = [(left, left if a is b else right) for (_, left), (_, right) in zip(a.columns, b.columns, strict=True)]
         squares = contract(blocks, out, pairs=self.kernel.pairs_classes, scratch=self.plan.scratch)
-        return_freed_memory()
         for (name, _), square in zip(b.columns, squares, strict=True):
             require_finite_block(square, b.rows.tolist(), name, self.b.split)
             total += square.sum(dim=1)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.product import Operand, multiply
 from gradstore.errors import NonFiniteError
-from gradstore.products import Operand, multiply
 
 
 @dataclass(frozen=True, eq=False)

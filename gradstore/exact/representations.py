@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradstore.arithmetic.float32 import Float32Operand
+from gradstore.arithmetic.product import Operand, multiply
 from gradstore.device import choose_device
 from gradstore.errors import NonFiniteError, ProjectError, UsageError
 from gradstore.exact.layerwise import Layered, multiply_layered
@@ -27,7 +29,6 @@ from gradstore.examples import Inputs
 from gradstore.jacobians.subject import length, take
 from gradstore.kernels import Kernel
 from gradstore.plan import to_device
-from gradstore.products import Operand, multiply
 from gradstore.project import Project
 from gradstore.tiles import Skip, Tile, nothing, plan_grid
 from gradstore.weights import weights_digest
@@ -106,7 +107,7 @@ class RepresentationTiles:
         norms = _norms(phi, selection.rows[rows.start : rows.stop], selection.split, "all chosen layers")
         if not self.kernel.normalised:
             norms = torch.ones(len(phi), dtype=torch.float64)
-        made = Operand.empty(len(phi), 1, phi.shape[1], normalised=self.kernel.normalised, arithmetic="float32")
+        made = Float32Operand.empty(len(phi), 1, phi.shape[1], normalised=self.kernel.normalised)
         made.fill(0, phi[:, None], 1 / norms[:, None], rows)
         return made
 

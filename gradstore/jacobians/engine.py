@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import UsageError
-from gradstore.heap import freed_at_once, return_freed_memory
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.exact import by_loop
 from gradstore.jacobians.footprint import MAX_COLUMNS
@@ -25,7 +24,6 @@ from gradstore.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
 _AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
-_LARGE = 1 << 20  # bytes of activations an example from which returning them is cheap beside making them
 
 
 class JacobianStream:
@@ -83,12 +81,10 @@ class JacobianEngine:
         self._blocks, self._layout = tuple(blocks), layout
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
         weakref.finalize(self, drop_spare)
-        with freed_at_once(), self._subject.ready():
+        with self._subject.ready():
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1
-        del prober
-        return_freed_memory()
 
     def describe(self) -> list[tuple[str, str]]:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
@@ -145,8 +141,6 @@ class JacobianEngine:
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
-        if plan.footprint.graph >= _LARGE:
-            return_freed_memory()  # what the backward passes held, before the blocks need room
         return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled), trusted=not pulled.unsafe)
 
     def _cotangents(self, logits: Tensor) -> Tensor:

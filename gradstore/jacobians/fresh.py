@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.heap import pages
-
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NOTHING = np.empty(0, np.uint8)
-_MAPPED = 1 << 20  # bytes from which a mapping is worth its system calls
 
 
 class _Spare:
@@ -33,7 +30,7 @@ class _Spare:
         """Uninitialised bytes, at least `size` of them; nothing is held any more."""
         with self._lock:
             kept, self._memory = self._memory, _NOTHING
-        return kept if kept.nbytes >= size else _pages(size)
+        return kept if kept.nbytes >= size else np.empty(size, np.uint8)
 
     def keep(self, memory: np.ndarray) -> None:
         """Hold these bytes, unless more are held."""
@@ -44,10 +41,6 @@ class _Spare:
         """Hold nothing."""
         with self._lock:
             self._memory = _NOTHING
-
-
-def _pages(size: int) -> np.ndarray:
-    return np.empty(size, np.uint8) if size < _MAPPED else pages(size)
 
 
 _spare = _Spare()

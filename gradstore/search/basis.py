@@ -16,13 +16,14 @@ import torch
 from scipy.linalg import eigh, solve_triangular
 from torch import Tensor
 
+from gradstore.arithmetic.int8 import integer_product
+from gradstore.arithmetic.int8_digits import Rounded, round_rows
 from gradstore.rows import Rows
-from gradstore.search.engines import single_threaded
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
-from gradstore.search.rounding import Rounded, integer_product, round_rows
 from gradstore.search.streamed import piece_rows
+from gradstore.threads import single_threaded
 
 # Covers float64 roundings of coordinates.
 _ROUNDED = 1e-9

@@ -1,155 +1,89 @@
-"""Ways to multiply queries and rows, and which is the fastest here.
-
-"numpy", "torch" and "cuda" multiply pieces in float32, "int8" two digits of 8 bits, "bfloat16" limbs of rows as they
-are stored, by the processor's matrix unit.
-"""
+"""The engines of a search, and which is the fastest here."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 
-import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
-from torch import Tensor
 
+from gradstore.arithmetic import chooser
+from gradstore.arithmetic.choices import ENGINES, require_one_of
 from gradstore.errors import UsageError
-from gradstore.matrix_unit import product
-from gradstore.rounding import integer_products_are_exact
-from gradstore.search.rounding import add_integer_product, round_rows
+from gradstore.rows import Rows
+from gradstore.search.bounds import Bounds
+from gradstore.search.bounds_bfloat16 import LimbBounds
+from gradstore.search.bounds_float32 import CudaBounds, Float32Bounds
+from gradstore.search.bounds_int8 import IntegerBounds
+from gradstore.search.phi import Phi
+from gradstore.search.scan_plan import ScanPlan, plan_scan
+from gradstore.threads import single_threaded
+
+_BY_NAME: dict[str, type[Bounds]] = {
+    means.choice.name: means for means in (Float32Bounds, IntegerBounds, LimbBounds, CudaBounds)
+}
+# Floating-point operations below which choosing an engine by measurement takes longer than it can save.
+_WORTH_MEASURING = 2e10
+# What converting a number costs, in such operations.
+_READING = 20
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One way to multiply queries and rows.
-
-    Attributes:
-        name: one of `ENGINES`.
-        device: where the rows must be.
-    """
-
-    name: str
-    device: torch.device
-
-    def add_product(self, queries: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add queries [m, w] times rows [B, w] transposed to float32 `out` [m, B]; numpy, torch and cuda."""
-        if self.name == "numpy":
-            out.add_(torch.from_numpy(np.matmul(queries.numpy(), rows.numpy().T)))
-        else:
-            out.addmm_(queries, rows.T)
-
-
-ENGINES = ("numpy", "torch", "int8", "bfloat16", "cuda")
-_CPU = torch.device("cpu")
-
-
-def choose_engine(name: str, queries: int, rows: int, width: int, dtype: torch.dtype = torch.float16) -> Engine:
-    """The engine of a name, or the one that a measurement of some milliseconds finds fastest.
+def choose_engine(name: str, train: Rows, phis: Sequence[Phi], k: int, memory: int) -> tuple[type[Bounds], ScanPlan]:
+    """The engine of a name, and how it cuts a scan.
 
     Args:
-        name: one of `ENGINES`; "auto" for the fastest; "float32" for the faster of numpy and torch.
-        queries: of the products to come.
-        rows: a block.
-        width: columns of a piece.
-        dtype: of the rows as stored.
+        name: one of `ENGINES`; "auto" for a GPU where there is one, else for the one that a measurement of some
+            milliseconds finds fastest, of those that need not read the store much more often than others.
+        train: the training store.
+        phis: the feature map of each query.
+        k: neighbours a query.
+        memory: bytes.
 
     Raises:
-        UsageError: an unknown engine, or one that this machine does not have.
+        UsageError: an unknown engine, or one that this machine does not have; or too little memory.
     """
-    if name not in ("auto", "float32", *ENGINES):
-        raise UsageError("unknown engine", where="--engine", expected=f"auto, {', '.join(ENGINES)}", got=repr(name))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "this machine has no usable CUDA device", where="--engine", got="'cuda'", hint="Use --engine auto"
-        )
-    if name == "int8" and not integer_products_are_exact():
-        raise UsageError(
-            "torch's products of 8-bit integers are missing or overflow on this processor",
-            where="--engine",
-            got="'int8'",
-            hint="Use --engine auto",
-        )
-    if name == "bfloat16" and not product.available():
-        raise UsageError(
-            "this processor has no matrix unit that gradstore was compiled for",
-            where="--engine",
-            got="'bfloat16'",
-            hint="Use --engine auto",
-        )
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    if name in ("auto", "float32"):
-        name = _fastest(name == "auto", _round_up(queries), _round_up(rows), width, dtype)
-    return Engine(name, torch.device("cuda") if name == "cuda" else _CPU)
+    require_one_of(ENGINES, name, "--engine")
+    maps, K = tuple(dict.fromkeys(phis)), phis[0].K
+    if name in _BY_NAME:
+        means = _BY_NAME[name]
+        refused = means.refusal(K)
+        if refused is not None:
+            raise refused
+        return means, plan_scan(train, maps, len(phis), k, memory, means)
+    usual = Float32Bounds if CudaBounds.refusal(K) else CudaBounds
+    plan = plan_scan(train, maps, len(phis), k, memory, usual)
+    work = (2.0 * len(phis) + _READING) * len(train) * max(phi.length for phi in maps)
+    if usual is CudaBounds or work < _WORTH_MEASURING:
+        return usual, plan
+    plans = _plans(train, maps, len(phis), k, memory)
+    plans = {means: other for means, other in plans.items() if 2 * other.batch >= plan.batch}
+    dtype = getattr(torch, train.schema.dtype)
+    means = _fastest(tuple(plans), _round_up(-(-plan.batch // len(maps))), _round_up(plan.block), maps[0].width, dtype)
+    return means, plans[means]
+
+
+def _plans(train: Rows, maps: Sequence[Phi], m: int, k: int, memory: int) -> dict[type[Bounds], ScanPlan]:
+    """Of every engine that can be used here, in this memory."""
+    plans: dict[type[Bounds], ScanPlan] = {}
+    for means in _BY_NAME.values():
+        if means.refusal(maps[0].K) is None:
+            try:
+                plans[means] = plan_scan(train, maps, m, k, memory, means)
+            except UsageError:
+                continue
+    return plans
 
 
 @lru_cache(maxsize=32)
-def _fastest(rounded_too: bool, queries: int, rows: int, width: int, dtype: torch.dtype) -> str:
+def _fastest(
+    candidates: tuple[type[Bounds], ...], queries: int, rows: int, width: int, dtype: torch.dtype
+) -> type[Bounds]:
     """Measured on one thread, as the workers of a search run it, from rows as stored at the sizes of its products."""
-    q, stored = torch.ones(queries, width), torch.ones(rows, width).to(dtype)
-    factors, out, piece = torch.ones(rows), torch.zeros(queries, rows), torch.empty(rows, width)
-
-    def in_float32(engine: Engine) -> None:
-        engine.add_product(q, piece.copy_(stored).mul_(factors[:, None]), out)
-
-    def in_int8() -> None:
-        values = stored.float() if dtype == torch.int8 else stored
-        round_rows(values, factors, *digits)
-        add_integer_product(rounded, steps, digits[0], digits[1], factors, out)
-
-    def in_limbs() -> None:
-        values = stored.float() if dtype == torch.int8 else stored
-        product.add_product(values, packed, out.view(rows, queries), left_factors=factors, limbs=(1, 1))
-
-    packed = product.pack(q, 1) if product.available() else q
-    digits, rounded = (torch.empty(2, size, width, dtype=torch.int8) for size in (rows, queries))
-    steps = torch.from_numpy(round_rows(q, torch.ones(queries), *rounded).step).float()
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(in_float32, Engine(name, _CPU)) for name in ("torch", "numpy")
-    }
-    if rounded_too and integer_products_are_exact():
-        calls["int8"] = in_int8
-    if rounded_too and product.available():
-        calls["bfloat16"] = in_limbs
     with single_threaded():
-        return fastest_call(calls)
-
-
-def fastest_call(calls: Mapping[str, Callable[[], object]]) -> str:
-    """The name of the call with the least time of three, after one to warm up."""
-    times = {}
-    for name, call in calls.items():
-        call()
-        times[name] = min(_seconds(call) for _ in range(3))
-    return min(times, key=lambda name: times[name])
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """No threads within an operation of torch: small ones take less time than threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Linear algebra libraries use one thread each: a search runs a worker a core, and none waits for another."""
-    with threadpool_limits(1), one_torch_thread():
-        yield
+        name = chooser.fastest(
+            {means.choice.name: means.sample_product(queries, rows, width, dtype) for means in candidates}
+        )
+    return _BY_NAME[name]
 
 
 def _round_up(size: int, steps: Sequence[int] = (1, 8, 32, 128, 512)) -> int:

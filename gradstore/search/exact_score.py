@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic import compiled_loops
 from gradstore.native import library
 from gradstore.rows import Rows
-from gradstore.search import compiled_loops
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup, vector_norm
 

@@ -15,11 +15,11 @@ from gradstore.errors import UsageError
 from gradstore.kernels import Kernel, projected_kernel, require_served
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.search.basis import Basis, fit_basis
-from gradstore.search.engines import single_threaded
 from gradstore.search.index_file import Saved, load_index, save_index
 from gradstore.search.phi import Phi
 from gradstore.search.sketch import RowSketch, SketchBlock
 from gradstore.store import FeatureStore
+from gradstore.threads import single_threaded
 
 MAX_SIZE = 512
 _MIN_SIZE = 64

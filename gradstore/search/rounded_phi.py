@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.int8_digits import round_stretches
 from gradstore.search.phi import Phi, Scaled
-from gradstore.search.rounding import round_stretches
 
 
 def round_phi(

@@ -12,7 +12,6 @@ from gradstore.kernels import projected_kernel
 from gradstore.memory import format_bytes, parse_bytes
 from gradstore.rows import Rows
 from gradstore.search.certified import SCATTERED, IndexSearch
-from gradstore.search.engines import one_torch_thread
 from gradstore.search.faiss_index import open_faiss
 from gradstore.search.index import open_index
 from gradstore.search.phi import Phi
@@ -21,6 +20,7 @@ from gradstore.search.request import check_request
 from gradstore.search.scan import scan_all
 from gradstore.search.topk_result import Search, TopK
 from gradstore.store import FeatureStore
+from gradstore.threads import one_torch_thread
 
 # Rows that approximate search re-ranks: at least this many, and this many for each neighbour.
 _CANDIDATES = 100

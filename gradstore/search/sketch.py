@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.int8_digits import Rounded
 from gradstore.rows import Rows
 from gradstore.search.basis import Basis
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
-from gradstore.search.rounding import Rounded
 from gradstore.search.streamed import Streamed
 
 # Covers float64 roundings of squares.

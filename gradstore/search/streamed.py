@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.heap import pages
 from gradstore.rows import Rows
 from gradstore.schema import Schema
 
@@ -33,10 +32,9 @@ class Streamed:
     """
 
     def __init__(self, store: Rows, block: int, piece: int = _MOST) -> None:
-        schema, rows = store.schema, min(piece, piece_rows(store.schema))
+        schema, rows = store.schema, piece_rows(store.schema, piece)
         self._store, self.columns = store, schema.empty(block, features=False)
-        room = pages(rows * schema.column("features").row_bytes)
-        self._room = room.view(schema.dtype).reshape(rows, schema.c, schema.K)
+        self._room = np.empty((rows, schema.c, schema.K), schema.dtype)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor, dict[str, np.ndarray]]]:
         """Rows start:stop: where some are in the block, their features as stored [r, c, K], and their other columns.
@@ -49,12 +47,13 @@ class Streamed:
             yield at, torch.from_numpy(features), {name: column[at] for name, column in self.columns.items()}
 
 
-def piece_rows(schema: Schema) -> int:
-    """Rows that are read together."""
-    return int(np.clip(_PIECE_BYTES // schema.column("features").row_bytes, 1, _MOST))
+def piece_rows(schema: Schema, most: int = _MOST) -> int:
+    """Rows that are read together, at most `most`."""
+    return int(np.clip(_PIECE_BYTES // schema.column("features").row_bytes, 1, most))
 
 
-def streamed_bytes(schema: Schema, block: int) -> int:
-    """Bytes that reading blocks of so many rows takes; a copy of the small columns is hashed."""
+def streamed_bytes(schema: Schema, block: int, piece: int = _MOST) -> int:
+    """Bytes that a `Streamed` of so many rows takes; small columns are copied to be hashed, a piece is decoded."""
     features = schema.column("features").row_bytes
-    return piece_rows(schema) * features + 2 * block * (schema.row_bytes - features)
+    made = 4 * (schema.c if schema.dtype == "int8" else 1) * schema.K
+    return piece_rows(schema, piece) * (features + made) + 2 * block * (schema.row_bytes - features)

@@ -41,7 +41,7 @@ class _ScaleJob(ctypes.Structure):
 
 
 def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
-    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.search.rounding.round_stretches`."""
+    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.arithmetic.int8_digits.round_stretches`."""
     n, classes, width = values.shape
     job = _RoundJob(
         values.data_ptr(),

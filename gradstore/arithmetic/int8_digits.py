@@ -10,15 +10,16 @@ For normal entries the higher digits leave a rest of 0.009 of the norm, both dig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic import compiled_loops
+from gradstore.arithmetic.int8 import MOST_COLUMNS, integer_product
 from gradstore.native import library
-from gradstore.rounding import MOST_COLUMNS, integer_product
-from gradstore.search import compiled_loops
 
 # Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
 _FINER = 254
@@ -135,3 +136,17 @@ def add_integer_product(
     else:
         total = both[m:].add_(also_low).float().div_(_FINER).add_(both[:m])
         out.add_(total.mul_(query_steps[:, None]).mul_(steps))
+
+
+def sample_product(queries: int, rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
+    """As `gradstore.arithmetic.float32.sample_product`, of two digits."""
+    stored, factors, out = torch.ones(rows, width).to(dtype), torch.ones(rows), torch.zeros(queries, rows)
+    digits, rounded = (torch.empty(2, size, width, dtype=torch.int8) for size in (rows, queries))
+    steps = torch.from_numpy(round_rows(torch.ones(queries, width), torch.ones(queries), *rounded).step).float()
+
+    def multiply() -> None:
+        values = stored.float() if dtype == torch.int8 else stored
+        round_rows(values, factors, *digits)
+        add_integer_product(rounded, steps, digits[0], digits[1], factors, out)
+
+    return multiply

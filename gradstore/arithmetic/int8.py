@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.choices import INT8_ROWS
+from gradstore.arithmetic.product import Operand
 from gradstore.errors import UsageError
 
 _NORM_COLUMNS = 2048
@@ -30,59 +33,20 @@ LARGEST_ROUNDING = 0.03
 """The most that rounding may take from a row, over its norm: reached where a row's peak is 13 standard deviations."""
 
 
-def round_rows(phi: Tensor, factors: Tensor, out: Tensor, rows: Sequence[int], *, normalised: bool) -> Tensor:
-    """Round rows, each class by a unit of its own.
+def refusal(where: str) -> UsageError | None:
+    """Why this machine has no right products of 8-bit integers; None where it has.
 
     Args:
-        phi: float32 [n, c, K]; overwritten.
-        factors: float64 [n, c], what a value of phi is worth.
-        out: int8 [n, c, K], written.
-        rows: their n indices, for messages.
-        normalised: the rows phi · factors have norm 1, and so shall have the rounded ones: their matrix is then, up to
-            float32, one of cosines, positive semidefinite, and 1 where two rows are equal.
-
-    Returns:
-        What one unit is worth, float32 [n, c]. Holds one array of phi's size.
-
-    Raises:
-        UsageError: rounding would take more than `LARGEST_ROUNDING` of a row's norm; the row is named.
+        where: the option by which they were asked for, such as "--engine".
     """
-    peak = torch.maximum(phi.amax(dim=2), phi.amin(dim=2).neg_())
-    units = peak.clamp_min_(torch.finfo(torch.float32).tiny * STEPS) / STEPS
-    _require_little_lost(phi, units, factors, rows, normalised)
-    phi.mul_((1 / units)[..., None]).round_()
-    worth = units * factors
-    if normalised:
-        norms = _norms(phi) * worth
-        worth /= torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-    out.copy_(phi)
-    return worth.float()
-
-
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """Products of rounded rows in units of both sides, exact, int32 [n, m].
-
-    Args:
-        a: int8 [n, D], of at most `MOST_COLUMNS` columns.
-        b: int8 [m, D].
-    """
-    require_exact_int8()
-    return integer_product(a, b.T)
-
-
-def require_exact_int8() -> None:
-    """Refuse a machine without right products of 8-bit integers.
-
-    Raises:
-        UsageError: there are none.
-    """
-    if not integer_products_are_exact():
-        raise UsageError(
-            "torch's products of 8-bit integers are missing or overflow on this processor",
-            where="--arithmetic",
-            got="'int8'",
-            hint="Use --arithmetic float32",
-        )
+    if integer_products_are_exact():
+        return None
+    return UsageError(
+        "torch's products of 8-bit integers are missing or overflow on this processor",
+        where=where,
+        got="'int8'",
+        hint=f"Use {where} float32",
+    )
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -118,6 +82,68 @@ def _is_exact(m: int, w: int, n: int, rng: torch.Generator) -> bool:
     a[0], b[0], b[-1] = 127, 127, -127
     expected = a.long() @ b.T.long()
     return all(torch.equal(torch._int_mm(a, c).long(), expected) for c in (b.T, b.T.contiguous()))
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerOperand(Operand):
+    """Rounded rows."""
+
+    choice = INT8_ROWS
+
+    @classmethod
+    def refusal(cls) -> UsageError | None:
+        """See `Operand`."""
+        return refusal("--arithmetic")
+
+    @classmethod
+    def held_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """See `Operand`."""
+        return torch.int8
+
+    @classmethod
+    def piece_columns(cls, K: int) -> int:
+        """See `Operand`."""
+        return MOST_COLUMNS
+
+    def fill(self, start: int, phi: Tensor, factors: Tensor, rows: Sequence[int]) -> None:
+        """See `Operand`."""
+        self.set_worth(start, _round_rows(phi, factors, self.places(start, phi.shape), rows, self.normalised))
+
+    def write_product(self, b: Operand, out: Tensor, diagonal: int | None) -> None:
+        """Holds two values of 4 bytes for each of `out`."""
+        out, first = out.zero_(), max(0, diagonal or 0)
+        for i, piece in enumerate(b.pieces):
+            part = integer_product(self.values[:, piece], b.values[first:, piece].T).float()
+            out[:, first:].addcmul_(part.mul_(self.worth[i][:, None]), b.worth[i][first:])
+
+
+def _round_rows(phi: Tensor, factors: Tensor, out: Tensor, rows: Sequence[int], normalised: bool) -> Tensor:
+    """Round rows, each class by a unit of its own.
+
+    Args:
+        phi: float32 [n, c, K]; overwritten.
+        factors: float64 [n, c], what a value of phi is worth.
+        out: int8 [n, c, K], written.
+        rows: their n indices, for messages.
+        normalised: the rows phi · factors have norm 1, and so shall have the rounded ones: their matrix is then, up to
+            float32, one of cosines, positive semidefinite, and 1 where two rows are equal.
+
+    Returns:
+        What one unit is worth, float32 [n, c]. Holds one array of phi's size.
+
+    Raises:
+        UsageError: rounding would take more than `LARGEST_ROUNDING` of a row's norm; the row is named.
+    """
+    peak = torch.maximum(phi.amax(dim=2), phi.amin(dim=2).neg_())
+    units = peak.clamp_min_(torch.finfo(torch.float32).tiny * STEPS) / STEPS
+    _require_little_lost(phi, units, factors, rows, normalised)
+    phi.mul_((1 / units)[..., None]).round_()
+    worth = units * factors
+    if normalised:
+        norms = _norms(phi) * worth
+        worth /= torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+    out.copy_(phi)
+    return worth.float()
 
 
 def _norms(values: Tensor) -> Tensor:

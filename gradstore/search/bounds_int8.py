@@ -18,13 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.choices import INT8_DIGITS
+from gradstore.arithmetic.int8 import refusal
+from gradstore.arithmetic.int8_digits import (
+    MAX_WIDTH,
+    Rounded,
+    add_integer_product,
+    round_stretches,
+    sample_product,
+)
+from gradstore.errors import UsageError
 from gradstore.rows import Rows
+from gradstore.search.bounds import BlockBounds, Bounds, Found, Needs, most_rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.rounded_phi import round_phi
-from gradstore.search.rounding import Rounded, add_integer_product, round_stretches
-from gradstore.search.streamed import Streamed
+from gradstore.search.streamed import Streamed, streamed_bytes
 
+# A block is large enough for a good matrix product and no larger.
+_BLOCK_BYTES = 24 << 20
 _UNIT = 2.0**-24
 # Covers float64 roundings of bounds, and of norms that were summed in float64.
 _ROUNDED = 1e-9
@@ -62,39 +74,61 @@ class RoundedQueries:
         return cls(group, digits, torch.from_numpy(rounded.step).float(), sides)
 
 
-class IntegerBlock:
-    """What a worker reuses to bound block after block of rows.
+class IntegerBounds(Bounds):
+    """Bounds by products of 8-bit integers. Holds two digits of each query."""
 
-    Args:
-        train: the training store.
-        queries: groups of queries.
-        block: rows of a block.
+    choice = INT8_DIGITS
+    sample_product = staticmethod(sample_product)
 
-    Holds 2·D bytes a row for each feature map, four megabytes of rows as stored, and 32 bytes a row and query.
-    """
+    @classmethod
+    def refusal(cls, K: int) -> UsageError | None:
+        """See `Bounds`."""
+        if K <= MAX_WIDTH:
+            return refusal("--engine")
+        return UsageError(
+            "K is too large for sums of integers", where="--engine int8", expected=f"at most {MAX_WIDTH}", got=K
+        )
 
-    def __init__(self, train: Rows, queries: Sequence[RoundedQueries], block: int) -> None:
-        self.train, self.queries = train, queries
-        self._streamed = Streamed(train, block, max(1, block // 2))
-        maps = {part.group.phi for part in queries}
-        self._digits = {phi: torch.empty(2 * phi.segments * block * phi.K, dtype=torch.int8) for phi in maps}
+    @classmethod
+    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+        """See `Bounds`: two digits of a block for each feature map, and some rows as stored."""
+        schema, digits = train.schema, sum(2 * phi.length for phi in phis)
+        query = max(6 * phi.pieces * phi.width + 8 * phi.K for phi in phis)
+        sizes = range(most_rows(train, _BLOCK_BYTES, schema.row_bytes), 0, -1)
+        held = [(size, size * digits + streamed_bytes(schema, size, _together(size))) for size in sizes]
+        return Needs(query, 0, 0, held)
 
-    def bounds(self, start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
-        """(queries, similarities float64 [g, B], their largest errors float64 [g, B]) of rows start:stop.
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
+        self.train, self.queries = train, [RoundedQueries.of(group) for group in groups]
 
-        The similarities of a row that is not finite are not finite either.
+    def block(self, rows: int) -> BlockBounds:
+        """See `Bounds`."""
+        return _IntegerBlock(self, rows)
 
-        Raises:
-            NonFiniteError: a row's norm is not finite, or zero under a cosine.
-            CorruptError: a row does not match its digest.
-        """
+
+def _together(block: int) -> int:
+    """Rows of a block that are read together, at most."""
+    return max(1, block // 2)
+
+
+class _IntegerBlock(BlockBounds):
+    """Holds 2·D bytes a row for each feature map, megabytes of rows as stored, and 32 bytes a row and query."""
+
+    def __init__(self, shared: IntegerBounds, rows: int) -> None:
+        self._train, self._queries = shared.train, shared.queries
+        self._streamed = Streamed(self._train, rows, _together(rows))
+        maps = {part.group.phi for part in self._queries}
+        self._digits = {phi: torch.empty(2 * phi.segments * rows * phi.K, dtype=torch.int8) for phi in maps}
+
+    def bounds(self, start: int, stop: int) -> Found:
+        """See `BlockBounds`."""
         rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
             for phi, block in rows.items():
-                scaled = Scaled.of(phi, columns, self.train.where)
+                scaled = Scaled.of(phi, columns, self._train.where)
                 block.write(at, phi, features, scaled)
-                phi.require_direction(block.norms[at], columns["row"], self.train.where)
-        return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self.queries]
+                phi.require_direction(block.norms[at], columns["row"], self._train.where)
+        return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self._queries]
 
 
 @dataclass(frozen=True)

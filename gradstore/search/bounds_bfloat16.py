@@ -21,21 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.heap import pages
-from gradstore.matrix_unit.product import LIMB, REST_ERROR, Packed, Strips, pack, rounding_bound
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.bfloat16_limbs import LIMB, limb_error, relative_rests, rounding_bound, sample_product
+from gradstore.arithmetic.choices import BFLOAT16
+from gradstore.arithmetic.matrix_unit import Packed, Strips, aligned, pack
+from gradstore.errors import UsageError
 from gradstore.rows import Rows
-from gradstore.schema import Schema
-from gradstore.search.float_block import bounds_within
+from gradstore.search.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
-from gradstore.search.streamed import Streamed, piece_rows, streamed_bytes
+from gradstore.search.streamed import Streamed, streamed_bytes
 
-# Covers rows' factors, which are applied to products here and to entries where scores are exact, and what vanishes from
-# products and squares below 2^-126: the norms of scaled vectors are around 1.
-_EXTRA = 2.0**-20
+# The matrix unit is so fast that packed queries should be read from memory seldom: blocks are larger than for BLAS.
+_BLOCK_BYTES = 80 << 20
 # Queries whose limbs are measured together: few, for copies of them are made.
 _TOGETHER = 16
-STRIPS = 64
+_STRIPS = 64
 """A block's rows are a multiple of this: with two limbs a value there is room for half of them."""
 
 
@@ -78,7 +79,7 @@ class PackedQueries:
             found = list(pool.map(pack_segment, range(group.phi.segments)))
         squares = np.add.accumulate([squares for _, squares in found])[-1]
         exact = dtype != "float32" and group.phi.weights is None
-        return cls(group, tuple(packed for packed, _ in found), _relative(squares, group.norms), exact)
+        return cls(group, tuple(packed for packed, _ in found), relative_rests(squares, group.norms), exact)
 
     def refined(self) -> PackedQueries:
         """With two limbs: holds 4 bytes a value."""
@@ -104,18 +105,34 @@ def _left_out(rows: Tensor) -> np.ndarray:
     return torch.linalg.vector_norm(lower, dim=1, dtype=torch.float64).square_().numpy()
 
 
-class PackedBatch:
-    """The queries of a scan, in one limb until `refine` is called.
+class LimbBounds(Bounds):
+    """Bounds by the matrix unit. Holds the queries in one limb, until `refine` is called."""
 
-    Args:
-        groups: the queries.
-        dtype: of the training store's features.
-        workers: threads that pack.
-    """
+    choice = BFLOAT16
+    sample_product = staticmethod(sample_product)
 
-    def __init__(self, groups: Sequence[QueryGroup], dtype: str, workers: int = 1) -> None:
-        self.parts = tuple(PackedQueries.of(group, dtype, workers) for group in groups)
+    @classmethod
+    def refusal(cls, K: int) -> UsageError | None:
+        """See `Bounds`."""
+        return matrix_unit.refusal(cls.choice.name, "--engine")
+
+    @classmethod
+    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+        """See `Bounds`: queries in float32 and in two limbs, which follow one limb, and whole strips of rows."""
+        query, preparing = max(10 * phi.pieces * phi.width for phi in phis), max(8 * phi.K for phi in phis)
+        fixed = sum(31 * 6 * phi.length for phi in phis)  # queries of a feature map are rounded up to 32
+        most = most_rows(train, _BLOCK_BYTES, sum(2 * phi.length for phi in phis))
+        sizes = range(max(_STRIPS, most // _STRIPS * _STRIPS), 0, -_STRIPS)
+        return Needs(query, preparing, fixed, [(size, _block_bytes(train, phis, size)) for size in sizes])
+
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
+        self.train = train
+        self.parts = tuple(PackedQueries.of(group, train.schema.dtype, workers) for group in groups)
         self._lock = Lock()
+
+    def block(self, rows: int) -> BlockBounds:
+        """See `Bounds`."""
+        return _LimbBlock(self, rows)
 
     def refine(self) -> None:
         """Take two limbs from the next block on."""
@@ -124,30 +141,23 @@ class PackedBatch:
                 self.parts = tuple(part.refined() for part in self.parts)
 
 
-class LimbBlock:
-    """What a worker reuses to bound block after block of rows.
+class _LimbBlock(BlockBounds):
+    """Holds `_block_bytes`, and 32 bytes a row and query.
 
     Rows are cut into limbs while they are in the cache after reading and checking; they are multiplied when a whole
     block of them is there, since the packed queries come from memory for every block.
-
-    Args:
-        train: the training store.
-        queries: shared by all workers.
-        block: rows of a block.
-
-    Holds `block_bytes`, and 32 bytes a row and query.
     """
 
-    def __init__(self, train: Rows, queries: PackedBatch, block: int) -> None:
-        self.train, self.queries, self._rows = train, queries, strip_rows(block)
-        self._streamed = Streamed(train, self._rows)
+    def __init__(self, queries: LimbBounds, rows: int) -> None:
+        self.train, self.queries, self._rows = queries.train, queries, _strip_rows(rows)
+        self._streamed = Streamed(self.train, self._rows)
         self._rooms = {
-            phi: pages(Strips.bytes_needed(phi.segments, phi.K, self._rows, 1))
+            phi: aligned(Strips.bytes_needed(phi.segments, phi.K, self._rows, 1))
             for phi in {part.group.phi for part in queries.parts}
         }
 
-    def bounds(self, start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
-        """As `IntegerBlock.bounds`."""
+    def bounds(self, start: int, stop: int) -> Found:
+        """See `BlockBounds`."""
         parts = self.queries.parts
         step = self._rows // max(part.limbs for part in parts)
         found = [self._bounds(parts, low, min(low + step, stop)) for low in range(start, stop, step)]
@@ -158,7 +168,7 @@ class LimbBlock:
             for i, part in enumerate(parts)
         ]
 
-    def _bounds(self, parts: Sequence[PackedQueries], start: int, stop: int) -> list[tuple[QueryGroup, Tensor, Tensor]]:
+    def _bounds(self, parts: Sequence[PackedQueries], start: int, stop: int) -> Found:
         limbs = max(part.limbs for part in parts)
         placed = {phi: _Placed(phi, self._rows // limbs, limbs, room) for phi, room in self._rooms.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
@@ -214,41 +224,16 @@ class _Placed:
             self._strips.add_product(s, count, packed, out, left_factors=factors)
             rests = self._strips.rests[s, :count]
             squares += rests if factors is None else rests * factors.double().square()
-        error = queries.error(_relative(squares.numpy(), self._norms))
+        error = queries.error(relative_rests(squares.numpy(), self._norms))
         return bounds_within(group, out.T.double(), self._norms, self._exponent, error)
 
 
-def strip_rows(block: int) -> int:
+def _strip_rows(block: int) -> int:
     """Rows that a block has room for: whole strips, and with two limbs half of them."""
-    return -(-block // STRIPS) * STRIPS
+    return -(-block // _STRIPS) * _STRIPS
 
 
-def block_bytes(schema: Schema, phis: Sequence[Phi], block: int) -> int:
-    """Bytes that a worker holds for a block, beside those a row and query.
-
-    Args:
-        schema: of the training store.
-        phis: the feature maps of the queries.
-        block: rows.
-    """
-    decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K
-    strips = sum(Strips.bytes_needed(phi.segments, phi.K, strip_rows(block), 1) for phi in set(phis))
-    return piece_rows(schema) * decoded + streamed_bytes(schema, strip_rows(block)) + strips
-
-
-def limb_error(query_rest: Tensor, row_rest: Tensor, added: float) -> Tensor:
-    """What inner products are off at most, in units of ‖q‖ ‖t‖, float64 [g, B].
-
-    Args:
-        query_rest: float64 [g], ‖δ_q‖ / ‖q‖.
-        row_rest: float64 [B], ‖δ_t‖ / ‖t‖.
-        added: what sums are off, and products that are left out, in units of ‖q'‖ ‖t'‖.
-    """
-    query_side = query_rest + added * (1 + query_rest)
-    return torch.outer(query_side, 1 + row_rest).add_(row_rest + _EXTRA)
-
-
-def _relative(squares: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Measured rests in units of norms, rounded up; 0 for a vector that is zero."""
-    rests = np.sqrt(squares) * (1 + REST_ERROR)
-    return np.divide(rests, norms, out=np.zeros_like(rests), where=norms > 0)
+def _block_bytes(train: Rows, phis: Sequence[Phi], block: int) -> int:
+    """Bytes that a worker holds for a block, beside those a row and query."""
+    rows = _strip_rows(block)
+    return streamed_bytes(train.schema, rows) + sum(Strips.bytes_needed(phi.segments, phi.K, rows, 1) for phi in phis)

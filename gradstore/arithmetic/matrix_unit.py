@@ -1,13 +1,7 @@
-"""Inner products of rows by the processor's matrix unit (AMX), which multiplies bfloat16 and adds up in float32.
+"""The call of the processor's matrix unit (AMX), which multiplies rows in bfloat16 limbs and adds up in float32.
 
-A value is the sum of two bfloat16 limbs, x = h + l + rest. A limb has 8 bits, so |x − h| ≤ 2^-8 |x| and, as l has a
-sign of its own, |rest| ≤ 2^-17 |x|: nothing of a float16. Three products, h · h', h · l' and l · h', leave out l · l'
-and the rests, two of 2^-17 and one of 2^-16:
-
-    |computed − ⟨x, y⟩| ≤ (2^-15 + N u / (1 − N u)) Σ |x_i y_i|,   N = 82 + D / 512, u = 2^-24,
-
-with 2^-16 where both sides are float16 (`error_bound`). Values and sums below 2^-126 become 0. Bits of a value depend
-on its two rows alone. ``native/src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
+`gradstore.arithmetic.bfloat16_limbs` bounds the error. Values and sums below 2^-126 become 0. Bits of a value depend on
+its two rows alone. ``native/src/limbs.h`` has the same arithmetic without a matrix unit, for tests.
 """
 
 from __future__ import annotations
@@ -19,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.heap import pages
+from gradstore.errors import UsageError
 from gradstore.native import library
 
-_UNIT = 2.0**-24
-LIMB = 2.0**-8
-"""The most that one limb leaves of a value; two leave at most `LIMB`² / 2, and nothing of a float16."""
-_DEPTH = 512  # columns that the unit adds up before they are added to the result; DEPTH in native/src/matrix_unit.cpp
-_ROUNDINGS = 82  # of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors
+_VECTOR = 64  # bytes
+DEPTH = 512
+"""Columns that the unit adds up before they are added to the result; DEPTH in native/src/matrix_unit.cpp."""
+ROUNDINGS = 82
+"""Of a sum of so many: 17 within 32 columns, 16 · 3 of sums of 32, and those of factors."""
 REST_ERROR = 2.0**-18
 """How wrong `left_rests` are at most, in units of themselves: some 40 float32 roundings."""
 WORKSPACE_BYTES = (1 << 20) + (1 << 18)
@@ -101,7 +95,7 @@ class Strips:
         width: values of a segment.
         capacity: rows.
         limbs: of a value, 1 or 2.
-        room: memory to use, at least `bytes_needed` in uint8, aligned to 64 bytes; it must outlive the strips.
+        room: memory to use, at least `bytes_needed`, from `aligned`.
         level: one of `levels()`.
 
     Attributes:
@@ -153,8 +147,15 @@ def workspace_bytes(width: int, limbs: int = 2) -> tuple[int, int]:
         width: values of a row.
         limbs: of a value.
     """
-    depth = 2 * limbs * min(-(-width // 32) * 32, _DEPTH)
+    depth = 2 * limbs * min(-(-width // 32) * 32, DEPTH)
     return 32 * depth + 32 * 4 * (512 + 16) + 4096, depth
+
+
+def aligned(size: int) -> np.ndarray:
+    """Uninitialised bytes, uint8 [size], that begin at a whole vector of the processor."""
+    room = np.empty(size + _VECTOR, np.uint8)
+    start = -room.ctypes.data % _VECTOR
+    return room[start : start + size]
 
 
 def available() -> bool:
@@ -162,32 +163,28 @@ def available() -> bool:
     return library.level() == "amx"
 
 
+def refusal(name: str, where: str) -> UsageError | None:
+    """Why this process cannot use a matrix unit; None where it can.
+
+    Args:
+        name: of the arithmetic that was asked for.
+        where: the option, such as "--engine".
+    """
+    if available():
+        return None
+    return UsageError(
+        "this processor has no matrix unit, or gradstore was installed without a C++ compiler",
+        where=where,
+        expected="AMX with bfloat16",
+        got=repr(name),
+        hint=f"Use {where} auto",
+    )
+
+
 def levels() -> tuple[str, ...]:
     """What can be used here: the unit ("amx"), and the slowest level for tests; nothing where nothing was compiled."""
     found = library.levels()
     return tuple(level for level in found if level in ("amx", found[-1]))
-
-
-def error_bound(width: int, *, exact_values: bool) -> float:
-    """The most that a product with two limbs a side is off, in units of Σ |x_i y_i| ≤ ‖x‖ ‖y‖.
-
-    Args:
-        width: D.
-        exact_values: both sides are float16, or any other values of at most 16 bits.
-    """
-    left_out = (1 if exact_values else 2) * LIMB**2
-    return (left_out + rounding_bound(width)) * (1 + 4 * LIMB)  # since limbs may be that much larger than values
-
-
-def rounding_bound(width: int, products: int = 1) -> float:
-    """The part of `error_bound` that float32 sums have in it, in units of Σ |x_i y_i| over the limbs that are taken.
-
-    Args:
-        width: D of a product.
-        products: of that width, which are added to one result.
-    """
-    roundings = (_ROUNDINGS + products * -(-width // _DEPTH)) * _UNIT
-    return roundings / (1 - roundings)
 
 
 def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
@@ -205,7 +202,7 @@ def pack(rows: Tensor, limbs: int = 2, *, level: str = "amx") -> Packed:
     described = _describe(rows, None, limbs)
     width = ctypes.c_int64(rows.shape[1])
     size = found.file.gradstore_packed_size(ctypes.byref(described), width)
-    strips = torch.from_numpy(pages(2 * max(size, 1)).view(np.int16)[:size])
+    strips = torch.from_numpy(aligned(2 * size).view(np.int16))
     pointer = ctypes.c_void_p(strips.data_ptr())
     found.file.gradstore_pack(pointer, ctypes.byref(described), width, found.levels[level])
     return Packed(strips, len(rows), rows.shape[1], limbs)
@@ -231,7 +228,7 @@ def add_product(
         out: float32 [m, n], adjacent within a row.
         left_factors: float32 [m]; None for 1.
         right_factors: float32 [n]; None for 1.
-        limbs: of a value on the left and on the right; one limb is right to `LIMB`. Ignored on a packed side.
+        limbs: of a value on the left and on the right; one limb is right to 2^-8. Ignored on a packed side.
         diagonal: of a symmetric product, the right row that is the first left one; values left of the diagonal are not
             wanted, and most of them are left as they were. None wants all.
         left_rests: float64 [m], to which ‖x − h‖² of each left row is added, h being its values' first limbs; within
