@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gradstore.matrix_unit import product
-from gradstore.products import ARITHMETICS, LIMBS
 from setting import append_rows
 
 import gradstore as gs
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.choices import BFLOAT16X2, FLOAT32, INT8_ROWS
 from gradstore.identity import fingerprint_of
 from gradstore.schema import Schema
 from gradstore.storage.encoding import encode
@@ -55,10 +55,10 @@ def measure(n: int, repeats: int, folder: Path) -> list[dict[str, object]]:
     floats = torch.from_numpy(x[: 2 * TILE]).view(2, TILE, -1)
     out = folder / "gram.h5"
     limbs = floats.bfloat16()
-    kinds = [kind for kind in ARITHMETICS if kind != LIMBS or product.available()]
+    kinds = [FLOAT32.name, *([BFLOAT16X2.name] if matrix_unit.available() else []), INT8_ROWS.name]
     torch_tiles: dict[str, Callable[[], object]] = {
         "float32": lambda: torch.mm(floats[0], floats[1].T),
-        LIMBS: lambda: [torch.mm(limbs[0], limbs[1].T) for _ in range(3)],
+        BFLOAT16X2.name: lambda: [torch.mm(limbs[0], limbs[1].T) for _ in range(3)],
         "int8": lambda: torch._int_mm(integers[0], integers[1].T),
     }
     rivals: dict[str, Callable[[], object]] = {"numpy float32 in memory": lambda: x @ x.T}

@@ -9,6 +9,8 @@ Both compute every value in float32. The engine's blocks are formed and dropped 
 alternate; a figure is the median of a run's seconds, a ratio the median of the ratios of neighbouring runs. Each row
 also says the largest relative error of a row (example, class) against `jacrev` in float64. Peak memory is that of a
 fresh process that builds the engine and reads one batch's stream with its norms; `load_per_core` tells of other work.
+
+The picture needs matplotlib: `pip install ".[plots]"`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ wall time, so that a disturbance of the machine meets all of them. The rivals:
   torch's CPU generator) and multiply in float32. A slice of p again stands for the rest.
 
 results/projection.md explains what limits the speed.
+
+Needs matplotlib: `pip install ".[plots]"`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ the certified and approximate search beside the scan; the cost of the index; gro
 
 Compared things run in turn, `--repeats` times, and medians are compared. FAISS is given float32 features that are
 already in memory, in parts so that they fit; our search reads, checks and converts what is on the disk (page cache).
+
+The picture of growth needs matplotlib: `pip install ".[plots]"`.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradstore.matrix_unit import product
-from gradstore.search.rounding import add_integer_product
 from setting import RESULTS, append_rows
 from structured import write_structured
 
 import gradstore as gs
-from gradstore.search.engines import single_threaded
+from gradstore.arithmetic import matrix_unit
+from gradstore.arithmetic.int8_digits import add_integer_product
 from gradstore.search.faiss_index import require_faiss
 from gradstore.store import FeatureStore
+from gradstore.threads import single_threaded
 
 K_BEST = 10
 
@@ -59,9 +61,9 @@ def rate(m: int, rows: int, width: int, calls: list[Callable[[], object]]) -> fl
 
 
 def float_rate(m: int) -> float:
-    """GFLOP/s of float32 products of the scan's shape; of torch or numpy."""
+    """GFLOP/s of float32 products of the scan's shape."""
     q, t = torch.randn(m, 2048), torch.randn(234, 2048)
-    return rate(m, 234, 2048, [lambda: torch.mm(q, t.T), lambda: np.matmul(q.numpy(), t.numpy().T)])
+    return rate(m, 234, 2048, [lambda: torch.mm(q, t.T)])
 
 
 def integer_rate(m: int, K: int) -> float:
@@ -74,8 +76,8 @@ def integer_rate(m: int, K: int) -> float:
 
 def limb_rate(m: int) -> float:
     """GFLOP/s of the scan's products of one bfloat16 limb, of float16 rows by packed queries."""
-    rows, q = torch.randn(240, 2048).half(), product.pack(torch.randn(m, 2048), 1)
-    return rate(m, 240, 2048, [lambda: product.add_product(rows, q, torch.zeros(240, m), limbs=(1, 1))])
+    rows, q = torch.randn(240, 2048).half(), matrix_unit.pack(torch.randn(m, 2048), 1)
+    return rate(m, 240, 2048, [lambda: matrix_unit.add_product(rows, q, torch.zeros(240, m), limbs=(1, 1))])
 
 
 def plain_read(store: FeatureStore) -> None:
@@ -125,7 +127,7 @@ def bench_scan(train: FeatureStore, queries: FeatureStore, repeats: int, row: Ca
         times["faiss"].append(faiss_seconds(train, flat))
         times["float_gemm"].append(work / float_rate(m))
         times["integer_gemm"].append(work / integer_rate(m, train.schema.K))
-        if product.available():
+        if matrix_unit.available():
             times["limb_gemm"].append(work / limb_rate(m))
         times["read"].append(seconds(plain_read, train))
         times["checked"].append(seconds(checked_read, train))

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from gradstore.arithmetic.choices import Choice
-from gradstore.memory import require_promise
+from gradstore.memory import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
+
+from .output import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,7 +104,8 @@ def choice_option(name: str, choices: Sequence[Choice], what: str) -> Callable[[
     """An option that takes one of some names, the first by default; `what` begins its help, which lists them."""
     names = [choice.name for choice in choices]
     text = f"{what} {'; '.join(map(str, choices))}."
-    return click.option(name, default=names[0], show_default=True, type=click.Choice(names), help=text)
+    kind = click.Choice(names)
+    return click.option(name, default=names[0], show_default=True, type=kind, metavar="NAME", help=text)
 
 
 def kernel_help() -> str:
@@ -129,7 +132,12 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str | 
 
 
 def _promised(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    require_promise(value)
+    """A budget; of one that is too small to be promised, the user is told so."""
+    if parse_bytes(value) < PROMISED:
+        say(
+            f"note: --memory is kept from {format_bytes(PROMISED)} up; with {value} tens of megabytes more may be taken,"
+            " for the C library keeps some of what is freed"
+        )
     return value
 
 

@@ -18,7 +18,7 @@ from gradstore.clock import now_utc
 from gradstore.environment import environment, require_same_environment
 from gradstore.errors import MismatchError, UsageError
 from gradstore.grow import SmallerStore
-from gradstore.memory import parse_bytes
+from gradstore.memory import parse_bytes, spendable
 from gradstore.plan import Plan, to_device
 from gradstore.project import Project
 from gradstore.settings import Given, Settings, takes_settings
@@ -26,6 +26,7 @@ from gradstore.storage.disk import Disk
 from gradstore.storage.manifest import Shard
 from gradstore.storage.shards import ShardFile
 from gradstore.store import FeatureStore, open_store
+from gradstore.threads import worker_count
 from gradstore.verify import Damage, find_damage
 from gradstore.workers import require_workers, write_shards
 from gradstore.writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
@@ -223,7 +224,7 @@ class _Run:
     def _most_groups(self) -> int:
         """Groups of the largest batch that gains anything and fits the memory."""
         enough = max(1, _ENOUGH_ROWS // (self.group * self.writer.manifest.schema.c))
-        return max(1, min(enough, self.plan.memory // self._group_bytes()))
+        return max(1, min(enough, spendable(self.plan.memory, worker_count()) // self._group_bytes()))
 
     def _batch_size(self, fixed: int | None) -> BatchSize:
         if fixed is not None and fixed < 1:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 from gradstore.errors import UsageError
 
 PROMISED = 256 * 10**6
-"""Bytes from which on budgets are kept, as is tested by measured peaks.
+"""Bytes from which on a budget is kept, as is tested by measured peaks.
 
-Below, plans are cut to the budget as well, and refused where they do not fit; but what the C library and others keep of
-freed memory, tens of megabytes, is then no small part of it."""
+Below, plans are cut to the budget as well, and refused where they do not fit; but then what the C library keeps of
+freed memory, tens of megabytes, is no small part of it."""
+# What glibc may keep at the end of a heap, of which each thread has one.
+_KEPT = 64 << 20
 _UNITS = {
     "": 1,
     "B": 1,
@@ -26,7 +27,7 @@ _UNITS = {
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes of "2GB", "512 MiB", "1e9" or a plain number.
+    """Bytes of "2GB", "512 MiB", "1e9" or a plain number; as a budget it is kept from `PROMISED` up.
 
     Raises:
         UsageError: it is no positive number of bytes.
@@ -47,18 +48,21 @@ def parse_bytes(value: int | str) -> int:
     return int(count)
 
 
-def require_promise(value: int | str) -> None:
-    """Warn of a budget that is less than is promised to be kept.
+def spendable(memory: int, threads: int) -> int:
+    """Bytes of a budget that a plan may count on, where pieces of many sizes are freed and had again.
+
+    The rest is for what the C library keeps of freed memory, at the end of each thread's heap and between pieces.
 
     Args:
-        value: as for `parse_bytes`, and refused as there.
+        memory: the budget.
+        threads: that work beside the calling one.
     """
-    if parse_bytes(value) < PROMISED:
-        warnings.warn(
-            f"--memory is kept from {format_bytes(PROMISED)} up; with {value} tens of megabytes more may be taken, "
-            "for the C library keeps some of what is freed",
-            stacklevel=2,
-        )
+    return memory - min(memory * 2 // 5, _KEPT * (1 + threads))
+
+
+def budget_for(spent: int, threads: int) -> int:
+    """The least budget of which so many bytes are `spendable`."""
+    return min(-(-spent * 5 // 3) + 1, spent + _KEPT * (1 + threads))
 
 
 def format_bytes(count: float) -> str:

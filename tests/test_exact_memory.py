@@ -66,11 +66,11 @@ def _wide() -> Network:
 
 def _one_piece() -> Network:
     """A wide weight that comes in one block, whose deltas are most of what is held."""
-    return nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)), torch.randn(200, 16)
+    return nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 10)), torch.randn(300, 16)
 
 
 def _many() -> Network:
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), torch.randn(2000, 64)
+    return nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10)), torch.randn(2000, 64)
 
 
 def _convolution() -> Network:
@@ -84,7 +84,7 @@ def _batch_norm() -> Network:
 
 def _grouped() -> Network:
     layers = (nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 128, 3, groups=4, padding=1))
-    return nn.Sequential(*layers, nn.ReLU(), *_pooled(2, 512)), torch.randn(64, 3, 16, 16)
+    return nn.Sequential(*layers, nn.ReLU(), *_pooled(2, 512)), torch.randn(128, 3, 16, 16)
 
 
 def _depthwise() -> Network:
@@ -96,6 +96,7 @@ def _pooled(side: int, width: int) -> tuple[nn.Module, ...]:
     return nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(width, 10)
 
 
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
 NETWORKS: dict[str, Callable[[], Network]] = {
     "wide": _wide,
     "one-piece": _one_piece,
@@ -109,13 +110,20 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
-@pytest.mark.parametrize(
-    ("network", "megabytes"),
-    [*((name, 60) for name in NETWORKS if name != "one-piece"), ("wide", 100), ("one-piece", 75)],
-)
-def test_any_network_keeps_the_budget(network: str, megabytes: int) -> None:
+def taken(network: str, megabytes: int) -> float:
+    """Megabytes that the kernel takes at its peak, beside its result."""
     command = [sys.executable, "-c", textwrap.dedent(CHILD), network, str(megabytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    taken = int(done.stdout) / 1e6
-    assert taken < megabytes, f"{taken:.1f} MB of {megabytes} MB"
+    return int(done.stdout) / 1e6
+
+
+@needs_linux
+@pytest.mark.parametrize("network", NETWORKS)
+def test_any_network_keeps_the_budget(network: str) -> None:
+    assert taken(network, 256) < 256
+
+
+@needs_linux
+def test_with_a_larger_budget_more_is_taken() -> None:
+    """So the budget above is what holds it back, and the peak is seen."""
+    assert taken("convolution", 2000) > 256

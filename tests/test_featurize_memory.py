@@ -80,14 +80,10 @@ def measured(model: str, rows: int, memory: str, kind: str = "rademacher") -> di
 @pytest.mark.parametrize(
     ("model", "rows", "megabytes", "kind"),
     [
-        ("digits", 96, 15, "rademacher"),
-        ("digits", 96, 60, "rademacher"),
-        ("digits", 192, 400, "rademacher"),
-        ("resnet", 4, 80, "rademacher"),
-        ("resnet", 20, 250, "rademacher"),
-        ("digits", 96, 30, "gaussian"),
-        ("digits", 400, 200, "gaussian"),
-        ("resnet", 8, 150, "gaussian"),
+        ("digits", 400, 256, "rademacher"),
+        ("digits", 400, 256, "gaussian"),
+        ("resnet", 16, 256, "rademacher"),
+        ("resnet", 16, 256, "gaussian"),
     ],
 )
 def test_peak_memory_stays_within_the_budget(model: str, rows: int, megabytes: int, kind: str) -> None:
@@ -95,7 +91,7 @@ def test_peak_memory_stays_within_the_budget(model: str, rows: int, megabytes: i
     assert found["run"] < budget
     # Checking the engine against autograd takes the parameters' gradients a few times, whatever the budget.
     assert found["probe"] < budget + 4 * found["parameters"]
-    assert found["whole"] > 2 * budget or model == "digits"  # the whole Jacobian would not have fitted
+    assert found["whole"] > 2 * budget  # the whole Jacobian would not have fitted
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")

@@ -1,4 +1,4 @@
-"""The figures, drawn from what was measured."""
+"""The figures, drawn from what was measured, by matplotlib: `pip install ".[plots]"`."""
 
 from __future__ import annotations
 

@@ -11,15 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradstore.errors import UsageError
-from gradstore.memory import format_bytes
+from gradstore.memory import budget_for, format_bytes, spendable
+from gradstore.threads import worker_count
 from gradstore.tiles import CELL
 
 # Rows of the largest group: with more of them, little of the time is spent on computing Jacobians again.
 MOST_ROWS = 2048
 # The part of the memory, one in so many, that is left for computing Jacobians and for multiplying them.
 _SPARE = 4
-# Bytes of freed memory that the C library keeps for threads that may use it again, and the most of what is left.
-_RETAINED, _RETAINED_SHARE = 12 << 20, 4
 _BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 # A forward pass and an audit, in backward passes of one class.
 _OVERHEAD = 1.5
@@ -76,17 +75,18 @@ def plan_jacobians(
     Raises:
         UsageError: not even the smallest cut fits.
     """
+    room = spendable(memory, worker_count())
     parts = range(1, classes + 1) if divisible else range(1, 2)
     found = []
     for at_a_time in sorted({-(-classes // part) for part in parts}):
-        plan = _plan(n, m, at_a_time, at_a_time < classes, value, held, computing, memory)
+        plan = _plan(n, m, at_a_time, at_a_time < classes, value, held, computing, room)
         if plan is not None:
             found.append((_cost(plan, n, m, symmetric, classes), -at_a_time, plan))
     if not found:
         least = 1 if divisible else classes
         beside = 2 * CELL * held(least) + value * CELL * min(_SPAN * CELL, -(-m // CELL) * CELL)
-        computed = computing(1, least) * _RETAINED_SHARE // (_RETAINED_SHARE - 1)
-        need = 1.06 * max(beside * _SPARE // (_SPARE - 1), beside + computed)  # as it is rounded for people
+        spent = max(beside * _SPARE // (_SPARE - 1), beside + computing(1, least))
+        need = 1.06 * budget_for(spent, worker_count())  # as it is rounded for people
         raise UsageError(
             "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
         )
@@ -114,7 +114,6 @@ def _plan(
         left = memory - (group + passing) * each - value * group * span
         if left < memory // _SPARE:
             continue
-        left -= min(left // _RETAINED_SHARE, _RETAINED)
         # Jacobians are computed first and multiplied then, so both may take what is left.
         batch = next((size for size in _BATCHES if computing(size, classes) <= left), None)
         if batch is not None:
