@@ -19,7 +19,7 @@ from setting import append_rows
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
-from gradstore.projection_audit import ProjectionAudit
+from gradstore.projection.projection_audit import ProjectionAudit
 
 
 class Watched(ProjectionAudit):
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--proj-dim", type=int, default=10240)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    import gradstore.batch
+    import gradstore.featurization.batch
 
-    gradstore.batch.ProjectionAudit = Watched
+    gradstore.featurization.batch.ProjectionAudit = Watched
     for case in options.cases:
         for projection in options.projections if case.startswith("digits") else options.projections[:1]:
             append_rows("audit", [run(case, projection, options.proj_dim, options.seed)], options.seed)

@@ -99,7 +99,7 @@ def run_stage(stage: str, out: Path, limit: float) -> tuple[str, float]:
 def prebuild(folder: Path) -> None:
     """Compile every variant of the CUDA source for Hopper, for a machine whose time is dear."""
     os.environ["GRADSTORE_CACHE"] = str(folder)
-    from gradstore.projection.cuda import PRECISIONS, row_tiles, source
+    from gradstore.projection.cuda import PRECISIONS, cuda_source, row_tiles
     from gradstore.projection.cuda.geometry import Variant
     from gradstore.projection.kinds import KINDS
 
@@ -111,8 +111,8 @@ def prebuild(folder: Path) -> None:
         for hopper in (True, False)
     ]
     for variant in variants:
-        source.cubin(variant, "sm_90a")
-    print(f"{len(variants)} variants by NVRTC {source.nvrtc_version()} in {folder}")
+        cuda_source.cubin(variant, "sm_90a")
+    print(f"{len(variants)} variants by NVRTC {cuda_source.nvrtc_version()} in {folder}")
 
 
 if __name__ == "__main__":

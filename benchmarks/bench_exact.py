@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.jacobians import JacobianEngine
-from gradstore.parameters import parameter_blocks
+from gradstore.model.parameters import parameter_blocks
 
 SEED = 0
 PEER = Path(__file__).parent / "peer_neural_tangents.py"

@@ -27,11 +27,13 @@ from setting import append_rows
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
 from gradstore.arithmetic.choices import BFLOAT16X2, FLOAT32, INT8_ROWS
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.encoding import encode
-from gradstore.storage.manifest import Manifest
-from gradstore.writer import open_writer
+from gradstore.kernels.gram_file import Gram
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.encoding import encode
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import open_writer
 
 CLASSES, K, SEED, TILE = 10, 10240, 0, 1024
 
@@ -98,7 +100,7 @@ def make_features(n: int) -> np.ndarray:
     return x.reshape(n, CLASSES, K)
 
 
-def write_store(path: Path, x: np.ndarray) -> gs.FeatureStore:
+def write_store(path: Path, x: np.ndarray) -> FeatureStore:
     n = len(x)
     schema = Schema(c=CLASSES, K=K, classes=CLASSES)
     identity = {
@@ -130,7 +132,7 @@ def write_store(path: Path, x: np.ndarray) -> gs.FeatureStore:
     return gs.open(path)
 
 
-def fresh(store: gs.FeatureStore, out: Path, arithmetic: str) -> gs.Gram:
+def fresh(store: FeatureStore, out: Path, arithmetic: str) -> Gram:
     out.unlink(missing_ok=True)
     return gs.gram(gs.open(store.path), out=out, arithmetic=arithmetic, memory="2GB")
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from gradstore.jacobians import JacobianEngine
-from gradstore.parameters import parameter_blocks
+from gradstore.model.parameters import parameter_blocks
 
 CLASSES = 10
 RESULTS = Path(__file__).parent / "results" / "jacobians.csv"

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.setting import append_rows
-from gradstore.background import in_background
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.manifest import Manifest
-from gradstore.store import FeatureStore
-from gradstore.writer import open_writer
+from gradstore.store.background_writer import in_background
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import open_writer
 
 SCHEMA = Schema(c=10, K=10_240, classes=10)
 CHUNK = 4 << 20

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.encoding import encode
-from gradstore.storage.manifest import Manifest
-from gradstore.writer import open_writer
+from gradstore.store.files.encoding import encode
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import open_writer
 
 CLASSES = 10
 

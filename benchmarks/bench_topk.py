@@ -32,9 +32,9 @@ from structured import write_structured
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
 from gradstore.arithmetic.int8_digits import add_integer_product
-from gradstore.search.faiss_index import require_faiss
-from gradstore.store import FeatureStore
-from gradstore.threads import single_threaded
+from gradstore.machine.threads import single_threaded
+from gradstore.search.index.faiss_index import require_faiss
+from gradstore.store.feature_store import FeatureStore
 
 K_BEST = 10
 

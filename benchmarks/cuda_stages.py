@@ -19,11 +19,11 @@ from setting import setting
 
 import gradstore as gs
 from gradstore.projection import cuda, self_check
-from gradstore.projection.cuda import source
+from gradstore.projection.cuda import cuda_source
 from gradstore.projection.cuda.geometry import variant_for
+from gradstore.projection.device_paths import PATHS, Accumulate
 from gradstore.projection.entries import Entries
-from gradstore.projection.paths import PATHS, Accumulate
-from gradstore.projection_audit import AuditSchedule
+from gradstore.projection.projection_audit import AuditSchedule
 
 ROOT = Path(__file__).parent.parent
 K, P = 10240, 11_173_962  # of a ResNet18
@@ -65,10 +65,10 @@ def facts(record: Recorder) -> None:
     for path in PATHS:
         why = path.missing(0) if path.suits(0, "rademacher") else "not for this device"
         print(f"{path.name}: {why or 'can be had'}")
-    carried = set(os.listdir(source.cache_folder())) if source.cache_folder().exists() else set()
+    carried = set(os.listdir(cuda_source.cache_folder())) if cuda_source.cache_folder().exists() else set()
     began = time.perf_counter()
-    source.cubin(variant_for("rademacher", "fast", 640, True), "sm_90a")
-    new = set(os.listdir(source.cache_folder())) - carried
+    cuda_source.cubin(variant_for("rademacher", "fast", 640, True), "sm_90a")
+    new = set(os.listdir(cuda_source.cache_folder())) - carried
     record("first variant's code", time.perf_counter() - began, "s", note="compiled" if new else "from the cache")
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     seconds = timed({"ceiling": lambda: a @ b}, 20)["ceiling"]
@@ -279,7 +279,13 @@ def repeat(record: Recorder) -> None:
 def tests(record: Recorder) -> None:
     """The GPU tests, path by path, a minute a test: the first of each kind checks its paths."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "--timeout", "60", "--tb=short"]
-    files = ["tests/test_cuda_gpu.py", "tests/test_streams.py", "-p", "no:cacheprovider", "--durations=12"]
+    files = [
+        "tests/projection/test_cuda_gpu.py",
+        "tests/machine/test_streams.py",
+        "-p",
+        "no:cacheprovider",
+        "--durations=12",
+    ]
     with_several = ["-n", "4"] if shutil.which("nvidia-smi") else []
     began = time.perf_counter()
     code = subprocess.run([*command, *files, *with_several], cwd=ROOT).returncode

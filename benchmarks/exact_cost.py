@@ -19,15 +19,15 @@ from torch.utils.data import Dataset, TensorDataset
 
 import gradstore as gs
 from benchmarks.paper.networks import resnet
-from gradstore.exact.contraction import factored_is_cheaper, operations
-from gradstore.exact.factors import Held, held, joined_rows, rows_and_classes
-from gradstore.exact.jacobian_plan import JacobianPlan
-from gradstore.exact.jacobian_tiles import Jacobians, JacobianTiles
-from gradstore.exact.selection import Selection
 from gradstore.jacobians import JacobianEngine
-from gradstore.kernels import exact_kernel
-from gradstore.memory import parse_bytes
-from gradstore.parameters import parameter_blocks
+from gradstore.kernels.definitions import exact_kernel
+from gradstore.kernels.exact.contraction import factored_is_cheaper, operations
+from gradstore.kernels.exact.example_selection import Selection
+from gradstore.kernels.exact.factors import Held, held, joined_rows, rows_and_classes
+from gradstore.kernels.exact.jacobian_plan import JacobianPlan
+from gradstore.kernels.exact.jacobian_tiles import Jacobians, JacobianTiles
+from gradstore.machine.byte_counts import parse_bytes
+from gradstore.model.parameters import parameter_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from gradstore.projection.cuda import PRECISIONS, source
+from gradstore.projection.cuda import PRECISIONS, cuda_source
 from gradstore.projection.cuda.geometry import variant_for
 
 TENSOR = {True: "HGMMA", False: "HMMA"}
@@ -46,9 +46,9 @@ def inspect(architecture: str, kind: str, precision: str, rows: int, dump: Path 
     """Print one variant; returns what is wrong with it."""
     variant = variant_for(kind, precision, rows, architecture == "sm_90a")
     report = io.StringIO()
-    code = source.compile_source(source.source_of(variant), architecture, report)
+    code = cuda_source.compile_source(cuda_source.source_of(variant), architecture, report)
     notes = report.getvalue().replace("\0", "")
-    own = notes[notes.index(f"entry function '{source.ENTRY}'") :]
+    own = notes[notes.index(f"entry function '{cuda_source.ENTRY}'") :]
     registers, spilled = re.search(r"Used (\d+) registers", own)[1], re.search(r"(\d+) bytes spill stores", own)[1]
     name = f"{architecture} {kind} {precision} {variant.rows}"
     counts = count(code, name.replace(" ", "-"), dump)
@@ -75,7 +75,7 @@ def count(code: bytes, name: str, dump: Path | None) -> dict[str, int]:
             return {}
         text = subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout
         file.with_suffix(".sass").write_text(text)
-    product = text[text.index(f".text.{source.ENTRY}:") :]
+    product = text[text.index(f".text.{cuda_source.ENTRY}:") :]
     following = product.find("\n.text.", 1)
     body = product[: following if following > 0 else None]
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", body)

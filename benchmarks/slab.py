@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradstore.projection.cuda import source
+from gradstore.projection.cuda import cuda_source
 from gradstore.projection.entries import Entries
 
 _THREADS = 256
@@ -27,7 +27,7 @@ class SlabProduct:
         from cuda.bindings import driver
 
         text = (Path(__file__).parent / "slab.cu").read_text()
-        code = source.compile_source(text, device.architecture)
+        code = cuda_source.compile_source(text, device.architecture)
         torch.cuda.current_stream().synchronize()
         error, self._module = driver.cuModuleLoadData(code)
         assert int(error) == 0, error

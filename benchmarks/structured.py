@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.encoding import encode
-from gradstore.storage.manifest import Manifest
-from gradstore.store import FeatureStore, open_store
-from gradstore.writer import open_writer
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.encoding import encode
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import open_writer
 
 CLUSTERS = 60
 DECAY = 0.7
@@ -28,7 +28,7 @@ def write_structured(
 ) -> FeatureStore:
     """A store of n rows, reused if it is there; stores of one (c, K, rank) share directions and clusters."""
     if (path / "store.json").exists():
-        return open_store(path)
+        return FeatureStore(path)
     identity = {
         "projection": {"kind": "rademacher", "K": K, "seed": 0, "version": 1},
         "parameters": {"count": 1, "blocks": [["structured", [1]]]},
@@ -58,7 +58,7 @@ def write_structured(
                         signal.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True) * (rest / (1 - rest)) ** 0.5
                     )
                     out.write(_columns((signal + noise).view(count, c, K), start))
-    return open_store(path)
+    return FeatureStore(path)
 
 
 def _columns(features: torch.Tensor, start: int) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ def attribute(
     attributions of all training examples sum to the surrogate's logit.
     """
     import gradstore as gs
-    from gradstore.attribution import class_index
+    from gradstore.explain.attribution import class_index
 
     model = gs.KernelGLM.load(surrogate)
     found = gs.attribute(model, gs.open(queries), row, train=None if train is None else gs.open(train))

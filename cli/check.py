@@ -25,7 +25,7 @@ def check(project_file: Path, options: dict[str, str], split: str, as_json: bool
     featurize would take. Writes nothing.
     """
     import gradstore as gs
-    from gradstore.check import checks
+    from gradstore.featurization.trial import checks
 
     results = []
     for result in checks(gs.load_project(project_file, options), split=split, **settings):

@@ -23,8 +23,8 @@ def doctor(again: bool, as_json: bool) -> None:
     normals. A GPU's are checked in a process of their own, when they are first used or by this command, and the verdict
     is kept until the driver, torch or gradstore changes. A GPU does not use one that fails. Exit status 4 if any fails.
     """
-    from gradstore.diagnosis import diagnose
-    from gradstore.environment import system_card
+    from gradstore.featurization.environment import system_card
+    from gradstore.projection.diagnosis import diagnose
 
     found = diagnose(again=again)
     card = system_card()

@@ -11,7 +11,7 @@ from .options import as_json
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from gradstore.linearisation import Linearisation
+    from gradstore.explain.linearisation import Linearisation
 
 
 @click.command(
@@ -29,7 +29,7 @@ def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json:
     SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings.
     """
     import gradstore as gs
-    from gradstore.linearisation import linearise_store
+    from gradstore.explain.linearisation import linearise_store
 
     model, store = gs.KernelGLM.load(surrogate), gs.open(queries)
     found = gs.evaluate(model, store, bootstrap=bootstrap, seed=seed)

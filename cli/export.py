@@ -21,7 +21,7 @@ from .output import print_json, say
 def export(store: Path, file: Path, memory: str, as_json: bool) -> None:
     """Write the features of a store as float32 to FILE.npy, or everything but pictures to FILE.safetensors."""
     import gradstore as gs
-    from gradstore.export import export as write_file
+    from gradstore.store.export import export as write_file
 
     opened = gs.open(store)
     written = write_file(opened, file, memory=memory)

@@ -15,8 +15,8 @@ from .stopping import keeping, rows_kept
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradstore.plan import Plan
-    from gradstore.verify import Damage
+    from gradstore.featurization.plan import Plan
+    from gradstore.store.verify import Damage
 
 
 @click.command(
@@ -73,7 +73,7 @@ def featurize(
 
 
 def _announce(plan: Plan) -> None:
-    from gradstore.memory import format_bytes
+    from gradstore.machine.byte_counts import format_bytes
 
     n, parameters = plan.manifest.n, sum(block.size for block in plan.blocks)
     say(

@@ -12,7 +12,7 @@ from .options import as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
-    from gradstore.surrogate import KernelGLM
+    from gradstore.explain.surrogate import KernelGLM
 
 
 @click.command(

@@ -11,7 +11,7 @@ from .options import KERNELS, as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
-    from gradstore.forensics import Forensics
+    from gradstore.explain.forensics import Forensics
     from gradstore.report import Interval
 
 SHOWN = 10
@@ -59,7 +59,7 @@ def forensics(
     A query is flagged when at least --votes of its k most similar training examples, over all of them, are poisoned.
     """
     import gradstore as gs
-    from gradstore.forensics import forensics_page, read_poisoned
+    from gradstore.explain.forensics import forensics_page, read_poisoned
     from gradstore.report import write_forensics
 
     store = gs.open(train)

@@ -51,7 +51,7 @@ def import_command(
     as_json: bool,
 ) -> None:
     """Make a store of features [n, K] or [n, c, K] that another tool left in SOURCE: .npy, or a raw memory map."""
-    from gradstore.importing import Provenance, import_features, read_array
+    from gradstore.store.import_features import Provenance, import_features, read_array
 
     with keeping(lambda: rows_kept(out)):
         store = import_features(

@@ -26,7 +26,7 @@ def info(store: Path | None, system: bool, as_json: bool) -> None:
     if store is not None:
         card = gs.open(store).card()
     else:
-        from gradstore.environment import system_card
+        from gradstore.featurization.environment import system_card
 
         card = system_card()
     print_json(card) if as_json else print_pairs(card)

@@ -17,7 +17,7 @@ from .output import print_json, say
 @as_json
 def init(path: Path, as_json: bool) -> None:
     """Write a commented project file, by default project.py, that runs as it is."""
-    from gradstore.starter import write_starter
+    from gradstore.model.starter_file import write_starter
 
     write_starter(path)
     if as_json:

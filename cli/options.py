@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from gradstore.arithmetic.choices import Choice
-from gradstore.memory import PROMISED, format_bytes, parse_bytes
+from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
 
 from .output import say

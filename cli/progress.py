@@ -13,12 +13,12 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gradstore.memory import format_bytes
+from gradstore.machine.byte_counts import format_bytes
 
 from .output import on_one_line, say
 
 if TYPE_CHECKING:
-    from gradstore.featurize import Progress as State
+    from gradstore.featurization.featurize import Progress as State
 
 _LONGEST = 40  # columns of a bar
 _SHORTEST = 5

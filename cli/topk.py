@@ -15,8 +15,8 @@ from .output import print_json, print_table, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradstore.rows import Rows
-    from gradstore.topk import TopK
+    from gradstore.search.topk import TopK
+    from gradstore.store.rows import Rows
 
 SHOWN = 20
 

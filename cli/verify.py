@@ -19,8 +19,8 @@ from .output import print_json, print_table, say
 @as_json
 def verify(store: Path, repair: bool, as_json: bool) -> None:
     """Compare every stored byte with its digest and name the damaged rows; the exit status is 5 where there are any."""
-    from gradstore.verify import spans
-    from gradstore.verify import verify as verify_store
+    from gradstore.store.verify import spans
+    from gradstore.store.verify import verify as verify_store
 
     found = verify_store(store, repair=repair)
     if as_json:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gradstore.projection import cuda, self_check
-from gradstore.projection.cuda import source
+from gradstore.projection.cuda import cuda_source
 
 TILE = 32
 # What is changed in the headers: file, what stands there, what is put in its place.
@@ -89,7 +89,7 @@ def spoiled_source(folder: Path, fault: str) -> Path:
     """A copy of the CUDA headers with a fault in it."""
     file, right, wrong = SOURCE_FAULTS[fault]
     if not folder.exists():
-        shutil.copytree(source.FOLDER, folder)
+        shutil.copytree(cuda_source.FOLDER, folder)
         text = (folder / file).read_text()
         assert right in text, "the fault no longer fits the source"
         (folder / file).write_text(text.replace(right, wrong))
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
         raise ImportError("cannot import name 'gradstore'")
     base = Path(os.environ["EMULATED_FOLDER"])
     if fault in SOURCE_FAULTS:
-        source.FOLDER = spoiled_source(base / f"src-{fault}", fault)
+        cuda_source.FOLDER = spoiled_source(base / f"src-{fault}", fault)
     (base / (fault if fault in SOURCE_FAULTS else "right")).mkdir(exist_ok=True)
     if fault == "hangs":
         self_check.FINISH_SECONDS = 0.2

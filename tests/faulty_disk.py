@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gradstore.storage.disk import Disk
+from gradstore.store.files.disk import Disk
 
 CALLS = (
     "_open",

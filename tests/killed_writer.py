@@ -18,8 +18,8 @@ from faulty_disk import NoLockDisk, slow
 from small_store import ROWS, N, columns, data, fill, plan, write
 
 from gradstore.errors import GradstoreError
-from gradstore.storage.disk import Disk
-from gradstore.writer import open_writer
+from gradstore.store.files.disk import Disk
+from gradstore.store.store_writer import open_writer
 
 
 def write_slowly(path: str, n: int, shard_rows: int, acks: str, **_: Any) -> None:
@@ -58,9 +58,9 @@ def run_command(arguments: list[str], stderr: str, shard_flops: float, **_: Any)
     """A whole command, as from the shell, with small shards."""
     import gradstore_cli
 
-    import gradstore.plan
+    import gradstore.featurization.plan
 
-    gradstore.plan._SHARD_FLOPS = {"cpu": shard_flops}
+    gradstore.featurization.plan._SHARD_FLOPS = {"cpu": shard_flops}
     fd = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(fd, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

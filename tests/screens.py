@@ -100,7 +100,7 @@ def require_golden(name: str, columns: int, text: str, *, keep: bool = False) ->
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
     assert found == path.read_text(), (
-        f"if this is how it should look: {WRITE}=1 pytest tests/test_terminal.py -k test_screen"
+        f"if this is how it should look: {WRITE}=1 pytest tests/cli/test_terminal.py -k test_screen"
     )
 
 

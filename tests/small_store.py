@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.background import in_background
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.disk import Disk
-from gradstore.storage.manifest import Manifest
-from gradstore.store import FeatureStore
-from gradstore.verify import find_damage
-from gradstore.writer import StoreWriter, open_writer
+from gradstore.store.background_writer import in_background
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.disk import Disk
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import StoreWriter, open_writer
+from gradstore.store.verify import find_damage
 
 SCHEMA = Schema(c=2, K=12, classes=2, dtype="float16", preview=(4,), truth=True)
 N, SHARD_ROWS, GROUP = 22, 8, 4

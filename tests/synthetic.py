@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradstore.identity import fingerprint_of
-from gradstore.schema import Schema
-from gradstore.storage.encoding import encode
-from gradstore.storage.manifest import Manifest
-from gradstore.store import FeatureStore, open_store
-from gradstore.writer import open_writer
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.encoding import encode
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import Schema
+from gradstore.store.store_writer import open_writer
 
 
 def write_store(
@@ -50,7 +50,7 @@ def write_store(
             with writer.shard(index) as shard:
                 truth = {} if poisoned is None else {"poisoned": poisoned[rows.start : rows.stop].astype(np.uint8)}
                 shard.write(_columns(features, outputs, rows, dtype) | truth)
-    return open_store(path)
+    return FeatureStore(path)
 
 
 def _columns(features: np.ndarray, logits: np.ndarray, rows: range, dtype: str) -> dict[str, np.ndarray]:

@@ -17,8 +17,9 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import ProjectError, UsageError
-from gradstore.forensics import read_poisoned
+from gradstore.explain.forensics import read_poisoned
 from gradstore.indices import chosen_row, chosen_rows, class_indices, row_mask
+from gradstore.store.import_features import Provenance, import_features
 
 N = 6
 INTEGERS = [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64]
@@ -185,7 +186,7 @@ def test_labels_that_would_be_rounded_are_refused_everywhere(wrong: Any, stores:
         gs.evaluate(model, stores[1], labels, bootstrap=0)
     np.save(tmp_path / "grads.npy", np.ones((12, 4), np.float32))
     with pytest.raises(UsageError, match=message):
-        gs.import_features(tmp_path / "grads.npy", tmp_path / "out", gs.Provenance("trak", "mine"), labels=labels)
+        import_features(tmp_path / "grads.npy", tmp_path / "out", Provenance("trak", "mine"), labels=labels)
 
 
 # -- everywhere --------------------------------------------------------------------------------------------------

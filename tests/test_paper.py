@@ -15,6 +15,7 @@ from sklearn.svm import SVC
 from torch.func import functional_call, grad, vmap
 
 import gradstore as gs
+from gradstore.store.feature_store import FeatureStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.paper import generated, loaders, networks
@@ -243,7 +244,7 @@ def test_kernels_left_in_files_are_those_in_memory(tmp_path: Path) -> None:
     for kernel in KERNELS:
         for split in ("train", "test"):
             stored = there.grams[kernel][split]
-            if isinstance(stored, gs.FeatureStore):
+            if isinstance(stored, FeatureStore):
                 stored = dense(stored, there.grams[kernel]["train"], kernel)  # type: ignore[arg-type]
             np.testing.assert_allclose(stored[:], here.grams[kernel][split], atol=1e-6)
         pair = (nearest(e.grams[kernel]["test"], e.grams[kernel]["train"], 3, kernel) for e in (there, here))

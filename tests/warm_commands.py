@@ -16,10 +16,10 @@ import gradstore_cli.commands
 import warm_featurize
 
 import gradstore.demo
-import gradstore.diagnosis
-import gradstore.exact
-import gradstore.linearisation
-import gradstore.residual
+import gradstore.explain.linearisation
+import gradstore.kernels.exact
+import gradstore.kernels.residual
+import gradstore.projection.diagnosis
 
 assert warm_featurize
 assert gradstore

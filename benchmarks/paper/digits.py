@@ -16,7 +16,7 @@ from benchmarks.paper.order import order_rows
 from benchmarks.paper.published import BERT, FAULTS, POISONED, SMALL
 from benchmarks.paper.tables import markdown, summary
 from gradstore.demo.digits import SmallCNN
-from gradstore.faithfulness import Faithfulness
+from gradstore.explain.faithfulness import Faithfulness
 
 MEASURES = {"network acc %": "network_accuracy", "TAD %": "tad", "τ": "tau"}
 FURTHER = {

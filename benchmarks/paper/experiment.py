@@ -13,10 +13,10 @@ from sklearn.exceptions import ConvergenceWarning
 
 import gradstore as gs
 from gradstore.errors import UsageError
-from gradstore.faithfulness import Faithfulness, faithfulness
-from gradstore.gram_file import Gram
-from gradstore.linearisation import MAPS, Linearisation, class_logits, linearise
-from gradstore.surrogate.training_data import two_logits
+from gradstore.explain.faithfulness import Faithfulness, faithfulness
+from gradstore.explain.linearisation import MAPS, Linearisation, class_logits, linearise
+from gradstore.explain.surrogate.training_data import two_logits
+from gradstore.kernels.gram_file import Gram
 
 KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
 PROJECTED = ("proj-trntk", "proj-pntk", "proj-trntk0")

@@ -7,7 +7,7 @@ import numpy as np
 import gradstore as gs
 from benchmarks.paper.experiment import BACKENDS, Experiment, Similarities, affordable, judge
 from gradstore.demo.digits import TARGET
-from gradstore.forensics import wilson
+from gradstore.explain.forensics import wilson
 
 
 def forensic_rows(

@@ -21,8 +21,8 @@ from benchmarks.paper.digits_data import ten_classes
 from benchmarks.paper.experiment import BACKENDS, Experiment, run, surrogate
 from benchmarks.paper.tables import Row, grouped, over_seeds
 from gradstore.demo.digits import SmallCNN
-from gradstore.faithfulness import kendall
-from gradstore.surrogate.alpha import log_odds
+from gradstore.explain.faithfulness import kendall
+from gradstore.explain.surrogate.alpha import log_odds
 
 KERNELS = ("trntk", "ck")
 ALPHAS = (1e-2, 1e-4, 1e-6)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstore.faithfulness import kendall, pearson, spearman
+from gradstore.explain.faithfulness import kendall, pearson, spearman
 
 SIGMA = 0.05
 RATE = 0.995

@@ -1,6 +1,6 @@
 """Products in float32, by BLAS.
 
-The bound holds for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., §3.1):
+The bound holds for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 3.1):
 products are added up within a piece of columns, and the pieces one after another, so each passes through at most
 N = width + pieces roundings, and |computed − ⟨q, t⟩| ≤ γ Σ|q_i t_i| ≤ γ ‖q‖ ‖t‖, γ = N u / (1 − N u), u = 2^-24.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradstore.arithmetic.choices import Choice
 from gradstore.errors import UsageError
-from gradstore.threads import Workers
+from gradstore.machine.threads import Workers
 
 Rows = TypeVar("Rows", bound="Operand")
 

@@ -3,7 +3,7 @@
 `digits.py` is the project file that it writes; it is imported here only by the modules that run.
 """
 
-from gradstore.demo.result import DemoResult
-from gradstore.demo.run import run
+from gradstore.demo.demo_result import DemoResult
+from gradstore.demo.demo_run import run
 
 __all__ = ["DemoResult", "run"]

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from gradstore.demo.training import train
 from gradstore.errors import UsageError
-from gradstore.project import Project, load_project
+from gradstore.model.project import Project, load_project
 
 
 def project_text(seed: int = 0) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from gradstore.demo.demo_result import DemoResult
 from gradstore.demo.digits import TARGET
-from gradstore.demo.result import DemoResult
-from gradstore.forensics import Forensics
+from gradstore.explain.forensics import Forensics
 from gradstore.report import DemoPage, Fact, ForensicsPage
-from gradstore.topk import TopK
+from gradstore.search.topk import TopK
 
 
 def demo_page(result: DemoResult, results: Sequence[Forensics], clean: TopK) -> DemoPage:

@@ -1,7 +1,7 @@
 """Per-example Jacobians of a classifier's logits, streamed a block of parameters at a time."""
 
 from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock, join_blocks
-from gradstore.jacobians.engine import JacobianEngine, JacobianStream
+from gradstore.jacobians.jacobian_engine import JacobianEngine, JacobianStream
 
 __all__ = [
     "DenseBlock",

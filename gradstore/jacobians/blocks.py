@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.fresh import reused
+from gradstore.jacobians.reused_memory import reused
 
 # Values that are held in float64 at once, unless one row has more; a GPU is asked for few large pieces, not many small.
 _WIDENED = {"cpu": 1 << 19, "cuda": 1 << 24}

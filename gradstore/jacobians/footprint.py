@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gradstore.jacobians.record import Tap
+from gradstore.jacobians.forward_record import Tap
 from gradstore.jacobians.terms import OuterTerm, Term
 
 MAX_COLUMNS = 1 << 16

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.record import Recording, Tap
-from gradstore.jacobians.rows import candidates, fits, owned, weights
+from gradstore.jacobians.forward_record import Recording, Tap
+from gradstore.jacobians.row_owners import candidates, fits, owned, weights
 from gradstore.jacobians.rules import Batch
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 from gradstore.jacobians.terms import Term

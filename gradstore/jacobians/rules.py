@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradstore.jacobians.blocks import ALL, Unread, outer_sum
 from gradstore.jacobians.patches import Padding, patches
-from gradstore.jacobians.rows import ANY, FIRST, FOLDED, FOLDED_LAST, by_example
+from gradstore.jacobians.row_owners import ANY, FIRST, FOLDED, FOLDED_LAST, by_example
 from gradstore.jacobians.terms import SHRINKS, IndexTerm, OuterTerm, ReducedTerm, Term
 
 EMBEDDING = "embedding"

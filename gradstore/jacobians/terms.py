@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, outer_sum
-from gradstore.jacobians.fresh import fresh
+from gradstore.jacobians.reused_memory import fresh
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4

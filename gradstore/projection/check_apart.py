@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from threading import Timer
 
-from gradstore.clock import now_utc
+from gradstore.machine.clock import now_utc
 from gradstore.projection import self_check
 from gradstore.projection.verdicts import Verdict
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstore.projection.kind import Kind
+from gradstore.projection.kind_record import Kind
 from gradstore.projection.kinds import kind_of
 from gradstore.projection.philox import MASK32, philox4x32_10, split_key
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradstore.projection.kind import Fused, Kind
+from gradstore.projection.kind_record import Fused, Kind
 
 
 def _normals(words: Tensor, k: Tensor) -> Tensor:

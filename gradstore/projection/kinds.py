@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gradstore.errors import UsageError
 
 if TYPE_CHECKING:
-    from gradstore.projection.kind import Kind
+    from gradstore.projection.kind_record import Kind
 
 KINDS = {  # by name: what the entries are, for people
     "rademacher": "+1 and -1",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 from gradstore.native import library
-from gradstore.projection import compiled_product, reference, trust
+from gradstore.projection import by_definition, compiled_product, trust
+from gradstore.projection.device_paths import PRECISIONS
 from gradstore.projection.entries import Entries
 from gradstore.projection.kinds import DEFAULT, kind_of
-from gradstore.projection.paths import PRECISIONS
 
 ALIGNMENT = 128
 BACKENDS = ("auto", "native", "cuda", "reference")
@@ -136,7 +136,7 @@ class Projection:
         elif self.path(block.device) == "native":
             compiled_product.accumulate(self._entries, out, source, start, first_k)
         else:
-            reference.accumulate(self._entries, out, source, start, first_k)
+            by_definition.accumulate(self._entries, out, source, start, first_k)
 
     def path(self, device: torch.device) -> str:
         """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".

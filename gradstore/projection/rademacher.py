@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gradstore.projection.kind import AuditCost, Fused, Grid, Kind
+from gradstore.projection.kind_record import AuditCost, Fused, Grid, Kind
 
 _SIGNS_OF_BYTE = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).double()
 

@@ -21,8 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradstore.projection.device_paths import PATHS, Accumulate
 from gradstore.projection.entries import Entries
-from gradstore.projection.paths import PATHS, Accumulate
 
 TOLERANCE = {"fast": 4e-4, "exact": 3e-6}  # relative error of the feature vectors of a problem
 FINISH_SECONDS = 5.0  # for a problem that takes milliseconds

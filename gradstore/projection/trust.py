@@ -16,12 +16,12 @@ from functools import cache
 
 import torch
 
-from gradstore.clock import now_utc
 from gradstore.errors import GradstoreError
+from gradstore.machine.clock import now_utc
 from gradstore.projection import self_check, verdicts
 from gradstore.projection.check_apart import check_apart
+from gradstore.projection.device_paths import PATHS, GpuPath
 from gradstore.projection.kinds import DEFAULT
-from gradstore.projection.paths import PATHS, GpuPath
 from gradstore.projection.verdicts import Verdict
 
 _log = logging.getLogger(__name__)

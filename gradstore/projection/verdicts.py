@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from gradstore.projection.cuda.source import cache_folder, publish
-from gradstore.projection.paths import GpuPath
+from gradstore.projection.cuda.cuda_source import cache_folder, publish
+from gradstore.projection.device_paths import GpuPath
 
 _OWN_SOURCES = ("self_check.py", "entries.py", "kind.py", "philox.py")
 

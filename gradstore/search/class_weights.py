@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.kernels import Kernel
-from gradstore.rows import Rows
+from gradstore.kernels.definitions import Kernel
+from gradstore.store.rows import Rows
 
 PREDICTED = "predicted"
 

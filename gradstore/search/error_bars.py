@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.rows import Rows
+from gradstore.kernels.projection_error import standard_errors
 from gradstore.search.phi import Phi
 from gradstore.search.topk_result import TopK
-from gradstore.standard_error import standard_errors
+from gradstore.store.rows import Rows
 
 
 def with_error_bars(result: TopK, phis: Sequence[Phi]) -> TopK:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gradstore.arithmetic import compiled_loops
 from gradstore.native import library
-from gradstore.rows import Rows
 from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup, vector_norm
+from gradstore.store.rows import Rows
 
 # Running sums of an inner product; `dot` in src/kernels.h has as many.
 _LANES = 16

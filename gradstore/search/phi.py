@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.kernels import Kernel
+from gradstore.kernels.definitions import Kernel
 
 # Columns of a piece: long enough for a matrix product, short enough that a block of rows stays in cache.
 PIECE = 2048

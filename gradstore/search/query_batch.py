@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.rows import Rows
 from gradstore.search.phi import Phi, Scaled
+from gradstore.store.rows import Rows
 
 # Rows read together where wanted rows follow one another.
 _RUN = 16

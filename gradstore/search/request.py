@@ -6,10 +6,10 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.indices import Choice, chosen_rows
-from gradstore.kernels import Kernel, require_served
-from gradstore.rows import Rows, require_comparable
+from gradstore.kernels.definitions import Kernel, require_served
 from gradstore.search.class_weights import Classes, query_weights
 from gradstore.search.phi import Phi
+from gradstore.store.rows import Rows, require_comparable
 
 
 def check_request(

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.device import full_float32
 from gradstore.errors import NonFiniteError
-from gradstore.rows import Rows
+from gradstore.machine.devices import full_float32
+from gradstore.machine.threads import single_threaded
 from gradstore.search.best import Best
-from gradstore.search.bounds import BlockBounds, Bounds
-from gradstore.search.engines import choose_engine
+from gradstore.search.bounds.bounds import BlockBounds, Bounds
+from gradstore.search.bounds.engines import choose_engine
+from gradstore.search.bounds.scan_plan import ScanPlan
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
-from gradstore.search.scan_plan import ScanPlan
 from gradstore.search.topk_result import Search
-from gradstore.threads import single_threaded
+from gradstore.store.rows import Rows
 
 
 def scan_all(

@@ -8,19 +8,19 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.indices import Choice
-from gradstore.kernels import projected_kernel
-from gradstore.memory import format_bytes, parse_bytes
-from gradstore.rows import Rows
-from gradstore.search.certified import SCATTERED, IndexSearch
-from gradstore.search.faiss_index import open_faiss
-from gradstore.search.index import open_index
+from gradstore.kernels.definitions import projected_kernel
+from gradstore.machine.byte_counts import format_bytes, parse_bytes
+from gradstore.machine.threads import one_torch_thread
+from gradstore.search.index.certified import SCATTERED, IndexSearch
+from gradstore.search.index.faiss_index import open_faiss
+from gradstore.search.index.store_index import open_index
 from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.request import check_request
 from gradstore.search.scan import scan_all
 from gradstore.search.topk_result import Search, TopK
-from gradstore.store import FeatureStore
-from gradstore.threads import one_torch_thread
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.rows import Rows
 
 # Rows that approximate search re-ranks: at least this many, and this many for each neighbour.
 _CANDIDATES = 100

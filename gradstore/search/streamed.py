@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.rows import Rows
-from gradstore.schema import Schema
+from gradstore.store.rows import Rows
+from gradstore.store.schema import Schema
 
 # Bytes of features read together. Smaller pieces would stay in a nearer cache, and threads would wait more often for
 # the interpreter lock: a megabyte at a time took a seventh longer.

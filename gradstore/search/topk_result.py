@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.csv_file import write_csv
 from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
-from gradstore.rows import Rows
-from gradstore.shown import class_name, predicted_class, provenance, shown_example
+from gradstore.report.csv_table import write_csv
+from gradstore.report.shown_rows import class_name, predicted_class, provenance, shown_example
+from gradstore.store.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from gradstore.projection.cuda.cuda_source import nvrtc_version
 from gradstore.projection.cuda.driver import OLDEST, device, gave_up, is_hopper, missing
+from gradstore.projection.cuda.fused_product import accumulate
 from gradstore.projection.cuda.geometry import PRECISIONS, row_tiles
-from gradstore.projection.cuda.product import accumulate
-from gradstore.projection.cuda.source import nvrtc_version
 
 __all__ = [
     "OLDEST",

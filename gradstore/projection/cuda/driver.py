@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradstore.projection.cuda import source
+from gradstore.projection.cuda import cuda_source
 from gradstore.projection.cuda.geometry import Variant
 from gradstore.projection.cuda.jobs import Job, Pack
 
@@ -23,7 +23,7 @@ _GAVE_UP = {1: "gradients", 2: "room for gradients", 3: "its turn to add to the 
 def missing() -> str:
     """What the fused product needs and is not installed, or ""."""
     try:
-        source.nvrtc_version()
+        cuda_source.nvrtc_version()
     except ImportError as error:
         return f"the compiler NVRTC cannot be used ({error}); pip install 'gradstore[cuda]'"
     return ""
@@ -74,7 +74,7 @@ class CudaDevice:
         if variant not in self._resident:
             from cuda.bindings import driver
 
-            kernel = self._kernels(variant)[source.ENTRY]
+            kernel = self._kernels(variant)[cuda_source.ENTRY]
             size = variant.threads, variant.shared_bytes
             with torch.cuda.device(self.index):
                 self._enter()
@@ -105,7 +105,7 @@ class CudaDevice:
         from cuda.bindings import driver
 
         job.trouble = self.trouble.data_ptr()
-        kernel = self._kernels(variant)[source.ENTRY]
+        kernel = self._kernels(variant)[cuda_source.ENTRY]
         size = variant.threads, variant.shared_bytes
         self._launch(driver.cuLaunchCooperativeKernel, kernel, (blocks, 1), *size, job, ())
 
@@ -149,14 +149,14 @@ class CudaDevice:
     def _load(self, variant: Variant) -> dict[str, Any]:
         from cuda.bindings import driver
 
-        code = source.cubin(variant, self.architecture)
+        code = cuda_source.cubin(variant, self.architecture)
         with torch.cuda.device(self.index):
             self._enter()
             (module,) = _check(driver.cuModuleLoadData(code), "loading the projection")
-            names = (source.ENTRY, *source.PACKS)
+            names = (cuda_source.ENTRY, *cuda_source.PACKS)
             kernels = {name: _check(driver.cuModuleGetFunction(module, name.encode()), name)[0] for name in names}
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            product = kernels[source.ENTRY]
+            product = kernels[cuda_source.ENTRY]
             _check(driver.cuFuncSetAttribute(product, attribute, variant.shared_bytes), "shared memory")
         return kernels
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradstore.errors import UsageError
-from gradstore.projection.kind import Fused
+from gradstore.projection.kind_record import Fused
 from gradstore.projection.kinds import kind_of
 
 GROUP = 256  # parameters that are handled whole; the same constants stand in src/entries.cuh

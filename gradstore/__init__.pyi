@@ -1,0 +1,22 @@
+from .errors import GradstoreError as GradstoreError
+from .explain.attribution import attribute as attribute
+from .explain.faithfulness import evaluate as evaluate
+from .explain.forensics import forensics as forensics
+from .explain.surrogate.kernel_glm import KernelGLM as KernelGLM
+from .featurization.featurize import featurize as featurize
+from .featurization.on_the_spot import featurize_queries as featurize_queries
+from .kernels.exact.exact_gram import exact_gram as exact_gram
+from .kernels.gram import gram as gram
+from .kernels.residual import residual as residual
+from .model.image_and_text import image as image
+from .model.image_and_text import text as text
+from .model.project import Project as Project
+from .model.project import load_project as load_project
+from .projection.projection import Projection as Projection
+from .search.session import Session as Session
+from .search.topk import topk as topk
+from .store.concatenated import concat as concat
+from .store.feature_store import open as open
+from .store.rows import Rows as Rows
+
+__version__: str

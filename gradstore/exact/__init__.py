@@ -1,5 +1,0 @@
-"""Kernels computed from the model itself, without a projection."""
-
-from gradstore.exact.gram import exact_gram
-
-__all__ = ["exact_gram"]

@@ -1,0 +1,1 @@
+"""What the kernels say of a network: a surrogate, attributions, faithfulness, forensics."""

@@ -1,0 +1,181 @@
+"""From training data to W and b: which way to compute, and which strength of the penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from scipy.special import log_expit
+
+from gradstore.errors import UsageError
+from gradstore.explain.surrogate.alpha import choose_alpha
+from gradstore.explain.surrogate.fit_settings import (
+    Fitted,
+    Settings,
+    class_weights,
+    hard_labels,
+    require_usable,
+    targets,
+)
+from gradstore.explain.surrogate.map_rows import PhiRows, mean_square, weighted_sum
+from gradstore.explain.surrogate.one_vs_rest import fit_one_vs_rest
+from gradstore.explain.surrogate.softmax import PAIRS, factored, fit_softmax
+from gradstore.explain.surrogate.training_data import TrainingData
+from gradstore.explain.surrogate.training_gram import TrainingGram
+from gradstore.machine.byte_counts import format_bytes
+
+ALPHAS = {"multinomial": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), "sgd": (1e-1, 1e-2, 1e-3, 1e-4)}
+
+FACTOR_COPIES = 3
+"""Float64 matrices [n, n] that factoring a Gram matrix holds."""
+
+
+class Solver(Protocol):
+    """One way to fit, for any strength of the penalty and any selection of rows."""
+
+    def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
+        """Fit on the rows in `keep` (bool [n]); None for all."""
+
+    def held_out(self, fitted: Fitted, keep: np.ndarray) -> np.ndarray:
+        """Numbers whose softmax is the probabilities of the other rows, after `fit(…, keep)`."""
+
+
+def fit(data: TrainingData, settings: Settings) -> Fitted:
+    """Fit a surrogate, choosing alpha first where that is asked for.
+
+    Raises:
+        UsageError: a setting is unusable, or memory too small.
+    """
+    require_usable(data, settings)
+    make = _multinomial if settings.backend == "multinomial" else _one_vs_rest
+    with make(data, settings) as solver:
+        scores: dict[float, float] = {}
+        alpha = settings.alpha
+        if isinstance(alpha, str):
+            alpha, scores = choose_alpha(solver, ALPHAS[settings.backend], data, settings)
+        fitted = solver.fit(float(alpha), None)
+    vectors = None if data.rows is None else weighted_sum(data.rows, fitted.coef)
+    return replace(fitted, vectors=vectors, alpha_scores=scores)
+
+
+class MultinomialSolver:
+    """Softmax regression on features, or on a factor of the Gram matrix.
+
+    Args:
+        rows: features whose inner products are the kernel.
+        scale: mean of κ(x_i, x_i), by which the kernel is divided; the penalty is multiplied instead.
+    """
+
+    def __init__(self, rows: PhiRows, scale: float, data: TrainingData, settings: Settings) -> None:
+        self._rows, self._scale, self._settings = rows, scale, settings
+        self._targets = targets(data, settings)
+        self._weights = class_weights(data, settings)[hard_labels(data, settings)]
+        self._logits = np.empty(self._targets.shape)
+
+    def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
+        """See `Solver`; rows left out weigh nothing."""
+        weights = self._weights if keep is None else np.where(keep, self._weights, 0.0)
+        found = fit_softmax(
+            self._rows,
+            self._targets,
+            weights,
+            alpha * self._scale,
+            norm=self._scale**0.5,
+            tolerance=self._settings.tolerance,
+            max_iter=self._settings.max_iter,
+        )
+        self._logits = found.logits
+        return Fitted(
+            found.weights,
+            found.intercept,
+            vectors=None,
+            alpha=alpha,
+            n_iter=found.iterations,
+            loss=found.loss,
+            converged=found.logit_error <= self._settings.tolerance,
+            reason=found.reason,
+            logit_error=found.logit_error,
+        )
+
+    def held_out(self, fitted: Fitted, keep: np.ndarray) -> np.ndarray:
+        """See `Solver`; the fit has already computed them."""
+        return self._logits[~keep]
+
+
+class OneVsRestSolver:
+    """One logistic model a class on the rows of the Gram matrix, divided by the mean of its diagonal."""
+
+    def __init__(self, gram: TrainingGram, data: TrainingData, settings: Settings) -> None:
+        self._gram, self._settings = gram, settings
+        self._scale = 1.0 if data.kernel is not None and data.kernel.normalised else gram.mean_diagonal()
+        self._labels = hard_labels(data, settings)
+        self._class_weights = class_weights(data, settings)
+
+    def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
+        """See `Solver`; rows left out are no columns either."""
+        settings = self._settings
+        found = fit_one_vs_rest(
+            self._gram.part(keep, self._scale),
+            self._labels if keep is None else self._labels[keep],
+            len(self._class_weights),
+            self._class_weights,
+            alpha,
+            tolerance=settings.tolerance,
+            max_iter=settings.max_iter,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+        )
+        return Fitted(
+            found.weights / self._scale,
+            found.intercept,
+            vectors=None,
+            alpha=alpha,
+            n_iter=len(found.losses),
+            loss=found.losses[-1],
+            converged=found.converged or settings.tolerance <= 0,
+            reason="the loss stopped falling" if found.converged else "all epochs were used",
+            logit_error=float("nan"),
+        )
+
+    def held_out(self, fitted: Fitted, keep: np.ndarray) -> np.ndarray:
+        """See `Solver`."""
+        values = [block[~keep[span]][:, keep] @ fitted.coef.T for span, block in self._gram.blocks()]
+        return log_expit(np.concatenate(values) + fitted.intercept)
+
+
+@contextmanager
+def _multinomial(data: TrainingData, settings: Settings) -> Iterator[Solver]:
+    """On features, unless a factor of the Gram matrix is smaller and fits the memory."""
+    n, classes = data.n, len(data.classes)
+    factor_bytes = 8 * n * (FACTOR_COPIES * n + 2 * PAIRS * classes)
+    fits = factor_bytes <= settings.memory
+    if data.rows is not None and not (fits and n < data.rows.length):
+        need = 2 * 8 * 2 * PAIRS * classes * data.rows.length
+        if need > settings.memory:
+            _refuse_memory("too little memory for L-BFGS", need, settings.memory)
+        yield MultinomialSolver(data.rows, mean_square(data.rows), data, settings)
+        return
+    if not fits:
+        _refuse_memory("too little memory to factor the Gram matrix", factor_bytes, settings.memory)
+    matrix = data.gram_in_memory(settings.memory - 16 * n * n)
+    scale = float(np.trace(matrix)) / n
+    yield MultinomialSolver(factored(matrix), scale, data, settings)
+
+
+@contextmanager
+def _one_vs_rest(data: TrainingData, settings: Settings) -> Iterator[Solver]:
+    with data.gram(settings.memory, settings.scratch) as matrix:
+        yield OneVsRestSolver(TrainingGram(matrix, settings.memory // 2), data, settings)
+
+
+def _refuse_memory(what: str, need: int, given: int) -> None:
+    raise UsageError(
+        what,
+        where="--memory",
+        expected=f"at least {format_bytes(need)}",
+        got=format_bytes(given),
+        hint="The backend sgd reads the Gram matrix a few rows at a time",
+    )

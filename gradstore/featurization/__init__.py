@@ -1,0 +1,1 @@
+"""The one bridge from models to stores."""

@@ -1,0 +1,275 @@
+"""A batch: some groups of rows, from examples to what a feature file stores of them.
+
+On a GPU nothing here waits for the device before the last block of a batch is queued: whether its norms are finite and
+were kept, its rounding and its way to the host are left to the call that `compute` returns, for another thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.featurization.grow import SmallerStore
+from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
+from gradstore.featurization.preview_column import preview_table
+from gradstore.featurization.row_audit import require_finite, require_preserved
+from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
+from gradstore.jacobians.reused_memory import reused
+from gradstore.machine.cuda_streams import Beside, Handover, to_host
+from gradstore.model.examples import Inputs
+from gradstore.projection import Projection
+from gradstore.projection.block_routes import accumulate_block, route
+from gradstore.projection.projection_audit import AuditSchedule, Comparison, ProjectionAudit
+from gradstore.store.files.encoding import encode
+
+Columns = dict[str, np.ndarray]
+
+
+class Stopwatch:
+    """Seconds of this thread in each stage; on a GPU, whose work it does not wait for, those of queueing it."""
+
+    def __init__(self) -> None:
+        self.busy = {"jacobians": 0.0, "projection": 0.0, "writing": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as `stage`."""
+        now = time.perf_counter()
+        self.busy[stage] += now - self._last
+        self._last = now
+
+
+def compute(
+    plan: Plan,
+    rows: range,
+    group: int,
+    truth: np.ndarray | None,
+    watch: Stopwatch | None = None,
+    smaller: SmallerStore | None = None,
+    *,
+    audited: bool = False,
+) -> Callable[[], Columns]:
+    """Compute some groups of rows.
+
+    Args:
+        plan: the model, the data and how to featurize.
+        rows: they begin and end where groups do, or the split does.
+        group: rows that are computed together.
+        truth: which rows of the split are poisoned, bool, where that is known.
+        watch: takes the time of the stages.
+        smaller: a store whose columns are taken over.
+        audited: whether one row is projected by the definition of P, too, and compared.
+
+    Returns:
+        A call, for any thread, that gives every dataset but the digests, or raises `NonFiniteError` for a row whose
+        gradient is not finite or zero, or whose projection did not keep its norm or is not that by P.
+    """
+    inputs, labels = plan.examples.read(rows)
+    spans = list(_groups(rows, group))
+    parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
+    sums = _grown(plan, parts, spans, watch or Stopwatch(), smaller, audited=audited)
+    columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64)}
+    if truth is not None:
+        columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
+    show = plan.project.show
+    if show is not None:
+        shape = plan.manifest.schema.preview
+        columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
+    return partial(_finished, sums, plan, columns)
+
+
+def project_rows(plan: Plan, rows: range) -> Tensor:
+    """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
+    inputs = to_device(plan.examples.read(rows)[0], plan.device)
+    sums = _project(plan, [inputs], [rows], Stopwatch())
+    with plan.projection.explained(plan.device):
+        sums.require_good(plan)
+    return sums.features.mul_(plan.projection.scale)
+
+
+def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[Columns]:
+    """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
+    truth, audits = plan.project.poisoned_mask(plan.split), audit_schedule(plan)
+    for rows in groups:
+        yield compute(plan, rows, plan.manifest.group, truth, audited=audits.due)()
+        audits.computed(len(rows))
+
+
+def audit_schedule(plan: Plan) -> AuditSchedule:
+    """Which batches of a run are audited."""
+    streams = plan.classes if plan.settings.layout == "mixed" else 1
+    sizes = [block.size for block in plan.blocks]
+    return AuditSchedule(plan.projection, plan.device, sizes, streams, plan.flops / plan.manifest.n)
+
+
+def _groups(rows: range, size: int) -> Iterator[range]:
+    """Some rows, at most `size` at a time."""
+    for start in range(rows.start, rows.stop, size):
+        yield range(start, min(start + size, rows.stop))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What is computed of some rows, on the device, where it may still be under way.
+
+    Attributes:
+        rows: which rows.
+        features: P g, float32 [n, c, K].
+        sq_norm: ‖g‖², float64 [n, c].
+        parts: the same of each parameter and class.
+        logits: [n, classes].
+        comparison: of a row that was audited.
+        handover: for the thread that goes on.
+    """
+
+    rows: range
+    features: Tensor
+    sq_norm: Tensor
+    parts: Mapping[str, Tensor]
+    logits: Tensor
+    comparison: Comparison | None
+    handover: Handover
+
+    def require_good(self, plan: Plan) -> None:
+        """Raise `NonFiniteError` for the first row that must not be stored."""
+        require_finite(self.sq_norm, self.parts, self.rows, plan.split)
+        require_preserved(self.features, self.sq_norm, self.rows, plan.split, plan.projection.scale)
+        if self.comparison is not None:
+            self.comparison.require(self.sq_norm, plan.split)
+
+
+def _finished(sums: _Sums, plan: Plan, columns: Columns) -> Columns:
+    """Check, round and fetch what was computed."""
+    with plan.projection.explained(plan.device), sums.handover.taken():
+        sums.require_good(plan)
+        encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
+        sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
+    computed = {"sq_norm": sq_norm.numpy(), "logits": logits.numpy()}
+    return {**columns, **computed, "features": encoded.features, "scale": encoded.scale, "norm": encoded.norm}
+
+
+def _grown(
+    plan: Plan,
+    groups: Sequence[Inputs],
+    spans: Sequence[range],
+    watch: Stopwatch,
+    smaller: SmallerStore | None,
+    *,
+    audited: bool,
+) -> _Sums:
+    """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
+    if smaller is None:
+        return _project(plan, groups, spans, watch, audited=audited)
+    old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
+    sums = _project(plan, groups, spans, watch, old, audited=audited)
+    sums.require_good(plan)
+    if smaller.exact(sums.features.cpu(), exponent, small):
+        return sums
+    return _project(plan, groups, spans, watch, audited=audited)
+
+
+def _project(
+    plan: Plan,
+    groups: Sequence[Inputs],
+    spans: Sequence[range],
+    watch: Stopwatch,
+    old: Tensor | None = None,
+    *,
+    audited: bool = False,
+) -> _Sums:
+    """Features of some groups of rows.
+
+    The groups' Jacobians are computed one group at a time and projected together, block by block, each block while the
+    next one is made. The first columns are those of `old`, if given, and not computed.
+    """
+    first_k = 0 if old is None else old.shape[-1]
+    projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
+    mixed = plan.settings.layout == "mixed"
+    watch.lap("jacobians")
+    streams = [plan.engine(inputs) for inputs in groups]
+    logits = torch.cat([stream.logits for stream in streams])
+    parts: dict[str, Tensor] = {}
+    shape = (len(rows), plan.manifest.schema.c)
+    gradients = plan.classes if mixed else plan.manifest.schema.c
+    features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
+    sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+    audit = None
+    if audited:
+        audit = ProjectionAudit(projection, spans, gradients, mixed=mixed, first_k=first_k, device=logits.device)
+
+    def room(columns: int) -> Tensor:
+        return reused((len(rows), gradients, columns), features)
+
+    with projection.explained(plan.device), Beside(logits.device) as beside:
+        for blocks in zip(*streams, strict=True):
+            dense = mixed or _is_dense(projection, blocks[0])
+            name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None, audit)
+            parts[name] = parts[name] + part if name in parts else part
+            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
+            sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
+            watch.lap("jacobians")
+            beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
+            watch.lap("projection")
+    if old is not None:
+        features = torch.cat([old.to(features.device), features], dim=-1)
+    comparison = None if audit is None else audit.compare(features)
+    return _Sums(rows, features, sq_norm, parts, logits, comparison, Handover(logits.device))
+
+
+def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
+    """Whether the values of all rows are needed at once; an embedding matrix is projected in parts."""
+    return route(projection, block, projection.dim) == "dense" and not isinstance(block, EmbeddingBlock)
+
+
+def _joined(
+    blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None, audit: ProjectionAudit | None
+) -> tuple[JacobianBlock, Tensor]:
+    """The same columns of several groups, and their squared norms float64 [n, c].
+
+    Args:
+        blocks: of the groups.
+        room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
+            Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
+        audit: takes what it needs of each group's block while its values are held.
+    """
+    norms: list[Tensor] = []
+
+    def seen(block: JacobianBlock) -> JacobianBlock:
+        norms.append(block.sq_norm())
+        if audit is not None:
+            audit.look(len(norms) - 1, block, formed=room is not None)
+        return block
+
+    if room is None or len(blocks) == 1:
+        return join_blocks([seen(block) for block in blocks]), torch.cat(norms)
+    values, at = room(blocks[0].size), 0
+    for block in blocks:
+        stop = at + len(seen(block).dense())
+        values[at:stop] = block.dense()
+        at = stop
+        block.forget()
+    return DenseBlock(blocks[0].name, blocks[0].start, values), torch.cat(norms)
+
+
+def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
+    """Add a block's product with P, or in the layout "mixed" with each class's P, to out [n, c, K]."""
+    if mixed:
+        _accumulate_mixed(projection, out[:, 0], block.dense(), block.start, first_k)
+    else:
+        accumulate_block(projection, out, block, first_k=first_k)
+
+
+def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
+    """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
+
+    One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
+    T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
+    """
+    for c in range(block.shape[1]):
+        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start, first_k=first_k)

@@ -1,0 +1,297 @@
+"""Featurize: the one place where model → Jacobian → projection meets the store."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradstore.errors import MismatchError, UsageError
+from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
+from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
+from gradstore.featurization.environment import environment, require_same_environment
+from gradstore.featurization.grow import SmallerStore
+from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.settings import Given, Settings, takes_settings
+from gradstore.featurization.workers import require_workers, write_shards
+from gradstore.machine.byte_counts import parse_bytes, spendable
+from gradstore.machine.clock import now_utc
+from gradstore.machine.threads import worker_count
+from gradstore.model.project import Project
+from gradstore.store.background_writer import Columns, in_background
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.disk import Disk
+from gradstore.store.files.manifest import Shard
+from gradstore.store.files.shard_file import ShardFile
+from gradstore.store.store_writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
+from gradstore.store.verify import Damage, find_damage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Write = Callable[[Callable[[], Columns]], None]  # takes the next rows of a shard, once they are computed
+
+# Rows (example × class) from which generating P is cheap beside multiplying by it.
+_ENOUGH_ROWS = 640
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a run, handed to the `progress` callback after every batch.
+
+    Attributes:
+        rows: rows of the split stored or computed so far.
+        total: rows of the split.
+        computed: rows computed by this run.
+        seconds: since this run's first gradient.
+        written: bytes published so far, by this run and earlier ones.
+        size: bytes of the finished store's rows.
+        busy: seconds of this run in each stage: "jacobians", "projection", and "writing", which is what they waited
+            for rows to be written in the background.
+    """
+
+    rows: int
+    total: int
+    computed: int
+    seconds: float
+    written: int
+    size: int
+    busy: Mapping[str, float]
+
+
+@takes_settings
+def featurize(
+    project: Project,
+    *,
+    split: str,
+    out: str | os.PathLike[str],
+    device: str = "auto",
+    batch_size: int | None = None,
+    memory: int | str = "2GB",
+    allow_other_versions: bool = False,
+    verify: bool = True,
+    grow_from: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_damage: Callable[[Sequence[Damage]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    disk: Disk | None = None,
+    **settings: Unpack[Given],
+) -> FeatureStore:
+    """Store the projected per-example Jacobians of one split: `P ∇_θ F^c(x; θ) / sqrt(K)` for every row and class.
+
+    Jacobians are of logits, in eval mode (Engel et al., ICLR 2024, eq. 7 and 8). Rows are computed in fixed groups, so
+    that their bits depend neither on the batch size nor on interruptions. Calling it again continues an unfinished
+    store, computes damaged shards again, appends the new rows of a split that has grown, and leaves a finished store
+    alone.
+
+    Args:
+        project: model, weights and splits.
+        split: name of the split to featurize.
+        out: directory of the store.
+        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        batch_size: rows projected together, rounded down to whole groups; None doubles it from one group on while rows
+            do not become slower and the memory allows. Out of memory, half as many are tried.
+        memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
+            the model and the data.
+        allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
+            the change is written to the run log.
+        verify: read the shards that exist first and compute the damaged ones again; False trusts them.
+        grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
+            store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
+        workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
+        on_plan: called once with the plan, before anything is written.
+        on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
+        on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
+        progress: called after every batch.
+        disk: where bytes go; for tests.
+        **settings: those of `gradstore.featurization.settings.Settings`, which says what each does; a store keeps them for good.
+
+    Returns:
+        The finished store, opened.
+
+    Raises:
+        UsageError: an argument is unusable, or `out` exists and is not a store.
+        ProjectError: the project is wrong.
+        MismatchError: `out` holds a store of another identity.
+        LockedError: another process is writing it.
+        NoSpaceError: the disk has too little room; said before the first gradient.
+        NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
+            not that by P.
+    """
+    plan = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
+    smaller = None
+    if grow_from is not None:
+        smaller = SmallerStore(FeatureStore(grow_from), plan.manifest)
+        now = environment(plan.device, plan.projection)
+        require_same_environment(Path(grow_from) / RUN_LOG, now, allow_other_versions, disk or Disk())
+    if on_plan is not None:
+        on_plan(plan)
+    with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
+        if verify:
+            _drop_damaged(writer, on_damage)
+        if writer.manifest.missing:
+            _require_continuable(plan, writer, allow_other_versions)
+            writer.require_space()
+            _Run(plan, writer, batch_size, progress, smaller, workers, on_note).write_missing()
+    return FeatureStore(out)
+
+
+class _Run:
+    """Computes the missing shards of one store."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        writer: StoreWriter,
+        batch_size: int | None,
+        progress: Callable[[Progress], None] | None,
+        smaller: SmallerStore | None = None,
+        workers: int = 1,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.workers = require_workers(workers, plan.device)
+        self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
+        self.group = writer.manifest.group
+        self.batch = self._batch_size(batch_size)
+        self.note = note
+        self.watch = Stopwatch()
+        self.truth = plan.project.poisoned_mask(plan.split)
+        self.audits = audit_schedule(plan)
+        self.computed = self.audited = 0
+
+    def write_missing(self) -> None:
+        """Compute and publish the missing shards in ascending order."""
+        manifest = self.writer.manifest
+        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing)
+        began = time.perf_counter()
+
+        def report() -> None:
+            if self.progress is not None:
+                written = sum(shard.size for shard in self.writer.manifest.shards)
+                seconds = time.perf_counter() - began
+                rows = stored + self.computed
+                self.progress(
+                    Progress(rows, manifest.n, self.computed, seconds, written, self.plan.bytes, dict(self.watch.busy))
+                )
+
+        report()
+        if self.workers > 1:
+
+            def count(shard: Shard, audited: int) -> None:
+                self.computed += shard.rows
+                self.audited += audited
+                report()
+
+            write_shards(self.writer, self._fill_here, self.workers, count)
+        else:
+            with in_background(self.writer) as background:
+                for index in self.writer.missing:
+                    self._fill(index, background.write, report)
+            self.watch.lap("writing")
+        report()
+        busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
+        seconds = round(time.perf_counter() - began, 3)
+        done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited}
+        self.writer.log(event="finish", at=now_utc(), **done)
+
+    def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
+        """Compute all rows of shard `index`."""
+        rows = self.writer.manifest.rows_of(index)
+        while rows:
+            rows = range(self._compute(write, rows[: self.batch.rows]), rows.stop)
+            report()
+
+    def _fill_here(self, shard: ShardWriter) -> int:
+        """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile.
+
+        Returns:
+            How many rows were audited.
+        """
+        before = self.audited
+        self._fill(shard.index, lambda make: shard.write(make()))
+        return self.audited - before
+
+    def _group_bytes(self) -> int:
+        return max(1, self.plan.bytes_needed(self.writer.manifest.schema, self.group))
+
+    def _most_groups(self) -> int:
+        """Groups of the largest batch that gains anything and fits the memory."""
+        enough = max(1, _ENOUGH_ROWS // (self.group * self.writer.manifest.schema.c))
+        return max(1, min(enough, spendable(self.plan.memory, worker_count()) // self._group_bytes()))
+
+    def _batch_size(self, fixed: int | None) -> BatchSize:
+        if fixed is not None and fixed < 1:
+            raise UsageError("unusable batch size", where="--batch-size", expected="at least 1", got=fixed)
+        most = self._most_groups()
+        if self.plan.device.type != "cpu":  # where this thread queues work, its clock says nothing
+            fixed = fixed or most * self.group
+        return BatchSize(self.group, most, fixed)
+
+    def _compute(self, write: Write, rows: range) -> int:
+        """Compute the first of these rows, in as many groups as memory allows; the row after the last one computed."""
+        began = time.perf_counter()
+        try:
+            audited = self.audits.due
+            make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(rows) <= self.group or not self.batch.halve():
+                raise
+            self._say(f"out of memory with {len(rows)} rows at once; going on with {self.batch.rows}")
+        else:
+            write(make)
+            self.batch.took(len(rows), time.perf_counter() - began)
+            self.computed += len(rows)
+            self.audited += audited
+            self.audits.computed(len(rows))
+            self.watch.lap("writing")
+            return rows.stop
+        # Here the failed batch and the frames that held it are gone.
+        return self._compute(write, rows[: self.batch.rows])
+
+    def _say(self, line: str) -> None:
+        self.writer.log(event="note", at=now_utc(), note=line)
+        if self.note is not None:
+            self.note(line)
+
+
+def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
+    """Make the damaged shards of a store missing, so that they are computed again."""
+    damage = find_damage(writer.path, writer.manifest, writer.disk)
+    if damage:
+        if on_damage is not None:
+            on_damage(damage)
+        writer.log(event="damage", at=now_utc(), files=[found.file for found in damage])
+        writer.drop(found.shard for found in damage)
+
+
+def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
+    """Begin or continue a store only where the same model writes the same rows."""
+    now = environment(plan.device, plan.projection)
+    require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
+    writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
+    if writer.manifest.shards:
+        _require_same_logits(plan, writer)
+
+
+def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
+    """Weights are compared by digest; this catches code that computes something else with the same weights."""
+    shard = writer.manifest.shards[0]
+    row = writer.manifest.rows_of(shard.index).start
+    stored = ShardFile(writer.path, writer.manifest, shard.index, writer.disk).column("logits")[0]
+    inputs = to_device(plan.examples.read([row])[0], plan.device)
+    now = plan.project.logits(inputs)[0].float().cpu().numpy()
+    if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):
+        raise MismatchError(
+            f"the model computes other logits for row {row} than when this store was begun",
+            where=writer.path,
+            expected=np.array2string(stored[:4], precision=4),
+            got=np.array2string(now[:4], precision=4),
+            hint="The weights are the same, so the model's code has changed; choose another --out",
+        )

@@ -1,0 +1,161 @@
+"""What featurize will do, decided and said before the first gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstore.errors import UsageError
+from gradstore.featurization.fingerprint import data_identity, identity
+from gradstore.featurization.preview_column import preview_shape
+from gradstore.featurization.row_audit import require_labels
+from gradstore.featurization.settings import Settings
+from gradstore.jacobians import JacobianEngine
+from gradstore.machine.byte_counts import format_bytes
+from gradstore.machine.devices import choose_device
+from gradstore.model.examples import Examples, Inputs
+from gradstore.model.parameters import ParameterBlock, parameter_blocks
+from gradstore.model.project import Project, require_deterministic
+from gradstore.store.files.manifest import Manifest
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import ONE_ROW, Schema
+
+GROUP, LARGE_GROUP = 16, 64
+SHARD_BYTES = 256 << 20
+# Work after which a shard is published, so that an interruption costs seconds: fixed numbers, not a measurement,
+# because shard boundaries must not depend on the clock.
+_SHARD_FLOPS = {"cpu": 4e12, "cuda": 1e15}
+
+
+class Plan:
+    """A prepared project, the engine for its Jacobians, and the manifest of the store to be.
+
+    Args:
+        project: model, weights and splits; switched to eval mode and moved to the device.
+        split: name of the split.
+        settings: how to featurize.
+        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        memory: bytes that activations, Jacobian blocks and features may take beside the model.
+
+    Attributes:
+        manifest: of the finished store, without shards.
+        flops: 2 · n · c · p · K, the projection's work.
+        bytes: of the finished store's rows.
+        group_bytes: bytes that computing one group of rows takes.
+
+    Raises:
+        UsageError: a setting is unusable, or one example does not fit the memory.
+        ProjectError: the project is wrong.
+    """
+
+    def __init__(self, project: Project, split: str, settings: Settings, device: str, memory: int) -> None:
+        self.device = choose_device(device)
+        self.project = project.prepare(self.device)
+        self.examples: Examples = project.examples(split)
+        self.split, self.settings, self.memory = split, settings, memory
+        self.projection = settings.make_projection()
+        self.blocks: tuple[ParameterBlock, ...] = parameter_blocks(project.model, project.parameters)
+        inputs = to_device(self.examples.read(range(min(GROUP, len(self.examples))))[0], self.device)
+        logits = project.logits(inputs)
+        require_deterministic(logits, project.logits(inputs))
+        self.classes = int(logits.shape[1])
+        require_labels(self.examples.labels, self.classes, split)
+        self.engine = JacobianEngine(
+            project.model,
+            self.blocks,
+            forward=project.forward,
+            layout="sum" if settings.layout == "sum" else "per-class",
+            example=inputs,
+        )
+        self.manifest = self._make_manifest(inputs)
+        n, schema = self.manifest.n, self.manifest.schema
+        self.flops = n * self._row_flops(schema)
+        self.bytes = n * schema.row_bytes
+        self.group_bytes = self.bytes_needed(schema, self.manifest.group)
+
+    def data_of_first(self, n: int) -> dict[str, Any]:
+        """Data identity of the first n rows of the split, by which a store that may be appended to is recognised."""
+        return data_identity(self.examples, self.project.poisoned_mask(self.split), n)
+
+    def bytes_needed(self, schema: Schema, rows: int) -> int:
+        """Activations and blocks, plus the features of three batches: one grows, two are on their way to the disk."""
+        return int(self.engine.bytes_needed(rows)) + rows * schema.c * schema.K * 20
+
+    def _make_manifest(self, inputs: Inputs) -> Manifest:
+        s, project = self.settings, self.project
+        schema = Schema(
+            c=1 if s.layout in ONE_ROW else self.classes,
+            K=s.proj_dim,
+            classes=self.classes,
+            dtype=s.dtype,
+            preview=preview_shape(project.show, one_row(inputs, 0)),
+            truth=project.poisoned_mask(self.split) is not None,
+        )
+        group = self._choose_group(schema)
+        content = identity(project, self.examples, self.blocks, s, classes=self.classes)
+        return Manifest(
+            identity=content,
+            fingerprint=fingerprint_of(content),
+            schema=schema,
+            n=len(self.examples),
+            shard_rows=self._shard_rows(schema, group),
+            group=group,
+            split=self.split,
+            classes=project.class_names(self.classes),
+            preview=project.show.kind if project.show is not None else "",
+        )
+
+    def _choose_group(self, schema: Schema) -> int:
+        """Rows computed together: 16, or fewer where the memory asks for it. It fixes the bits of every row.
+
+        Up to 64 where the model is small: its operations on 16 rows take hardly less time than on 64.
+        """
+        group = LARGE_GROUP
+        while group > GROUP and not self._is_light(schema, group):
+            group //= 2
+        while group > 1 and self.bytes_needed(schema, group) > self.memory:
+            group //= 2
+        need = self.bytes_needed(schema, group)
+        if need > self.memory:
+            raise UsageError(
+                "one example does not fit the memory budget",
+                where="--memory",
+                expected=f"at least {format_bytes(need)}",
+                got=format_bytes(self.memory),
+                hint="Give more memory, a smaller --proj-dim, or --layout sum",
+            )
+        return group
+
+    def _is_light(self, schema: Schema, group: int) -> bool:
+        """Whether a group leaves room for another beside it, in the memory and in a shard."""
+        shard = min(self._shard_flops() / self._row_flops(schema), SHARD_BYTES / schema.row_bytes)
+        return 2 * self.bytes_needed(schema, group) <= self.memory and 2 * group <= shard
+
+    def _shard_rows(self, schema: Schema, group: int) -> int:
+        by_work = self._shard_flops() / self._row_flops(schema)
+        rows = min(by_work, SHARD_BYTES / schema.row_bytes)
+        return max(1, int(rows) // group) * group
+
+    def _shard_flops(self) -> float:
+        return _SHARD_FLOPS.get(self.device.type, 4e12)
+
+    def _row_flops(self, schema: Schema) -> float:
+        projected = self.classes if self.settings.layout == "mixed" else schema.c
+        return 2.0 * projected * schema.K * sum(block.size for block in self.blocks)
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Stacked inputs on a device."""
+    return {name: x.to(device) for name, x in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+
+
+def slice_rows(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Rows start:stop of stacked inputs."""
+    return {name: x[start:stop] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[start:stop]
+
+
+def one_row(inputs: Inputs, i: int) -> Tensor | dict[str, Tensor]:
+    """Row i of stacked inputs, without the row axis."""
+    return {name: x[i] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[i]

@@ -1,0 +1,135 @@
+"""Settings: the one list of what decides, beside the model, what features are; each part of a store's identity.
+
+A new setting is a field here (its type once more in `Given`) and an option of the command line. One that older stores
+do not name is marked `unnamed`: an identity leaves it out where it has its default, so that they keep theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
+
+import numpy as np
+
+from gradstore.errors import UsageError
+from gradstore.projection import Projection
+from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.store.identity import put, require_featurized, take
+from gradstore.store.schema import DTYPES, LAYOUTS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Given(TypedDict, total=False):
+    """Settings as keyword arguments; see `Settings`, whose defaults the others have."""
+
+    proj_dim: int
+    projection: str
+    seed: int
+    layout: str
+    dtype: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to featurize; all of it is part of a store's identity.
+
+    Args:
+        proj_dim: projected dimension K.
+        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
+        seed: of the projection.
+        layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
+            [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
+        dtype: of the stored features: "float16", "float32" or "int8".
+        precision: of the kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact" (about
+            1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
+
+    Raises:
+        UsageError: an unknown projection, layout or dtype. `make_projection` refuses the others.
+    """
+
+    proj_dim: int = field(default=10240, metadata={"at": ("projection", "K")})
+    projection: str = field(default=DEFAULT, metadata={"at": ("projection", "kind"), "choices": tuple(KINDS)})
+    seed: int = field(default=0, metadata={"at": ("projection", "seed")})
+    layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
+    dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})
+    precision: str = field(default="fast", metadata={"at": ("projection", "precision"), "unnamed": True})
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            if choices is not None and value not in choices:
+                name = setting.name.replace("_", "-")
+                expected = f"one of {', '.join(choices)}"
+                raise UsageError(f"unknown {name}", where=f"--{name}", expected=expected, got=repr(value))
+            if isinstance(value, np.dtype):
+                object.__setattr__(self, setting.name, value.name)
+            if isinstance(value, np.integer):  # JSON has no such numbers
+                object.__setattr__(self, setting.name, int(value))
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any], *, where: object = None) -> Settings:
+        """The settings that a store was made with.
+
+        Args:
+            identity: of the store.
+            where: its path, for the error.
+
+        Raises:
+            MismatchError: the store was imported, so that nothing here can be featurized like it.
+        """
+        require_featurized(identity, where=where)
+        found = {}
+        for setting in fields(cls):
+            default = (setting.default,) if _unnamed(setting.metadata) else ()
+            found[setting.name] = take(identity, setting.metadata["at"], *default)
+        return cls(**found)
+
+    def identity(self) -> dict[str, Any]:
+        """What an identity says of the settings, as nested plain values."""
+        content: dict[str, Any] = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if not (_unnamed(setting.metadata) and value == setting.default):
+                put(content, setting.metadata["at"], value)
+        return content
+
+    def make_projection(self) -> Projection:
+        """The projection of these settings.
+
+        Raises:
+            UsageError: a setting of it is out of range.
+        """
+        return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
+
+
+def takes_settings(function: F) -> F:
+    """Spell out the `**settings` of a function: in what `help` shows of it, its type hints and its TypeErrors."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(s.name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type)
+        for s in fields(Settings)
+    ]
+    spelt_out = signature.replace(parameters=[*own, *named])
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            spelt_out.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        return function(*args, **kwargs)
+
+    call.__signature__ = spelt_out  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in function.__annotations__.items() if name != "settings"}
+    call.__annotations__ = hints | {s.name: s.type for s in fields(Settings)}
+    return cast(F, call)
+
+
+def _unnamed(metadata: Mapping[str, Any]) -> bool:
+    return bool(metadata.get("unnamed", False))

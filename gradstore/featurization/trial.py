@@ -1,0 +1,172 @@
+"""Trying a project before spending hours on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradstore.errors import GradstoreError, ProjectError
+from gradstore.featurization.batch import project_rows
+from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.settings import Given, Settings, takes_settings
+from gradstore.machine.byte_counts import format_bytes, parse_bytes
+from gradstore.model.project import Project, call_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# A Jacobian of float32 sums may differ from looped autograd's by rounding.
+_JACOBIAN_TOLERANCE = 1e-4
+_NAMED = 8  # parameters that a line lists
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of a project.
+
+    Attributes:
+        name: of the property.
+        detail: what was found.
+        error: why it does not hold; None where it does.
+    """
+
+    name: str
+    detail: str
+    error: GradstoreError | None = None
+
+
+@takes_settings
+def checks(
+    project: Project,
+    *,
+    split: str = "train",
+    device: str = "auto",
+    memory: int | str = "2GB",
+    **settings: Unpack[Given],
+) -> Iterator[Check]:
+    """Check a project for `featurize` with the same arguments; stops after the first property that fails.
+
+    Writes nothing. Reads every label and at most 64 examples, computes Jacobians of one example twice and features of
+    one group of rows.
+
+    Yields:
+        One result after another, as soon as it is known.
+    """
+    found: dict[str, Any] = {}
+
+    def prepare() -> str:
+        found["plan"] = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
+        return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
+
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("project", prepare),
+        ("logits", lambda: _logits(found["plan"])),
+        ("data", lambda: _data(found["plan"])),
+        ("parameters", lambda: _parameters(found["plan"])),
+        ("Jacobians", lambda: _jacobians(found["plan"])),
+        ("store", lambda: _store(found["plan"])),
+        ("time", lambda: _time(found["plan"])),
+    ]
+    for name, step in steps:
+        try:
+            yield Check(name, step())
+        except GradstoreError as error:
+            yield Check(name, str(error), error)
+            return
+
+
+def _logits(plan: Plan) -> str:
+    return f"[n, {plan.classes}]: {', '.join(plan.manifest.classes[:10])}" + (" …" if plan.classes > 10 else "")
+
+
+def _data(plan: Plan) -> str:
+    labelled = int((plan.examples.labels >= 0).sum())
+    return f"split {plan.split!r}: {len(plan.examples)} rows, {labelled} labelled, sampled rows read the same twice"
+
+
+def _parameters(plan: Plan) -> str:
+    routes: dict[str, int] = {}
+    for _, route in plan.engine.describe():
+        routes[route] = routes.get(route, 0) + 1
+    listed = ", ".join(f"{route} × {count}" for route, count in routes.items())
+    found = f"{sum(block.size for block in plan.blocks):,} in {len(plan.blocks)} tensors ({listed})"
+    slow = [name for name, _ in plan.engine.generic()]
+    more = f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else ""
+    return found + (f"; slower, by a general route: {', '.join(slow[:_NAMED])}{more}" if slow else "")
+
+
+def _jacobians(plan: Plan) -> str:
+    """Compare the streamed Jacobian of one example with one autograd pass a class."""
+    inputs = to_device(plan.examples.read([0])[0], plan.device)
+    worst, name = 0.0, ""
+    expected = _looped(plan, inputs)
+    streamed: dict[str, list[Tensor]] = {}
+    for block in plan.engine(inputs):
+        streamed.setdefault(block.name, []).append(block.dense()[0].detach())
+    for parameter, parts in streamed.items():
+        ours, theirs = torch.cat(parts, dim=-1).double(), expected[parameter].double()
+        error = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs).clamp_min(1e-30))
+        if not error <= worst:
+            worst, name = error, parameter
+    if not worst <= _JACOBIAN_TOLERANCE:
+        raise ProjectError(
+            "the Jacobian of row 0 differs from looped autograd",
+            where=f"parameter {name}",
+            expected=f"a relative difference below {_JACOBIAN_TOLERANCE:g}",
+            got=f"{worst:.2g}",
+            hint="Is the model deterministic? Report it otherwise",
+        )
+    return f"row 0 equals looped autograd to {worst:.1g} relative"
+
+
+def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
+    """[c, size] of each parameter by one backward pass a class; [1, size] in layout sum."""
+    named = dict(plan.project.model.named_parameters())
+    wanted = [named[block.name] for block in plan.blocks]
+    flags = [parameter.requires_grad for parameter in wanted]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            logits = call_model(plan.project.model, inputs, plan.project.forward)[0]
+            outputs = [logits.sum()] if plan.settings.layout == "sum" else list(logits)
+            rows = [torch.autograd.grad(o, wanted, retain_graph=True, allow_unused=True) for o in outputs]
+    finally:
+        for parameter, flag in zip(wanted, flags, strict=True):
+            parameter.requires_grad_(flag)
+    return {
+        block.name: torch.stack(
+            [torch.zeros(block.size, device=logits.device) if g is None else g.flatten() for g in column]
+        )
+        for block, column in zip(plan.blocks, zip(*rows, strict=True), strict=True)
+    }
+
+
+def _store(plan: Plan) -> str:
+    n, c, K = plan.manifest.n, plan.manifest.schema.c, plan.manifest.schema.K
+    rows = min(plan.manifest.shard_rows, n)
+    return f"[{n}, {c}, {K}] {plan.manifest.schema.dtype}: {format_bytes(plan.bytes)} in shards of {rows} rows"
+
+
+def _time(plan: Plan) -> str:
+    """Featurize one group of rows twice; the second time is the measure."""
+    rows = range(min(plan.manifest.group, len(plan.examples)))
+    project_rows(plan, rows)
+    began = time.perf_counter()
+    project_rows(plan, rows)
+    seconds = (time.perf_counter() - began) / len(rows) * len(plan.examples)
+    return (
+        f"about {_duration(seconds)} ({plan.flops:.2g} flops of projection, {plan.projection.path(plan.device)} path)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

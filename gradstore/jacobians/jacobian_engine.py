@@ -1,0 +1,213 @@
+"""`JacobianEngine`: the per-example Jacobian of any classifier, streamed one block of parameters at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradstore.errors import UsageError
+from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
+from gradstore.jacobians.by_autograd import by_loop
+from gradstore.jacobians.footprint import MAX_COLUMNS
+from gradstore.jacobians.forward_record import record
+from gradstore.jacobians.probe import Exact, Plan, Prober
+from gradstore.jacobians.pullback import Pulled, pull_back
+from gradstore.jacobians.reused_memory import drop_spare
+from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
+from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
+from gradstore.jacobians.terms import IndexTerm, Term, joined
+from gradstore.model.parameters import ParameterBlock
+
+LAYOUTS = ("per-class", "sum")
+_AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
+
+
+class JacobianStream:
+    """The Jacobian of one batch: its logits at once, its blocks one at a time and once only.
+
+    Attributes:
+        logits: [n, classes] float32.
+        trusted: the audit was passed, for all classes, so that others of this batch need none.
+    """
+
+    def __init__(self, logits: Tensor, blocks: Iterator[JacobianBlock], trusted: bool) -> None:
+        self.logits, self._blocks, self.trusted = logits, blocks, trusted
+
+    def __iter__(self) -> Iterator[JacobianBlock]:
+        return self._blocks
+
+
+class JacobianEngine:
+    """Computes `g^c(x) = ∂ logits_c(x) / ∂θ` for every example and class of a batch.
+
+    One forward pass notes the inputs and outputs of the calls that use parameters; one vector-Jacobian product per
+    class gives the gradients at those outputs; per-example gradients follow from both (Goodfellow 2015, "Efficient
+    per-example gradient computations"; Rochette et al. 2019 for convolutions). On construction every parameter's result
+    is compared with looped autograd on three examples, and a parameter that disagrees takes a slower route, as
+    `describe` says. On every batch one further product proves that no use of a parameter was missed and that each
+    layer's rows are those of their example; a parameter that fails takes looped autograd for that batch.
+
+    A batch holds: the activations that autograd saves; per class, the output gradients of linear layers, convolutions
+    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ 65536] and
+    the unfolded input of one convolution. `bytes_needed` puts this in figures. Blocks are cut by shapes alone.
+
+    Args:
+        model: the classifier; used in eval mode and left as it was found. Any floating-point dtype.
+        blocks: the parameters to differentiate, from `parameter_blocks`.
+        forward: `(model, inputs) -> logits [n, classes]`; None calls `model(inputs)`.
+        layout: "per-class" gives c = classes rows an example, "sum" gives their sum, c = 1.
+        example: a batch of at least one example, on the model's device.
+
+    Raises:
+        UsageError: unknown layout.
+        ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ParameterBlock],
+        *,
+        forward: Forward | None = None,
+        layout: str = "per-class",
+        example: Any,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
+        self._blocks, self._layout = tuple(blocks), layout
+        self._subject = Subject(model, forward, [block.name for block in self._blocks])
+        weakref.finalize(self, drop_spare)
+        with self._subject.ready():
+            prober = Prober(self._subject, as_inputs(example))
+            self._plan: Plan = prober.plan()
+            self._classes = prober.classes if layout == "per-class" else 1
+
+    def describe(self) -> list[tuple[str, str]]:
+        """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
+        return [(block.name, self._plan.routes[block.name]) for block in self._blocks]
+
+    def generic(self) -> list[tuple[str, str]]:
+        """Those of `describe` that no rule covers: differentiated by `torch.func` or by looped autograd."""
+        return [(name, route) for name, route in self.describe() if name in self._plan.exact]
+
+    def bytes_needed(self, n: int, classes: int | None = None, *, factors: bool = False) -> int:
+        """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included.
+
+        Args:
+            n: examples.
+            classes: how many are differentiated at a time; default all.
+            factors: no block that has structure is made dense, and all is done inside `uncut_if_small`.
+        """
+        seen, classes = self._plan.footprint, classes or self._classes
+        shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
+        backward = seen.graph + classes * seen.kept + max(1 + 2 * shares, _AUDIT) * seen.deltas
+        if factors and not self._plan.exact and not seen.lazy:
+            return n * backward
+        widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
+        largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
+        streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
+        return n * max(backward, streaming)
+
+    def outputs(self, n: int) -> int:
+        """Bytes of what all layers with parameters give for n examples."""
+        return n * self._plan.footprint.deltas
+
+    def __call__(self, inputs: Any, classes: slice = slice(None), *, trusted: bool = False) -> JacobianStream:
+        """Run the model on a batch.
+
+        Args:
+            inputs: Tensor [n, …] or dict of Tensors with first axis n, on the model's device.
+            classes: those to differentiate, of the c that the layout has.
+            trusted: some classes of this very batch were computed before, and their stream was `trusted`.
+
+        Returns:
+            A stream of blocks [n, c, size] in parameter order; only generic routes run the model again as it is read.
+        """
+        inputs, plan = as_inputs(inputs), self._plan
+        with self._subject.ready():
+            with uncut_if_small(self.outputs(length(inputs))):
+                recording = record(self._subject, plan.structured, inputs, plan.spread)
+            logits = recording.logits.detach()
+            every = self._cotangents(logits)
+            cotangents = every[classes]
+            audited = None if trusted else cotangents if len(cotangents) == len(every) else every
+            if plan.matches(recording):
+                parameters = {name: self._subject.parameters[name] for name in plan.structured}
+                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited)
+            else:
+                pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
+        del recording
+        return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled), trusted=not pulled.unsafe)
+
+    def _cotangents(self, logits: Tensor) -> Tensor:
+        if self._layout == "sum":
+            return torch.ones_like(logits[:1])
+        return torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+
+    def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled) -> Iterator[JacobianBlock]:
+        groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
+        routes = self._plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
+        ready: dict[str, Tensor] = {}
+        n = length(inputs)
+        for block in self._blocks:
+            if block.name in groups:
+                names = [member.name for member in groups[block.name]]
+                # In one thread as above: on some processors the bits of small products depend on how they are cut.
+                with self._subject.ready(), uncut_if_small(self.outputs(n)):
+                    ready |= zip(names, routes[names[0]](self._subject, names, inputs, cotangents), strict=True)
+            cuts = _cuts(block, whole=self._plan.sparse(block.name))
+            if block.name in ready:
+                yield from _cut(block, ready.pop(block.name), cuts)
+            elif block.name in pulled.terms:
+                yield from _assembled(block, pulled.terms.pop(block.name), cuts)
+            else:
+                zeros = torch.zeros((), device=cotangents.device).expand(n, len(cotangents), block.size)
+                yield from _cut(block, zeros, cuts)
+
+    def _groups(self, unsafe: dict[str, str]) -> list[list[ParameterBlock]]:
+        """Neighbours of one generic route, differentiated together while their columns fit in one block."""
+        routes: dict[str, Exact] = self._plan.exact | dict.fromkeys(unsafe, by_loop)
+        groups: list[list[ParameterBlock]] = []
+        for block in self._blocks:
+            if block.name not in routes:
+                continue
+            route: Callable[..., Any] = routes[block.name]
+            fits = groups and _group_columns(groups[-1]) + block.size <= MAX_COLUMNS
+            if fits and routes[groups[-1][0].name] is route:
+                groups[-1].append(block)
+            else:
+                groups.append([block])
+        return groups
+
+
+def _group_columns(group: Sequence[ParameterBlock]) -> int:
+    return sum(block.size for block in group)
+
+
+def _cuts(block: ParameterBlock, whole: bool) -> list[tuple[int, int]]:
+    """Ranges of the parameter's first axis that make its blocks: the same whatever route a batch takes."""
+    rows = block.shape[0] if block.shape else 1
+    if not block.size:
+        return []
+    step = rows if whole else max(1, MAX_COLUMNS // (block.size // rows))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _assembled(block: ParameterBlock, terms: list[Term], cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:
+    """A parameter's terms as blocks."""
+    if len(terms) == 1 and isinstance(terms[0], IndexTerm):
+        yield terms[0].embedding_block(block.name, block.start)
+        return
+    for first, last in cuts:
+        yield joined(terms, block.name, block.start + first * terms[0].width, first, last)
+
+
+def _cut(block: ParameterBlock, values: Tensor, cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:
+    """Finished values [n, c, size] as blocks."""
+    for first, last in cuts:
+        width = block.size // (block.shape[0] if block.shape else 1)
+        yield DenseBlock(block.name, block.start + first * width, values[..., first * width : last * width])

@@ -1,0 +1,248 @@
+"""How each parameter of a model is differentiated, decided once on a few probe examples and checked against autograd.
+
+A structured route is taken only where all of this holds: every use of the parameter is a call that a rule covers, its
+rows are proved to stay with their examples, and the resulting gradient equals looped autograd's. Anything else takes
+`torch.func`, and where that too fails or differs, looped autograd itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradstore.errors import ProjectError
+from gradstore.jacobians.by_autograd import by_loop, by_torch_func, one_by_one
+from gradstore.jacobians.footprint import MAX_COLUMNS, Footprint, measured, saved_bytes
+from gradstore.jacobians.forward_record import Recording, Tap, record
+from gradstore.jacobians.pullback import arrange, pull_back
+from gradstore.jacobians.row_owners import ROUNDING, weights
+from gradstore.jacobians.rules import EMBEDDING
+from gradstore.jacobians.subject import Inputs, Subject, length, take
+from gradstore.jacobians.terms import Term, sum_of
+
+PROBES = 3
+Exact = Callable[[Subject, list[str], Inputs, Tensor], list[Tensor]]
+
+# A disagreement below this share of the tolerance, relative to the whole gradient, cannot be told from cancellation.
+FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision.
+
+    Attributes:
+        structured: parameters whose uses are noted.
+        arrangements: per noted call, how its rows are assigned to examples.
+        spread: per noted call, whether its input is repeated for every example.
+        calls: per noted call, the parameters behind it; a forward pass with other calls leaves the plan.
+        exact: the generic route of each remaining parameter.
+        routes: per parameter, its route in words.
+        footprint: memory that a batch needs.
+    """
+
+    structured: tuple[str, ...]
+    arrangements: tuple[str, ...]
+    spread: tuple[bool, ...]
+    calls: tuple[tuple[str, ...], ...]
+    exact: dict[str, Exact]
+    routes: dict[str, str]
+    footprint: Footprint
+
+    def matches(self, recording: Recording) -> bool:
+        """Whether a forward pass made the calls that the plan was checked on."""
+        return self.calls == tuple(_call(tap) for tap in recording.taps)
+
+    def sparse(self, name: str) -> bool:
+        """Whether a parameter is an embedding matrix and nothing else."""
+        return self.routes[name] == EMBEDDING
+
+
+@dataclass
+class _Attempt:
+    """A structured pass over the probe and the parameters that it got wrong, with reasons."""
+
+    structured: list[str]
+    recording: Recording
+    arrangements: list[str]
+    footprint: Footprint
+    failed: dict[str, str]
+
+
+class Prober:
+    """Works a plan out; use inside `subject.ready()`.
+
+    Args:
+        subject: the model.
+        example: at least one example; three different ones make the best probe.
+
+    Holds three examples' graph, and beside it one model's worth of gradients, for a moment two.
+
+    Raises:
+        ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
+    """
+
+    def __init__(self, subject: Subject, example: Inputs) -> None:
+        self._subject = subject
+        self._probe = take(example, torch.arange(PROBES) % min(length(example), PROBES))
+        with torch.no_grad():
+            self._logits = subject.logits(self._probe)
+        self._require_independent_examples()
+        self._tolerance = ROUNDING[self._logits.dtype]
+        self._cotangent = weights(self._logits.shape[1], self._logits)
+        self._reference = self._differentiated()
+        self._scale = float(torch.stack([g.norm().double() for g in self._reference.values()]).norm())
+
+    @property
+    def classes(self) -> int:
+        """Number of logits."""
+        return self._logits.shape[1]
+
+    def plan(self) -> Plan:
+        """Drop parameters from the structured route until what remains agrees with autograd."""
+        reasons: dict[str, str] = {}
+        for spread in (True, False):
+            structured = list(self._subject.parameters)
+            while structured:
+                try:
+                    attempt = self._attempt(structured, spread)
+                except Exception as error:  # the model's own code may fail in any way when its calls are noted
+                    reasons.update(dict.fromkeys(structured, f"{type(error).__name__} while noting its calls"))
+                    break
+                if not attempt.failed:
+                    return self._decided(attempt, reasons)
+                reasons.update(attempt.failed)
+                structured = [name for name in structured if name not in attempt.failed]
+        nothing = Recording(self._logits, [])
+        return self._decided(_Attempt([], nothing, [], measured([], {}, 0, 1), {}), reasons)
+
+    def _attempt(self, structured: list[str], spread: bool) -> _Attempt:
+        parameters = {name: self._subject.parameters[name] for name in structured}
+        with saved_bytes(self._subject.model) as saved:
+            recording = record(self._subject, structured, self._probe, spread)
+        if not self._near(recording.logits.detach(), self._logits, 0.0):
+            raise ArithmeticError("the noted pass changed the logits")
+        found = arrange(recording, self._cotangent)
+        arrangements = [how for how in found if how is not None]
+        if len(arrangements) < len(found):
+            lost = [tap for tap, how in zip(recording.taps, found, strict=True) if how is None]
+            failed = {name: "rows not by example" for tap in lost for name in tap.names.values()}
+            return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
+        cotangents = self._cotangent[None]
+        pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents)
+        footprint = measured(recording.taps, pulled.terms, saved.total, PROBES)
+        failed = dict(pulled.unsafe)
+        for name in structured:
+            agrees = self._agree(pulled.terms.pop(name, []), self._reference[name])
+            if name not in failed and not agrees:
+                failed[name] = "differs from autograd"
+        return _Attempt(structured, recording, arrangements, footprint, failed)
+
+    def _decided(self, attempt: _Attempt, reasons: dict[str, str]) -> Plan:
+        rest = [name for name in self._subject.parameters if name not in attempt.structured]
+        exact = self._exact_routes(rest)
+        words: dict[Exact, str] = {by_torch_func: "torch.func", by_loop: "autograd loop"}
+        routes = {name: _structured_route(name, attempt.recording.taps) for name in attempt.structured}
+        routes |= {name: f"{words[exact[name]]} ({reasons[name]})" for name in rest}
+        taps = attempt.recording.taps
+        return Plan(
+            structured=tuple(attempt.structured),
+            arrangements=tuple(attempt.arrangements),
+            spread=tuple(tap.spread for tap in taps),
+            calls=tuple(_call(tap) for tap in taps),
+            exact=exact,
+            routes=routes,
+            footprint=attempt.footprint,
+        )
+
+    def _exact_routes(self, names: list[str]) -> dict[str, Exact]:
+        exact: dict[str, Exact] = dict.fromkeys(names, by_loop)
+        try:
+            found = by_torch_func(self._subject, names, self._probe, self._cotangent[None]) if names else []
+        except Exception:  # vmap refuses models in many ways; the loop serves them all
+            return exact
+        for name, values in zip(names, found, strict=True):
+            if self._near(self._mixed(values), self._reference[name], self._scale):
+                exact[name] = by_torch_func
+        return exact
+
+    def _differentiated(self) -> dict[str, Tensor]:
+        """The reference, or why there is none."""
+        if not self._subject.logits(take(self._probe, slice(0, 1))).requires_grad:
+            raise ProjectError(
+                "the logits do not depend on any differentiated parameter",
+                where="model",
+                hint="A .detach(), torch.no_grad() or conversion to NumPy in the forward pass would do this",
+            )
+        try:
+            return self._looped()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ProjectError("autograd cannot differentiate the model", where="model", got=reason) from error
+
+    def _looped(self) -> dict[str, Tensor]:
+        """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""
+        names = list(self._subject.parameters)
+        wide = {name: _wide(p.dtype) for name, p in self._subject.parameters.items()}
+        total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in self._subject.parameters.items()}
+        factors = weights(PROBES, self._logits).tolist()
+        for i, _, gradients in one_by_one(self._subject, names, self._probe, self._cotangent[None]):
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient.reshape(-1), alpha=factors[i])
+            del gradients  # before those of the next example are made
+        return total
+
+    def _mixed(self, values: Tensor) -> Tensor:
+        """[3, 1, size] to the same weighted sum, [size]."""
+        wide = values[:, 0].to(_wide(self._logits.dtype))
+        return weights(PROBES, wide) @ wide
+
+    def _agree(self, terms: list[Term], reference: Tensor) -> bool:
+        """Whether the terms add up to the reference; a block's columns at a time, of which all examples' are held."""
+        if not terms:
+            return self._near(torch.zeros_like(reference), reference, self._scale)
+        rows, width = terms[0].rows, terms[0].width
+        step, error = max(1, MAX_COLUMNS // max(1, width)), 0.0
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            ours = sum_of([self._mixed(term.values(first, last)) for term in terms])
+            error = math.hypot(error, float((ours - reference[first * width : last * width]).norm()))
+        return self._small(error, reference, self._scale)
+
+    def _near(self, ours: Tensor, reference: Tensor, scale: float) -> bool:
+        return self._small(float((ours - reference).norm()), reference, scale)
+
+    def _small(self, error: float, reference: Tensor, scale: float) -> bool:
+        return error <= self._tolerance * (float(reference.norm()) + FLOOR * scale)
+
+    def _require_independent_examples(self) -> None:
+        for i in range(PROBES):
+            with torch.no_grad():
+                alone = self._subject.logits(take(self._probe, slice(i, i + 1)))[0]
+            error = float((alone - self._logits[i]).norm())
+            if not error <= ROUNDING[alone.dtype] * (1e-3 + float(alone.norm())) and bool(alone.isfinite().all()):
+                raise ProjectError(
+                    "an example's logits depend on the other examples of its batch",
+                    where="model",
+                    expected="the same logits alone and in a batch",
+                    got=f"a difference of {error:.2g}",
+                    hint="Use running statistics in batch norms, and no randomness in eval mode",
+                )
+
+
+def _call(tap: Tap) -> tuple[str, ...]:
+    return tuple(f"{role}={name}" for role, name in tap.names.items())
+
+
+def _structured_route(name: str, taps: Sequence[Tap]) -> str:
+    routes = dict.fromkeys(tap.use.route for tap in taps if name in tap.names.values())
+    return " + ".join(routes) or "unused"
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

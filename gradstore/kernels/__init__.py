@@ -1,0 +1,1 @@
+"""Kernels of stored features and their Gram matrices."""

@@ -1,0 +1,58 @@
+"""Some examples of a split, in a given order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+
+import numpy as np
+
+from gradstore.errors import UsageError
+from gradstore.featurization.fingerprint import data_identity
+from gradstore.indices import Choice, chosen_rows
+from gradstore.model.examples import Examples, Inputs
+from gradstore.model.project import Project
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of one split.
+
+    Attributes:
+        examples: the split.
+        split: its name.
+        rows: int64 [n].
+    """
+
+    examples: Examples
+    split: str
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, project: Project, split: str, rows: Choice | None, where: str) -> Selection:
+        """All rows of a split, or those given by the argument `where`.
+
+        Raises:
+            UsageError: there is no such split or row, or no row is chosen.
+        """
+        examples = project.examples(split)
+        wanted = chosen_rows(rows, len(examples), where=where, what=f"row of split {split!r}")
+        if not wanted.size:
+            raise UsageError(f"no row of split {split!r} is chosen", where=where, expected="at least one")
+        return cls(examples, split, wanted)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def read(self, span: range) -> Inputs:
+        """Stacked inputs of the rows at some places of the selection."""
+        return self.examples.read(self.rows[span.start : span.stop].tolist())[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """32 digits that stand for the data and the rows chosen from it."""
+        content = {**data_identity(self.examples), "rows": sha256(self.rows.tobytes()).hexdigest()}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

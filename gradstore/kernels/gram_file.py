@@ -1,0 +1,327 @@
+"""A Gram matrix on disk: one plain HDF5 file, written tile by tile, continued after a kill, named when it is whole.
+
+    /gram      [n, m]      float32 or float64   the whole matrix, both halves of a symmetric one
+    /finished  [n, m/16]   uint8                1 where 16 columns of a row are written; all 1 in a finished file
+
+While it grows the file is called `.<name>.part`, and is locked by its writer. Values reach the medium before their
+marks do, so a mark is never wrong. The header is a function of the attributes alone: a part is continued only if its
+header is, byte for byte, the one that this run would write.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from gradstore.errors import CorruptError, GradstoreError, LockedError, MismatchError, NoSpaceError, UsageError
+from gradstore.kernels.gram_tiles import CELL, Tile
+from gradstore.machine.byte_counts import format_bytes
+from gradstore.store.files.disk import Disk
+from gradstore.store.files.layout import ShardLayout, file_layout
+from gradstore.store.schema import Column, raw
+
+FORMAT = "gradstore-gram"
+FORMAT_VERSION = 1
+# Seconds of work that a kill may cost.
+_SYNC_EVERY = 2.0
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A finished Gram matrix on disk; `gram[i, j]`, `gram[:100]` and the like read just what they ask for.
+
+    Attributes:
+        path: the HDF5 file.
+        shape: (n, m).
+        attributes: what the matrix is: kernel, formula, fingerprint, splits, digests of the data, arithmetic.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    attributes: Mapping[str, str | int]
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel."""
+        return str(self.attributes["kernel"])
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether both sides are the same rows."""
+        return bool(self.attributes["symmetric"])
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Values as h5py indexes them."""
+        with h5py.File(self.path, "r") as file:
+            return np.asarray(file["gram"][key])
+
+
+def open_gram(path: str | os.PathLike[str]) -> Gram:
+    """Open a Gram matrix that `gram` or `exact_gram` wrote.
+
+    Raises:
+        UsageError: there is no such file, or it is something else.
+        CorruptError: HDF5 cannot read it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError("there is no Gram matrix", where=path)
+    try:
+        with h5py.File(path, "r") as file:
+            attributes = {
+                name: value.decode() if isinstance(value, bytes) else int(value) for name, value in file.attrs.items()
+            }
+            if attributes.get("format") != FORMAT or attributes.get("version") != FORMAT_VERSION:
+                raise UsageError(
+                    "this is not a Gram matrix",
+                    where=path,
+                    expected=f"{FORMAT} {FORMAT_VERSION}",
+                    got=attributes.get("format"),
+                )
+            return Gram(path, tuple(file["gram"].shape), attributes)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise CorruptError("HDF5 cannot read this Gram matrix", where=path, got=str(error).splitlines()[0]) from error
+
+
+class GramWriter:
+    """The one writer of an unfinished Gram matrix; made by `open_gram_writer`."""
+
+    def __init__(
+        self, path: Path, fd: int, layout: ShardLayout, shape: tuple[int, int], dtype: np.dtype, disk: Disk
+    ) -> None:
+        self._path, self._fd, self._layout, self._shape, self._dtype, self._disk = path, fd, layout, shape, dtype, disk
+        self._finished = np.empty((shape[0], -(-shape[1] // CELL)), np.uint8)
+        disk.read_into(fd, raw(self._finished), layout.offsets["finished"], path)
+        self._written = self._finished.copy()
+        self._widths = np.full(self._finished.shape[1], CELL)
+        self._widths[-1] = shape[1] - CELL * (len(self._widths) - 1)
+        self._unmarked: list[tuple[range, range]] = []
+        self._synced = time.monotonic()
+
+    @property
+    def values(self) -> int:
+        """Values that are written."""
+        return int((self._written @ self._widths).sum())
+
+    def known(self, rows: range, columns: range) -> bool:
+        """Whether a rectangle is already written."""
+        return bool(self._written[rows.start : rows.stop, _cells(columns)].all())
+
+    def write(self, tile: Tile, mirrored: bool = False) -> None:
+        """Write a tile at its place, and its transpose at the mirrored place."""
+        self._put(tile)
+        if mirrored:
+            self._put(Tile(tile.start_b, tile.start_a, tile.values.T))
+        if time.monotonic() - self._synced > _SYNC_EVERY:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Put what was written on the medium, and only then mark it."""
+        self._disk.sync(self._fd, self._path)
+        for rows, columns in self._unmarked:
+            cells = _cells(columns)
+            self._finished[rows.start : rows.stop, cells] = 1
+            self._write_rows("finished", rows.start, cells.start, self._finished[rows.start : rows.stop, cells])
+        self._unmarked.clear()
+        self._synced = time.monotonic()
+
+    def require_whole(self) -> None:
+        """Put the last marks on the medium; a matrix with holes is a fault of the tiling."""
+        self.checkpoint()
+        self._disk.sync(self._fd, self._path)
+        if not self._finished.all():
+            missing = self._shape[0] * self._shape[1] - self.values
+            raise RuntimeError(f"{missing} values of the Gram matrix were never computed")
+
+    def _put(self, tile: Tile) -> None:
+        self._write_rows("gram", tile.start_a, tile.start_b, np.ascontiguousarray(tile.values, self._dtype))
+        self._written[tile.start_a : tile.rows.stop, _cells(tile.columns)] = 1
+        self._unmarked.append((tile.rows, tile.columns))
+
+    def _write_rows(self, dataset: str, row: int, column: int, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values)
+        width = {"gram": self._shape[1], "finished": self._finished.shape[1]}[dataset]
+        offset = self._layout.offsets[dataset]
+        if values.shape[1] == width:
+            self._disk.write(self._fd, raw(values), offset + row * width * values.itemsize, self._path)
+            return
+        for i, line in enumerate(values, row):
+            self._disk.write(self._fd, raw(line), offset + (i * width + column) * values.itemsize, self._path)
+
+
+@contextmanager
+def open_gram_writer(
+    path: Path, shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int], disk: Disk
+) -> Iterator[GramWriter]:
+    """Begin or continue the matrix that `attributes` describe; it gets its name when the block ends without an error.
+
+    Raises:
+        UsageError: the directory does not exist.
+        MismatchError: an unfinished matrix of that name is another one.
+        LockedError: another process is writing it.
+        NoSpaceError: the disk cannot hold it; said before anything is computed.
+    """
+    layout = _layout(shape, dtype, attributes)
+    if not path.parent.is_dir():
+        raise UsageError("the directory does not exist", where=path.parent)
+    part = path.with_name(f".{path.name}.part")
+    fd = disk.lock(part)
+    if fd is None or not _is_at(fd, part):
+        raise LockedError(
+            "another process is writing this Gram matrix",
+            where=path,
+            hint="Wait for it to finish, or stop it; finished tiles are kept",
+        )
+    try:
+        if not _is_begun(fd, part, disk):
+            _begin(part, fd, layout, disk)
+        elif not _has_header(fd, layout, part, disk):
+            raise MismatchError(
+                "an unfinished Gram matrix of another kind has this name",
+                where=part,
+                hint="Finish it with the arguments it was begun with, remove it, or choose another --out",
+            )
+        writer = GramWriter(part, fd, layout, shape, np.dtype(dtype), disk)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(GradstoreError):
+                writer.checkpoint()
+            raise
+        writer.require_whole()
+        disk.publish(part, path)
+    finally:
+        os.close(fd)
+
+
+def finished_gram(
+    path: Path, shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int], disk: Disk
+) -> Gram | None:
+    """The matrix at `path` if it is there and is the one described; None where nothing is there.
+
+    Raises:
+        MismatchError: something else is there.
+    """
+    if not os.path.lexists(path):
+        return None
+    layout = _layout(shape, dtype, attributes)
+    with disk.open(path) as fd:
+        if os.fstat(fd).st_size == layout.size and _has_header(fd, layout, path, disk):
+            return open_gram(path)
+    raise MismatchError(
+        "the output exists and is not the Gram matrix that was asked for",
+        where=path,
+        hint="Choose another --out; nothing was touched",
+    )
+
+
+def _layout(shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int]) -> ShardLayout:
+    n, m = shape
+    columns = (
+        Column("gram", (m,), np.dtype(dtype), "n m", str(attributes["formula"])),
+        Column("finished", (-(-m // CELL),), np.dtype("uint8"), f"n m/{CELL}", f"1 where {CELL} columns are written"),
+    )
+    return file_layout(columns, n, {"format": FORMAT, "version": FORMAT_VERSION, **attributes})
+
+
+def _begin(part: Path, fd: int, layout: ShardLayout, disk: Disk) -> None:
+    """Pay for the whole file, then write its header; an interrupted beginning is begun again."""
+    free = disk.free_bytes(part.parent)
+    if layout.size > free:
+        disk.try_remove(part)
+        raise NoSpaceError(
+            "the Gram matrix does not fit the disk",
+            where=part.parent,
+            expected=f"{format_bytes(layout.size)} free",
+            got=format_bytes(free),
+            hint="Choose another --out, or take its tiles from the iterator",
+        )
+    try:
+        disk.allocate(fd, layout.size, part)
+    except NoSpaceError:
+        disk.try_remove(part)
+        raise
+    for position, data in reversed(layout.header):  # the signature at the front comes last
+        disk.write(fd, data, position, part)
+
+
+def _is_begun(fd: int, part: Path, disk: Disk) -> bool:
+    """Whether the signature, the last piece of the header to be written, is there."""
+    found = bytearray(len(_SIGNATURE))
+    if os.fstat(fd).st_size >= len(found):
+        disk.read_into(fd, memoryview(found), 0, part)
+    return found == _SIGNATURE
+
+
+def _has_header(fd: int, layout: ShardLayout, path: Path, disk: Disk) -> bool:
+    if os.fstat(fd).st_size != layout.size:
+        return False
+    for position, data in layout.header:
+        found = bytearray(len(data))
+        disk.read_into(fd, memoryview(found), position, path)
+        if found != data:
+            return False
+    return True
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open file still has its name: its writer may have finished between our opening and locking it."""
+    return path.exists() and os.path.samestat(os.fstat(fd), os.stat(path))
+
+
+def _cells(columns: range) -> slice:
+    return slice(columns.start // CELL, -(-columns.stop // CELL))
+
+
+Report = Callable[[int, int], None]
+"""Progress: (values written, values of the whole matrix)."""
+
+
+def write_tiles(
+    path: Path,
+    shape: tuple[int, int],
+    attributes: Mapping[str, str | int],
+    tiles: Callable[[Callable[[range, range], bool]], Iterator[Tile]],
+    *,
+    dtype: str = "float32",
+    progress: Report | None = None,
+    disk: Disk | None = None,
+) -> Gram:
+    """Write a whole matrix from its tiles, or what is missing of it; does nothing where it is finished.
+
+    Args:
+        path: the file.
+        shape: (n, m).
+        attributes: what the matrix is; the key "symmetric" says whether tiles are mirrored.
+        tiles: makes the tiles, given the rectangles to skip.
+        dtype: of the values on disk.
+        progress: called after every tile.
+        disk: where bytes go; for tests.
+
+    Raises:
+        Errors: those of `open_gram_writer` and `finished_gram`.
+    """
+    disk = disk or Disk()
+    found = finished_gram(path, shape, dtype, attributes, disk)
+    if found is not None:
+        return found
+    with open_gram_writer(path, shape, dtype, attributes, disk) as writer:
+        for tile in tiles(writer.known):
+            writer.write(tile, mirrored=bool(attributes["symmetric"]) and tile.rows != tile.columns)
+            del tile  # before the next one is made
+            if progress is not None:
+                progress(writer.values, shape[0] * shape[1])
+    return open_gram(path)

@@ -1,0 +1,1 @@
+"""What the computer has: devices, threads, streams, byte counts, the time."""

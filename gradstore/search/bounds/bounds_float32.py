@@ -1,0 +1,98 @@
+"""Bounds on similarities from products in float32, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.arithmetic.choices import CUDA, FLOAT32
+from gradstore.arithmetic.float32 import error_bound, sample_product
+from gradstore.errors import UsageError
+from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows
+from gradstore.search.phi import Phi, Scaled
+from gradstore.search.query_batch import QueryGroup
+from gradstore.store.rows import Rows
+
+# A block is large enough for a good matrix product and no larger.
+_BLOCK_BYTES = 24 << 20
+
+
+class Float32Bounds(Bounds):
+    """Bounds by BLAS. Holds the queries as they are, and a copy of them where the device is another."""
+
+    choice = FLOAT32
+    sample_product = staticmethod(sample_product)
+
+    @classmethod
+    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+        """See `Bounds`: a block as stored, and two pieces of it in float32."""
+        query, width = (max(getattr(phi, name) for phi in phis) for name in ("pieces", "width"))
+        row = train.schema.row_bytes
+        sizes = range(most_rows(train, _BLOCK_BYTES, row), 0, -1)
+        return Needs(4 * query * width, 0, 0, [(size, size * (row + 8 * width)) for size in sizes])
+
+    def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
+        self.train, self.groups = train, groups
+        self.pieces = [group.pieces.to(self.device) for group in groups]
+
+    def block(self, rows: int) -> BlockBounds:
+        """See `Bounds`."""
+        return _FloatBlock(self, rows)
+
+
+class CudaBounds(Float32Bounds):
+    """The same by a GPU."""
+
+    choice = CUDA
+    device = torch.device("cuda")
+
+    @classmethod
+    def refusal(cls, K: int) -> UsageError | None:
+        """See `Bounds`."""
+        if torch.cuda.is_available():
+            return None
+        return UsageError(
+            "this machine has no usable CUDA device", where="--engine", got="'cuda'", hint="Use --engine auto"
+        )
+
+
+class _FloatBlock(BlockBounds):
+    """Holds a block as stored, a piece of it in float32, two where classes are summed, and 32 bytes a row and query."""
+
+    def __init__(self, queries: Float32Bounds, rows: int) -> None:
+        self._queries, self._device = queries, queries.device
+        width = max(group.phi.width for group in queries.groups)
+        summed = any(group.phi.weights is not None for group in queries.groups)
+        self._columns = queries.train.schema.empty(rows)
+        self._piece = torch.empty(rows * width, device=self._device)
+        self._spare = torch.empty(rows * width if summed else 0, device=self._device)
+
+    def bounds(self, start: int, stop: int) -> Found:
+        """See `BlockBounds`."""
+        train = self._queries.train
+        columns = train.read(start, stop, out=self._columns)
+        features = torch.from_numpy(columns["features"]).to(self._device)
+        found = []
+        for group, pieces in zip(self._queries.groups, self._queries.pieces, strict=True):
+            scaled = Scaled.of(group.phi, columns, train.where)
+            center, norms = self._product(group.phi, pieces, features, scaled)
+            group.phi.require_direction(norms, columns["row"], train.where)
+            error = error_bound(group.phi.width, group.phi.pieces)
+            found.append((group, *bounds_within(group, center, norms, scaled.exponent, error)))
+        return found
+
+    def _product(self, phi: Phi, pieces: Tensor, features: Tensor, scaled: Scaled) -> tuple[Tensor, np.ndarray]:
+        """Inner products float64 [g, B] of scaled vectors, and the norms of the rows' float64 [B]."""
+        factors = scaled.factors.to(features.device)
+        out = torch.zeros(pieces.shape[1], len(features), device=features.device)
+        squares = torch.zeros(len(features), dtype=torch.float64, device=features.device)
+        for j in range(phi.pieces):
+            piece = phi.write_piece(j, features, factors, self._piece, self._spare)
+            out.addmm_(pieces[j, :, : piece.shape[1]], piece.T)
+            if scaled.norms is None:
+                squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square_()
+        norms = squares.sqrt_().cpu().numpy() if scaled.norms is None else scaled.norms
+        return out.double().cpu(), norms

@@ -1,0 +1,138 @@
+"""An index on disk: one safetensors file inside the store it belongs to, bound to the rows it was computed from.
+
+It is a cache. Its metadata name the store's fingerprint and, shard by shard, the digest of the row digests, and end
+with a digest of everything in the file. Whatever does not agree is computed again, never repaired or believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from gradstore.errors import NoSpaceError, UsageError
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.disk import Disk
+from gradstore.store.hashing import NEWEST, hash_of
+from gradstore.store.schema import raw
+
+VERSION = 3
+_DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+_LONGEST_HEADER = 1 << 24
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a valid index file holds.
+
+    Attributes:
+        arrays: by name.
+        facts: plain values that were saved with them.
+        shards: (rows, digest) of each shard covered.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    facts: Mapping[str, Any]
+    shards: tuple[tuple[int, str], ...]
+
+    def covered(self, store: FeatureStore) -> int:
+        """Leading rows of the store that are still those the index was computed from."""
+        rows = 0
+        for mine, theirs in zip(self.shards, shard_digests(store), strict=False):
+            if mine != theirs:
+                break
+            rows += mine[0]
+        return rows
+
+
+def shard_digests(store: FeatureStore) -> tuple[tuple[int, str], ...]:
+    """(rows, digest of the row digests) of every shard, from the manifest."""
+    return tuple((shard.rows, shard.columns["digest"]) for shard in store.manifest.shards)
+
+
+def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """Put an index beside the shards of its store, in one atomic step.
+
+    Raises:
+        NoSpaceError: the disk has no room for it.
+        UsageError: the store cannot be written to.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), Disk().free_bytes(path.parent)
+    if need > free:
+        raise NoSpaceError("the index does not fit the disk", where=path, expected=f"{need} bytes free", got=free)
+    binding = _dump(
+        {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
+    )
+    metadata = {"binding": binding, "digest": _digest(binding, arrays)}
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(dict(arrays), temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            "the index cannot be saved in its store",
+            where=path,
+            got=str(error),
+            hint="Use mode exact, which needs none",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_index(path: Path, store: FeatureStore) -> Saved | str:
+    """The index at `path`, or one clause that says why there is none to use."""
+    if not path.exists():
+        return "there is none yet"
+    if path.is_symlink() or not path.is_file():
+        return "it is not a regular file"
+    try:
+        metadata, arrays = _read(path)
+        binding = metadata["binding"]
+        if metadata["digest"] != _digest(binding, arrays):
+            return "it is damaged"
+        content = json.loads(binding)
+        if content["version"] != VERSION:
+            return "another version of gradstore wrote it"
+        if content["fingerprint"] != store.fingerprint:
+            return "it belongs to another store"
+        return Saved(arrays, content["facts"], tuple((int(rows), str(digest)) for rows, digest in content["shards"]))
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
+        return "it is damaged"
+
+
+def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
+    """Metadata and arrays of a safetensors file, which are views of its bytes: read once, and copied nowhere.
+
+    Nothing is believed that `_digest` does not confirm.
+    """
+    content = np.fromfile(path, np.uint8)
+    start = 8 + min(int.from_bytes(content[:8].tobytes(), "little"), _LONGEST_HEADER)
+    header = json.loads(content[8:start].tobytes())
+    metadata, data, arrays = header.pop("__metadata__"), content[start:], {}
+    for name, entry in header.items():
+        low, high = entry["data_offsets"]
+        arrays[name] = data[low:high].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return metadata, arrays
+
+
+def _digest(binding: str, arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hash_of(NEWEST)()
+    digest.update(binding.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(_dump([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(raw(array))
+    return digest.hexdigest()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -1,0 +1,75 @@
+"""Top-k: the training rows that a kernel finds most similar to each query, over all training rows."""
+
+from __future__ import annotations
+
+from gradstore.errors import UsageError
+from gradstore.indices import Choice
+from gradstore.kernels.definitions import projected_kernel
+from gradstore.machine.byte_counts import parse_bytes
+from gradstore.search.class_weights import Classes
+from gradstore.search.error_bars import with_error_bars
+from gradstore.search.request import check_request, query_phis
+from gradstore.search.scan import scan_all
+from gradstore.search.session import Session
+from gradstore.search.topk_result import Search, TopK
+from gradstore.store.rows import Rows
+
+__all__ = ["Search", "TopK", "topk"]
+
+MODES = ("exact", "certified", "approx")
+
+
+def topk(
+    train: Rows,
+    queries: Rows,
+    k: int = 5,
+    kernel: str = "proj-trntk",
+    *,
+    rows: Choice | None = None,
+    classes: Classes = None,
+    mode: str = "exact",
+    memory: int | str = "1GB",
+    engine: str = "auto",
+    error_bars: bool = False,
+) -> TopK:
+    """The k training rows that a kernel finds most similar to each query, over all training rows.
+
+    Blocks of the training store are multiplied in integers, bfloat16 or float32 under a rigorous error bound; whatever
+    could be among the k best is scored again in float64. So neither values nor order depend on memory, block size,
+    engine or threads: similarity descending, then row ascending.
+
+    Args:
+        train: store of the training split, or any `Rows`.
+        queries: store of another split, or any `Rows`, with the same fingerprint.
+        k: neighbours a query.
+        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        rows: rows of the query store, as indices in any order or a bool mask; default all.
+        classes: compare Φ = Σ_c w_c φ^c instead: weights as a mapping or text ("cat - dog": why the one rather than the
+            other), or "predicted" for the class that the network predicts for each query. The kernel then decides only
+            whether it is a cosine.
+        mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
+            none; "approx" re-ranks the candidates of that index and says which recall was measured.
+        memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
+        engine: of mode "exact", one of `gradstore.arithmetic.choices.ENGINES`; "auto" measures.
+        error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
+
+    Raises:
+        UsageError: an unknown kernel, class or engine, k larger than the training store, a row that does not exist, too
+            little memory.
+        MismatchError: the stores are not of one model and one projection.
+        CorruptError: a row does not match its digest.
+        NonFiniteError: a row has no direction; names it.
+    """
+    chosen = projected_kernel(kernel)
+    wanted = check_request(train, queries, k, chosen, rows, by_class=classes is not None)
+    phis = query_phis(train, queries, chosen, wanted, classes)
+    if mode == "exact":
+        found, similarity, search = scan_all(train, queries, wanted, phis, k, parse_bytes(memory), engine)
+        result = TopK(found, similarity, wanted, kernel, train, queries, search)
+        return with_error_bars(result, phis) if error_bars else result
+    if mode not in MODES:
+        raise UsageError("unknown mode", where="--mode", expected=f"one of {', '.join(MODES)}", got=repr(mode))
+    if classes is not None:
+        raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
+    result = Session(train.require_stored("an index"), kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
+    return with_error_bars(result, phis) if error_bars else result

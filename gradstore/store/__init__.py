@@ -1,0 +1,1 @@
+"""Rows of features, and the files that hold them."""

@@ -1,0 +1,106 @@
+"""Export: a store's arrays as one `.npy` or `.safetensors` file, written a block at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gradstore.errors import UsageError
+from gradstore.machine.byte_counts import parse_bytes
+from gradstore.store.files.disk import Disk
+from gradstore.store.files.encoding import decode
+from gradstore.store.rows import Rows
+from gradstore.store.schema import raw
+
+FORMATS = (".npy", ".safetensors")
+_SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
+
+
+def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "256MB", disk: Disk | None = None) -> Path:
+    """Write the features of a store, or any `Rows`, as float32 to a file that other tools read (`gradstore.store.export`).
+
+    Args:
+        store: a finished store; every row is checked against its digest.
+        path: `FILE.npy` for the features [n, c, K] alone; `FILE.safetensors` for them and every small dataset.
+        memory: bytes held while it is written.
+        disk: where bytes go.
+
+    Returns:
+        the path. The file appears under its name whole, or not at all; one that exists is replaced.
+
+    Raises:
+        UsageError: another ending, or an unfinished store.
+        CorruptError: a row does not match its digest.
+        NoSpaceError: the disk has too little room; said before anything is written.
+    """
+    path, disk = Path(path), disk or Disk()
+    if path.suffix not in FORMATS:
+        raise UsageError("unknown format", where=path, expected=f"a name that ends in {' or '.join(FORMATS)}")
+    store.require_complete()
+    rows = max(1, parse_bytes(memory) // (store.schema.row_bytes + 4 * store.schema.c * store.schema.K))
+    small = {} if path.suffix == ".npy" else _small_arrays(store)
+    header = _npy_header(store) if path.suffix == ".npy" else _safetensors_header(store, small)
+    size = len(header) + _feature_bytes(store) + sum(array.nbytes for array in small.values())
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with disk.create(temporary, size) as fd:
+            at = 0
+            for piece in _pieces(store, header, small, rows):
+                disk.write(fd, piece, at, temporary)
+                at += len(piece)
+            disk.sync(fd, temporary)
+        disk.publish(temporary, path)
+    except BaseException:
+        disk.try_remove(temporary)
+        raise
+    return path
+
+
+def _pieces(store: Rows, header: bytes, small: Mapping[str, np.ndarray], rows: int) -> Iterator[bytes | memoryview]:
+    yield header
+    for _, block in store.blocks(rows):
+        yield raw(decode(block["features"], block["scale"]).numpy())
+    for array in small.values():
+        yield raw(array)
+
+
+def _small_arrays(store: Rows) -> dict[str, np.ndarray]:
+    arrays = {
+        "labels": store.labels,
+        "logits": store.logits,
+        "norms": store.norms,
+        "rows": store.rows,
+        "sq_norms": store.sq_norms,
+    }
+    if store.poisoned is not None:
+        arrays["poisoned"] = store.poisoned.astype(np.uint8)
+    return arrays
+
+
+def _feature_bytes(store: Rows) -> int:
+    n, c, K = store.shape
+    return 4 * n * c * K
+
+
+def _npy_header(store: Rows) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": store.shape})
+    return buffer.getvalue()
+
+
+def _safetensors_header(store: Rows, small: Mapping[str, np.ndarray]) -> bytes:
+    tensors: dict[str, object] = {"__metadata__": {"fingerprint": store.fingerprint, "split": store.split}}
+    shapes = {"features": ("float32", store.shape, _feature_bytes(store))}
+    shapes.update({name: (str(array.dtype), array.shape, array.nbytes) for name, array in small.items()})
+    at = 0
+    for name, (dtype, shape, size) in shapes.items():
+        tensors[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,79 @@
+"""Digests of rows: the first 16 bytes of the hash of a row's bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, starmap
+
+import numpy as np
+
+from gradstore.store.hashing import hash_of
+from gradstore.store.schema import BULK, Schema
+
+THREADS = min(os.cpu_count() or 1, 8)
+BYTES = 16
+
+
+def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int = THREADS) -> np.ndarray:
+    """First 16 bytes of the hash of each row's bytes in every dataset but `digest`, in order: uint8 [n, 16].
+
+    The hash function is that of the schema's version. Rows of more than a megabyte in all are spread over threads:
+    hashing releases the interpreter lock. Holds a copy of the small datasets.
+    """
+    n, parts = len(columns["row"]), list(_parts(schema, columns))
+    if threads == 1 or n * schema.row_bytes < 1 << 20:
+        return _hash_rows(schema.version, parts)
+    step = -(-n // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        spans = ([part[low : low + step] for part in parts] for low in range(0, n, step))
+        return np.concatenate(list(pool.map(lambda span: _hash_rows(schema.version, span), spans)))
+
+
+class PartedDigests:
+    """Digests of rows whose features come some at a time, and whose other datasets are at hand; the same.
+
+    Args:
+        schema: of the rows.
+        columns: every dataset but `features` and `digest`, of all rows. Holds a copy of the small ones.
+    """
+
+    def __init__(self, schema: Schema, columns: Mapping[str, np.ndarray]) -> None:
+        self._version, self._rest = schema.version, list(_parts(schema, columns))
+
+    def of(self, low: int, features: np.ndarray) -> np.ndarray:
+        """uint8 [r, 16] of the r rows from number `low` on, whose features [r, c, K] these are."""
+        n = len(features)
+        # Features come first in a row.
+        return _hash_rows(self._version, [_bytes_of(features), *(part[low : low + n] for part in self._rest)])
+
+
+def _hash_rows(version: int, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Digests uint8 [n, 16] of rows, each its slices of all parts uint8 [n, size]."""
+    new = hash_of(version)
+
+    def digest_of(first: np.ndarray, *rest: np.ndarray) -> bytes:
+        row = new(first)
+        for piece in rest:
+            row.update(piece)
+        return row.digest()[:BYTES]
+
+    digests = starmap(digest_of, zip(*parts, strict=True))
+    return np.frombuffer(bytearray().join(digests), np.uint8).reshape(-1, BYTES)
+
+
+def _parts(schema: Schema, columns: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The bytes of all rows in these datasets, uint8 [n, size]: large ones as they are, small ones side by side.
+
+    A row is hashed in as many calls as there are parts, and a call costs as much as a kilobyte.
+    """
+    hashed = [column for column in schema.columns if column.name != "digest" and column.name in columns]
+    for bulk, group in groupby(hashed, lambda column: column.name if column.name in BULK else ""):
+        flat = [_bytes_of(np.ascontiguousarray(columns[c.name])) for c in group]
+        yield flat[0] if bulk else np.concatenate(flat, axis=1)
+
+
+def _bytes_of(rows: np.ndarray) -> np.ndarray:
+    """The bytes of contiguous rows, uint8 [n, size], not copied."""
+    return rows.reshape(-1, 1).view(np.uint8).reshape(len(rows), -1)

@@ -1,0 +1,268 @@
+"""Reading and writing `store.json`; what is read was perhaps written by someone else, so every field is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gradstore.errors import CorruptError, UsageError
+from gradstore.store.files.disk import Disk, MissingFileError
+from gradstore.store.files.layout import gaps
+from gradstore.store.files.manifest import MANIFEST, Manifest, Shard
+from gradstore.store.hashing import VERSIONS
+from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, Schema
+
+# Bounds on what one manifest may make gradstore hold: some hundred megabytes at worst.
+_FILE_BYTES = 48 << 20
+_CONTAINERS = 1_000_000
+_SHARDS = 100_000
+_ROW_BYTES = 1 << 30
+_NUMBER = 1 << 56
+_DEPTH = 8
+
+_TAIL = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n\}\n\Z')
+_HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+_RESTORE = "Restore the file from a copy, or featurize into a new directory"
+
+
+def read_manifest(path: Path, disk: Disk) -> Manifest:
+    """The manifest of the store at `path`.
+
+    Raises:
+        UsageError: there is no store.
+        CorruptError: the manifest is damaged, of another version, or says what cannot be.
+        UnsafeError: it is a symbolic link or no regular file.
+    """
+    file = path / MANIFEST
+    try:
+        data = disk.read_file(file, _FILE_BYTES)
+    except MissingFileError:
+        raise _no_store(path) from None
+    except UsageError as error:
+        raise error if path.is_dir() else _no_store(path) from None
+    return parse_manifest(data, file)
+
+
+def write_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
+    """Replace the manifest atomically and durably."""
+    disk.replace_file(path / MANIFEST, manifest.to_bytes())
+
+
+def parse_manifest(data: bytes, file: Path) -> Manifest:
+    """The manifest in `data`; `file` is for messages.
+
+    Raises:
+        CorruptError: the bytes do not match their digest, are of another version, or say what cannot be.
+    """
+    tail = _TAIL.search(data)
+    if tail is None or hashlib.sha256(data[: tail.start()]).hexdigest().encode() != tail.group(1):
+        raise CorruptError(
+            "the manifest is not what was written: it does not match its digest", where=file, hint=_RESTORE
+        )
+    try:
+        content = _loads(data)
+        _require_version(content, file)
+        return _manifest(content)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise CorruptError("the manifest says what cannot be", where=file, got=_clause(error), hint=_RESTORE) from error
+
+
+def _loads(data: bytes) -> dict[str, Any]:
+    if data.count(b"{") + data.count(b"[") > _CONTAINERS:
+        raise ValueError("too many values")
+    return json.loads(data, object_pairs_hook=_no_duplicates, parse_float=_refuse, parse_constant=_refuse)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name that occurs twice")
+    return content
+
+
+def _refuse(number: str) -> NoReturn:
+    raise ValueError(f"the number {number[:20]}")
+
+
+def _require_version(content: Mapping[str, Any], file: Path) -> None:
+    if content["format"] != FORMAT or content["version"] not in VERSIONS:
+        raise CorruptError(
+            "this format version cannot be read",
+            where=file,
+            expected=f"{FORMAT} {' or '.join(map(str, VERSIONS))}",
+            got=f"{str(content['format'])[:20]} {str(content['version'])[:20]}",
+            hint="Use the gradstore release that wrote it",
+        )
+    _natural(content["version"], "version")
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    """Build the manifest, checking each number that later becomes a position, a size or a loop bound."""
+    names = {"format", "version", "digest", "identity", "fingerprint", "schema", "n", "shard_rows", "group"}
+    _require_names(content, names | {"split", "classes", "preview", "shards"}, "the manifest")
+    manifest = Manifest(
+        identity=content["identity"],
+        fingerprint=_text(content["fingerprint"], "fingerprint"),
+        schema=_schema(content["schema"], content["version"]),
+        n=_natural(content["n"], "n", 1),
+        shard_rows=_natural(content["shard_rows"], "shard_rows", 1),
+        group=_natural(content["group"], "group", 1),
+        split=_text(content["split"], "split"),
+        classes=tuple(_text(name, "class name") for name in _listed(content["classes"], "classes")),
+        preview=_text(content["preview"], "preview"),
+    )
+    _check_identity(manifest)
+    if len(manifest.classes) != manifest.schema.classes:
+        raise ValueError(f"{len(manifest.classes)} class names for {manifest.schema.classes} classes")
+    if manifest.shard_count > _SHARDS:
+        raise ValueError(f"{manifest.shard_count} shards")
+    shards: list[Shard] = []
+    for entry in _listed(content["shards"], "shards"):
+        shards.append(_shard(manifest, entry, shards[-1].index if shards else -1))
+    return replace(manifest, shards=tuple(shards))
+
+
+def _schema(content: Any, version: int) -> Schema:
+    _require_names(content, {"c", "K", "classes", "dtype", "preview", "truth"}, "schema")
+    schema = Schema(
+        c=_natural(content["c"], "c", 1),
+        K=_natural(content["K"], "K", 1),
+        classes=_natural(content["classes"], "classes", 1),
+        dtype=_choice(content["dtype"], DTYPES),
+        preview=tuple(_natural(size, "preview", 1) for size in _listed(content["preview"], "preview")),
+        truth=content["truth"],
+        version=version,
+    )
+    if not isinstance(schema.truth, bool) or len(schema.preview) > 3 or schema.row_bytes > _ROW_BYTES:
+        raise ValueError(f"rows of {schema.row_bytes} bytes, truth {schema.truth!r}")
+    return schema
+
+
+def _check_identity(manifest: Manifest) -> None:
+    """What later code reads of the identity is there, and agrees with the schema."""
+    identity, schema = manifest.identity, manifest.schema
+    _check_plain(identity)
+    projection, parameters = identity["projection"], identity["parameters"]
+    _text(projection["kind"], "projection kind")
+    _natural(projection["seed"], "seed", 0, 1 << 64)
+    _natural(projection["version"], "projection version", 1)
+    _natural(parameters["count"], "parameters")
+    _listed(parameters["blocks"], "parameters")
+    agreed = {
+        "K": (projection["K"], schema.K),
+        "classes": (identity["classes"], schema.classes),
+        "dtype": (identity["dtype"], schema.dtype),
+        "class axis": (schema.c, 1 if _choice(identity["layout"], LAYOUTS) in ONE_ROW else schema.classes),
+        "length": (identity["data"]["length"], manifest.n),
+        "fingerprint": (manifest.fingerprint, fingerprint_of(identity)),
+    }
+    for name, (said, meant) in agreed.items():
+        if said != meant:
+            raise ValueError(f"{name} {str(said)[:40]} beside {str(meant)[:40]}")
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Nothing but text, integers, lists and named values, not too deep."""
+    if depth > _DEPTH:
+        raise ValueError("values within values")
+    if isinstance(value, str):
+        _text(value, "text")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _text(name, "name")
+            _check_plain(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif not isinstance(value, (int, bool)):
+        raise ValueError(f"a {type(value).__name__}")
+
+
+def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
+    """One entry of the list: in order, each dataset inside the file, and no two overlapping."""
+    _require_names(content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard")
+    index = _natural(content["index"], "shard index")
+    if not last < index < manifest.shard_count:
+        raise ValueError(f"shard {index} out of order")
+    names = {column.name for column in manifest.schema.columns}
+    _require_names(content["offsets"], names, f"the offsets of shard {index}")
+    _require_names(content["columns"], names - set(BULK), f"the columns of shard {index}")
+    shard = Shard(
+        index=index,
+        rows=_natural(content["rows"], "rows", 1),
+        size=_natural(content["size"], "size", 1),
+        offsets={name: _natural(offset, "offset") for name, offset in content["offsets"].items()},
+        header=_hex(content["header"]),
+        columns={name: _hex(digest) for name, digest in content["columns"].items()},
+    )
+    if shard.rows != len(manifest.rows_of(index)):
+        raise ValueError(f"shard {index} has {shard.rows} rows")
+    if any(start > stop for start, stop in gaps(manifest.schema.columns, shard.rows, shard.offsets, shard.size)):
+        raise ValueError(f"datasets of shard {index} overlap or leave the file")
+    return shard
+
+
+def _require_names(content: Any, names: set[str], where: str) -> None:
+    if not isinstance(content, dict) or set(content) != names:
+        raise ValueError(f"other fields in {where}")
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is no list")
+    return value
+
+
+def _natural(value: Any, name: str, least: int = 0, stop: int = _NUMBER) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < stop:
+        raise ValueError(f"{name} = {str(value)[:24]}" if not isinstance(value, int) else f"{name} out of range")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value.encode()) > 4096:  # encode() refuses lone surrogates
+        raise ValueError(f"{name} is no short text")
+    return value
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{str(value)[:24]} is none of {', '.join(choices)}")
+    return str(value)
+
+
+def _hex(value: Any) -> str:
+    if not isinstance(value, str) or not _HEX64.match(value):
+        raise ValueError("a digest that is none")
+    return value
+
+
+def _clause(error: Exception) -> str:
+    return (
+        f"no {error}"
+        if isinstance(error, KeyError)
+        else str(error).splitlines()[0][:100]
+        if str(error)
+        else type(error).__name__
+    )
+
+
+def _no_store(path: Path) -> UsageError:
+    return UsageError(
+        "this is not a gradstore store", where=path, expected=f"a directory with {MANIFEST}", hint=_what_is_there(path)
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "Nothing exists at this path"
+    if not path.is_dir():
+        return "It is a file"
+    names = sorted(child.name for child in path.iterdir())[:5]
+    return "It contains " + (", ".join(names) if names else "nothing")

@@ -1,0 +1,96 @@
+"""What a feature file contains: every dataset with its shape, dtype and meaning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from gradstore.store.hashing import NAMES, NEWEST
+
+FORMAT = "gradstore"
+MEANING = 1  # version of what rows mean, part of a store's identity; how their bytes are kept is `Schema.version`
+DTYPES = ("float16", "float32", "int8")
+LAYOUTS = ("per-class", "sum", "mixed")
+ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
+BULK = ("features", "preview")  # datasets too large to be held for all rows at once
+
+
+@dataclass(frozen=True)
+class Column:
+    """One dataset of a shard: `shape` is that of a single row, so the dataset has shape [n, *shape]."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: str
+    meaning: str
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The shape of a store's rows.
+
+    Attributes:
+        c: class axis of the features: the number of logits, or 1 in the layouts "sum" and "mixed".
+        K: projected dimension.
+        classes: number of logits.
+        dtype: dtype of the stored features.
+        preview: shape of one row's picture or text in uint8, () for none.
+        truth: whether it is known which rows are poisoned.
+        version: of the format, which says how rows are hashed: 1 with SHA-256, 2 with BLAKE3.
+    """
+
+    c: int
+    K: int
+    classes: int
+    dtype: str = "float16"
+    preview: tuple[int, ...] = ()
+    truth: bool = False
+    version: int = NEWEST
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        """Every dataset in the order of the file; `digest` covers the bytes of all the others."""
+        rows = [
+            ("features", (self.c, self.K), self.dtype, "n c K", "P g^c / sqrt(K), divided by scale"),
+            ("scale", (self.c,), "float32", "n c", "factor that restores the features"),
+            ("sq_norm", (self.c,), "float64", "n c", "exact squared norm of g^c before projection"),
+            ("logits", (self.classes,), "float32", "n classes", "outputs of the network"),
+            ("label", (), "int64", "n", "true class, -1 where there is none"),
+            ("row", (), "int64", "n", "index in the split"),
+            ("norm", (self.c,), "float64", "n c", "norm of the features as stored, scale included"),
+        ]
+        if self.truth:
+            rows.append(("poisoned", (), "uint8", "n", "1 where the example is poisoned"))
+        if self.preview:
+            rows.append(("preview", self.preview, "uint8", "n ...", "picture, or UTF-8 text padded with zeros"))
+        meaning = f"first 16 bytes of {NAMES[self.version]} over the row in the datasets above"
+        rows.append(("digest", (16,), "uint8", "n 16", meaning))
+        return tuple(Column(name, shape, np.dtype(dtype), axes, meaning) for name, shape, dtype, axes, meaning in rows)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all datasets."""
+        return sum(column.row_bytes for column in self.columns)
+
+    def column(self, name: str) -> Column:
+        """The dataset of a name."""
+        return next(column for column in self.columns if column.name == name)
+
+    def empty(self, rows: int, *, features: bool = True) -> dict[str, np.ndarray]:
+        """Uninitialised arrays for every dataset of some rows, or for all but the features."""
+        wanted = [column for column in self.columns if features or column.name != "features"]
+        return {c.name: np.empty((rows, *c.shape), c.dtype) for c in wanted}
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return array.data.cast("B")

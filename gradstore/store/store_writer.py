@@ -1,0 +1,224 @@
+"""`StoreWriter`: the one writer of a store. A row counts as stored only after the manifest lists its shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gradstore.errors import NoSpaceError, UsageError
+from gradstore.machine.byte_counts import format_bytes
+from gradstore.store.files.disk import Disk
+from gradstore.store.files.lock import LOCK, writer_lock
+from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
+from gradstore.store.files.manifest_file import read_manifest, write_manifest
+from gradstore.store.files.shard_writer import ShardWriter, write_shard
+from gradstore.store.identity import require_same
+
+RUN_LOG = "run.jsonl"
+_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
+_SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
+
+
+class StoreWriter:
+    """The one writer of a store; made by `open_writer`, which holds the lock.
+
+    Args:
+        path: the store.
+        manifest: what is published so far.
+        disk: where bytes go.
+        short: a short last shard, listed on the disk, that a longer one will replace. Until then the manifest on the
+            disk stays as it is, so that no stored row is lost, not even for a moment.
+
+    Attributes:
+        manifest: what is published so far.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
+        self.path, self.manifest, self.disk = path, manifest, disk
+        self._short = short
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Shards to write, in order: first a longer one for a short last one, since only then others can be listed."""
+        first = () if self._short is None else (self._short.index,)
+        return (*first, *(i for i in self.manifest.missing if i not in first))
+
+    @property
+    def bytes_missing(self) -> int:
+        """Bytes that the missing shards will take."""
+        return sum(self.manifest.layout_of(i).size for i in self.manifest.missing)
+
+    def require_space(self) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Raises:
+            NoSpaceError: fewer bytes are free than the missing shards take, or a shard is larger than a file may be.
+        """
+        need, free = self.bytes_missing, self.disk.free_bytes(self.path)
+        hint = "Choose another --out, a smaller --proj-dim, --dtype int8, or --layout sum"
+        if need > free:
+            raise NoSpaceError(
+                "the store does not fit the disk",
+                where=self.path,
+                expected=f"{format_bytes(need)} free",
+                got=format_bytes(free),
+                hint=hint,
+            )
+        largest = max((self.manifest.layout_of(i).size for i in self.manifest.missing), default=0)
+        limit = self.disk.largest_file()
+        if limit is not None and largest > limit:
+            raise NoSpaceError(
+                "a shard is larger than a file of this process may be (ulimit -f)",
+                where=self.path,
+                expected=format_bytes(largest),
+                got=format_bytes(limit),
+                hint=hint,
+            )
+
+    @contextmanager
+    def shard(self, index: int) -> Iterator[ShardWriter]:
+        """Write shard `index`; it counts when the block ends, and is removed when the block raises."""
+        with write_shard(self.path, self.manifest, index, self.disk) as writer:
+            yield writer
+        self.adopt(writer.shard)
+
+    def adopt(self, shard: Shard) -> None:
+        """List a shard that has its final name and is on the medium, whoever wrote it."""
+        self.manifest = self.manifest.with_shard(shard)
+        short = self._short
+        if short is None or shard.index == short.index:
+            write_manifest(self.path, self.manifest, self.disk)
+        if short is not None and shard.index == short.index:
+            self._short = None
+            # Just this file: workers may have published others that are not listed yet.
+            self.disk.remove(self.path / short_name(short.index, short.rows))
+
+    def drop(self, indices: Iterable[int]) -> None:
+        """Make damaged shards missing, so that they are computed again."""
+        dropped = set(indices)
+        files = [self.manifest.file_of(index) for index in dropped]
+        self.manifest = self.manifest.without(dropped)
+        if dropped and self._short is None:
+            write_manifest(self.path, self.manifest, self.disk)
+        for name in files:
+            self.disk.remove(self.path / name)
+
+    def clean(self) -> None:
+        """Remove what no row is in: temporary files, and shards that were never listed or are not any more."""
+        kept = {self.manifest.file_of(shard.index) for shard in self.manifest.shards}
+        if self._short is not None:
+            kept.add(short_name(self._short.index, self._short.rows))
+        for name in sorted(os.listdir(self.path)):
+            if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept):
+                self.disk.remove(self.path / name)
+
+    def log(self, **event: Any) -> None:
+        """Add one line to the run log, which is a record for people and no part of the store's identity."""
+        self.disk.append_line(self.path / RUN_LOG, json.dumps(event))
+
+
+@contextmanager
+def open_writer(
+    path: Path, plan: Manifest, disk: Disk | None = None, prefix: Callable[[int], Mapping[str, Any]] | None = None
+) -> Iterator[StoreWriter]:
+    """Create the store that `plan` describes, continue it, or append to it, as its only writer.
+
+    Args:
+        path: directory of the store; created where missing.
+        plan: what the store shall be. Of a store that exists, the row groups, the shard size and the version of the
+            format are kept as they are.
+        disk: where bytes go.
+        prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
+
+    Raises:
+        UsageError: `path` exists and is not a store.
+        MismatchError: `path` is a store of another identity; the difference is listed field by field.
+        LockedError: another process is writing it.
+        CorruptError: the manifest is damaged.
+    """
+    disk = disk or Disk()
+    _require_store_or_nothing(path)
+    disk.make_directory(path)
+    with writer_lock(path, disk):
+        if os.path.lexists(path / MANIFEST):
+            writer = _continued(path, plan, disk, prefix)
+        else:
+            writer = StoreWriter(path, plan, disk)
+            write_manifest(path, plan, disk)
+        writer.clean()
+        yield writer
+
+
+@contextmanager
+def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWriter]:
+    """The writer of a store that exists, just as it is.
+
+    Raises:
+        UsageError: there is no store.
+        LockedError: another process is writing it.
+        CorruptError: the manifest is damaged.
+    """
+    disk = disk or Disk()
+    read_manifest(path, disk)
+    with writer_lock(path, disk):
+        yield StoreWriter(path, read_manifest(path, disk), disk)
+
+
+def _continued(
+    path: Path, plan: Manifest, disk: Disk, prefix: Callable[[int], Mapping[str, Any]] | None
+) -> StoreWriter:
+    stored = read_manifest(path, disk)
+    plan = replace(plan, schema=replace(plan.schema, version=stored.schema.version))  # it goes on as it began
+    planned = plan.identity
+    longer = prefix is not None and stored.n < plan.n
+    if longer and prefix is not None:
+        planned = {**planned, "data": prefix(stored.n)}
+    ours = "the first rows of this run" if longer else "this run"
+    for a, b in ((stored.identity, planned), (asdict(stored.schema), asdict(plan.schema))):
+        require_same(a, b, where=path, theirs="the store", ours=ours)
+    if not longer:
+        return StoreWriter(path, stored, disk)
+    return _extended(path, plan, stored, disk)
+
+
+def _extended(path: Path, plan: Manifest, stored: Manifest, disk: Disk) -> StoreWriter:
+    """The writer of a longer store that keeps the full shards; a short last one is computed again as a longer one."""
+    last = stored.shards[-1] if stored.shards else None
+    short = last if last is not None and last.rows < stored.shard_rows else None
+    kept = tuple(shard for shard in stored.shards if shard is not short)
+    manifest = replace(plan, group=stored.group, shard_rows=stored.shard_rows, shards=kept)
+    if short is None:
+        write_manifest(path, manifest, disk)
+    return StoreWriter(path, manifest, disk, short)
+
+
+def _require_store_or_nothing(path: Path) -> None:
+    try:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise UsageError("the output exists and is not a directory", where=path, hint="Choose another --out")
+        names = sorted(os.listdir(path))
+        # Asked after the listing: another writer's files come after its manifest, which may have come this moment.
+        if os.path.lexists(path / MANIFEST):
+            return
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            "the output cannot be used", where=repr(str(path))[:200], got=reason, hint="Choose another --out"
+        ) from error
+    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not _TEMPORARY.fullmatch(n)]
+    if foreign:
+        raise UsageError(
+            "the output exists and is not a gradstore store",
+            where=path,
+            got=f"it contains {', '.join(foreign[:5])}",
+            hint="Choose another --out; nothing was touched",
+        )

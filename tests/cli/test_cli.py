@@ -1,0 +1,299 @@
+"""The commands as a user types them: what they print, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import gradstore_cli
+import numpy as np
+import pytest
+from gradstore_cli import output
+from gradstore_cli.commands import gradstore
+from gradstore_cli.output import on_one_line, printable
+
+from gradstore.errors import MismatchError
+from gradstore.store.identity import require_same
+
+PROJECT = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import gradstore as gs
+
+def project(seed: int = 0, n: int = 48, label: str = "cat"):
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 1, 6, 6, generator=g), torch.arange(n) % 3
+    return gs.Project(
+        model=nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+        splits={"train": TensorDataset(x, y), "test": TensorDataset(x[:10] + 0.1, y[:10])},
+        classes=[label, "dog", "bird"], show=gs.image(), poisoned={"train": [0, 3, 6, 9], "test": [0, 3]},
+    )
+"""
+NARROW = ["  classes[0]", "    on  disk: cat  dog", "    asked for: a lynx"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a project file and its two stores."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "project.py").write_text(PROJECT)
+    (folder / "mask.txt").write_text("0\n1\n1\n" * 16)
+    for split in ("train", "test"):
+        result = run(folder, "featurize project.py --split", split, "--out", split, "--proj-dim 256")
+        assert result.status == 0, result.err
+    return folder
+
+
+class Result:
+    """Exit status and output of one command."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def run(folder: Path, *words: str) -> Result:
+    """Run a command in this process, in `folder`."""
+    out, err = StringIO(), StringIO()
+    handler, before = signal.getsignal(signal.SIGTERM), Path.cwd()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            gradstore_cli.main(" ".join(words).split())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        os.chdir(before)
+    return Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+# -- the three commands ------------------------------------------------------------------------------------------
+
+
+def test_featurize_prints_the_path_and_says_when_nothing_is_left(folder: Path) -> None:
+    again = run(folder, "featurize project.py --split train --out train --proj-dim 256")
+    assert (again.status, again.out) == (0, "train\n")
+    assert "was finished before; nothing to do" in again.err
+
+
+def test_topk_finds_each_query_beside_itself(folder: Path) -> None:
+    result = run(folder, "topk train test -k 3 --rows 0:4,9 --json")
+    records = json.loads(result.out)
+    assert [record["row"] for record in records] == [0, 1, 2, 3, 9]
+    assert [record["neighbours"][0]["row"] for record in records] == [0, 1, 2, 3, 9]
+    assert all(len(record["neighbours"]) == 3 for record in records)
+
+
+def test_topk_writes_tables_csv_and_html(folder: Path) -> None:
+    result = run(folder, "topk train test --csv near.csv --html near.html")
+    assert "#5" in result.out
+    lines = (folder / "near.csv").read_text().splitlines()
+    assert lines[0] == "query_row,rank,train_row,similarity"
+    assert len(lines) == 1 + 10 * 5
+    assert "data:image/png;base64" in (folder / "near.html").read_text()
+
+
+def test_forensics_counts_against_the_truth(folder: Path) -> None:
+    result = run(folder, "forensics train test -k 1 --votes 1 --json")
+    value = json.loads(result.out)
+    assert {flagged["row"] for flagged in value["flagged"]} == {0, 3, 6, 9}
+    found = value["confusion"]
+    assert (found["tp"], found["fp"], found["fn"], found["tn"]) == (2, 2, 0, 6)
+    assert (found["precision"], found["recall"]) == (0.5, 1.0)
+    assert found["recall_interval"][0] == pytest.approx(0.3424, abs=1e-4)  # Wilson 95 % for 2 of 2
+
+
+def test_forensics_says_not_applicable_where_nothing_is_flagged(folder: Path) -> None:
+    np.save(folder / "none.npy", np.zeros(48, bool))
+    result = run(folder, "forensics train test --poisoned none.npy")
+    assert "precision      n/a" in result.out
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-pntk", "proj-trntk0"])
+def test_every_kernel_has_the_same_name_everywhere(folder: Path, kernel: str) -> None:
+    assert run(folder, "topk train test --json --kernel", kernel).status == 0
+    assert json.loads(run(folder, "forensics train test --json --kernel", kernel).out)["kernel"] == kernel
+
+
+def test_init_check_info(folder: Path) -> None:
+    assert run(folder, "init mine.py").status == 0
+    assert run(folder, "init mine.py").status == 2
+    checked = json.loads(run(folder, "check mine.py --proj-dim 64 --json").out)
+    assert all(item["ok"] for item in checked)
+    assert [item["name"] for item in checked][-1] == "time"
+    assert json.loads(run(folder, "info train --json").out)["split"] == "train, 48 rows"
+    assert "projection" in run(folder, "info --system").out
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("topk train nowhere", 2, "nowhere: this is not a gradstore store (expected a directory with store.json)"),
+        ("topk train test -k 49", 2, "-k: k does not fit the training store (expected 1 to 48, got 49)"),
+        ("topk train test --kernel ntk", 2, "--kernel: unknown kernel (expected one of proj-trntk"),
+        ("topk train test --rows 8:12", 2, "--rows: no such query row (expected 0 to 9, got 10)"),
+        ("topk train test --rows 0:99999999999999", 2, "--rows: no such query row (expected 0 to 9, got 10)"),
+        ("topk train test --rows 1,0:99999999999999", 2, "more rows than any split has"),
+        ("topk train test --rows 5:5", 2, "there are no rows in '5:5'"),
+        ("topk train test --rows 3,7:2", 2, "there are no rows in '7:2'"),
+        ("topk train test --rows -1", 2, "expected rows such as 0:100 or 3,5,8, got '-1'"),
+        ("topk train test --rows 0,1,0,1,1,0,0,0,0,0", 2, "10 zeros and ones are likelier a mask"),
+        ("forensics train test --poisoned mask.txt", 2, "mask.txt: 48 zeros and ones are likelier a mask"),
+        ("topk train test --rows x", 2, "expected rows such as 0:100 or 3,5,8, got 'x'"),
+        ("topk train test --memory 1KB", 2, "--memory: too little memory (expected at least"),
+        ("forensics train test --votes 6", 2, "--votes: the votes cannot be reached (expected 1 to k = 5, got 6)"),
+        ("forensics train test --poisoned gone.txt", 2, "gone.txt: not a list of poisoned rows"),
+        ("check gone.py", 3, "gone.py: the project file does not exist"),
+        ("check project.py -o size=3", 3, "-o size: unknown project option (expected seed, n, label, got size)"),
+        ("check project.py --split val", 2, "--split: unknown split (expected one of train, test, got 'val')"),
+        ("featurize project.py --split train --out train --proj-dim 128", 4, "differ in 1 field(s)"),
+        ("featurize project.py --split train --out train --proj-dim 256 -o seed=1", 4, "data.sampled rows"),
+        ("featurize project.py --split train --out . --proj-dim 128", 2, "exists and is not a gradstore store"),
+        ("info", 2, "name a store, or give --system"),
+        ("frobnicate", 2, "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder: Path, command: str, status: int, message: str) -> None:
+    result = run(folder, command)
+    assert result.status == status
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert result.out == "" or command.startswith("check")
+
+
+def test_a_budget_that_is_less_than_is_promised_is_said_and_used(folder: Path) -> None:
+    small, usual = (run(folder, f"topk train test -k 3 --json --memory {memory}") for memory in ("255MB", "256MB"))
+    said = "note: --memory is kept from 256.0 MB up; with 255MB tens of megabytes more may be taken, for the C library"
+    assert (small.status, usual.status) == (0, 0)
+    assert small.err.count("note:") == 1
+    assert said in small.err
+    assert "note:" not in usual.err
+    assert small.out == usual.out
+
+
+def test_stores_of_other_weights_are_shown_side_by_side(folder: Path) -> None:
+    (folder / "other.py").write_text(PROJECT.replace("manual_seed(0)", "manual_seed(1)", 1))
+    run(folder, "featurize other.py --split test --out other --proj-dim 256")
+    result = run(folder, "topk train other")
+    assert result.status == 4
+    rows = [line.split() for line in result.err.splitlines()[1:]]
+    assert rows[0] == ["train", "other"]
+    assert rows[1][0] == "weights"
+
+
+def test_stores_of_other_class_names_are_refused(folder: Path) -> None:
+    run(folder, "featurize project.py --split test --out lynx --proj-dim 256 -o label=lynx")
+    result = run(folder, "topk train lynx")
+    assert result.status == 4
+    assert "class names[0]" in result.err
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(1000, ["  classes[0]  cat  dog  a lynx"]), (20, NARROW)])
+def test_values_in_which_spaces_stand_are_shown_whole(
+    columns: int, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "_columns", lambda stream: columns)
+    with pytest.raises(MismatchError) as refused:
+        require_same(
+            {"classes[0]": "cat  dog"}, {"classes[0]": "a lynx"}, where="s", theirs="on  disk", ours="asked\nfor"
+        )
+    output.say_error(refused.value)
+    assert capsys.readouterr().err.splitlines()[-len(shown) :] == shown
+
+
+def test_a_traceback_is_shown_when_asked_for(folder: Path) -> None:
+    with pytest.raises(Exception, match="not a gradstore store"):
+        gradstore_cli.main(["--traceback", "info", str(folder / "nowhere")])
+
+
+def test_labels_cannot_move_the_cursor(folder: Path) -> None:
+    assert printable("\x1b[2Jcat\r\x07") == "\ufffd[2Jcat\ufffd\ufffd"
+
+
+def test_labels_that_need_joiners_stay_whole() -> None:
+    for label in ("\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", "می\u200cخواهم"):
+        assert printable(label) == on_one_line(label) == label
+
+
+def test_a_label_forges_no_line(folder: Path, tmp_path: Path) -> None:
+    label = "cat\nforged: line"
+    (tmp_path / "project.py").write_text(PROJECT.replace('label: str = "cat"', f"label: str = {label!r}"))
+    for split in ("train", "test"):
+        assert run(tmp_path, "featurize project.py --split", split, "--out", split, "--proj-dim 64").status == 0
+    assert run(tmp_path, "fit train --out fitted").status == 0
+    result = run(tmp_path, "attribute fitted test --row 0 --rather-than dog")
+    assert result.out.startswith(
+        "query row 0, cat forged: line by the surrogate: why cat forged: line rather than dog?"
+    )
+    result = run(tmp_path, "attribute fitted test --row 0 --class lynx")
+    assert (result.status, len(result.err.splitlines())) == (2, 1)
+    result = run(tmp_path, f"topk {folder}/train test")
+    assert (result.status, [line for line in result.err.splitlines() if line.startswith("forged")]) == (4, [])
+
+
+# -- help and signals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", sorted(gradstore.commands))
+def test_help_shows_defaults_and_an_example(folder: Path, command: str) -> None:
+    result = run(folder, command, "--help")
+    assert result.status == 0
+    assert f"gradstore {command}" in result.out
+    assert "Example" in result.out
+    assert "--json" in result.out
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_continue(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    (tmp_path / "project.py").write_text(PROJECT)
+    words = ["featurize", "project.py", "--split", "train", "--out", "s", "--proj-dim", "4096", "-o", "n=4000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradstore_cli", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("s/.shard-*.tmp")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert f"gradstore {' '.join(words)}" in err
+    assert "rows are stored in s" in err
+    assert not list(tmp_path.glob("s/.shard-*.tmp"))
+
+
+def test_json_everywhere(folder: Path) -> None:
+    commands: list[Any] = list(gradstore.commands.values())
+    assert all("--json" in {o for p in c.params for o in p.opts} for c in commands)
+
+
+def test_places_that_cannot_be_written_get_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for words in (
+        ("topk train test -k 1 --csv", f"{tmp_path}/file/x.csv"),
+        ("topk train test -k 1 --html", f"{tmp_path}/file/x.html"),
+        ("demo", f"{tmp_path}/file"),
+    ):
+        result = run(folder, *words)
+        assert result.status == 2
+        assert [line for line in result.err.splitlines() if line.startswith("error: ")]
+        assert "bug" not in result.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_first_help_keeps_its_lines(folder: Path) -> None:
+    assert "\n  A first look:       gradstore demo\n" in run(folder, "--help").out

@@ -1,0 +1,98 @@
+"""Standard streams that are closed, full, or read by nobody, and Ctrl-C before a command has begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_cli import PROJECT, run
+
+FULL = Path("/dev/full")
+STOPPED_AT_START = """
+import os, signal, sys
+class CtrlC:
+    def find_spec(name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC)
+import gradstore_cli
+gradstore_cli.main(["--help"])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "project.py").write_text(PROJECT)
+    assert run(folder, "featurize project.py --split train --out train --proj-dim 64").status == 0
+    return folder
+
+
+def in_shell(folder: Path, line: str, *, buffered: bool = True) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a line of bash, in which `gradstore` is the command."""
+    program = f'set -o pipefail; gradstore() {{ "{sys.executable}" -m gradstore_cli "$@"; }}; {line}'
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("command", "buffered"), [("info train", False), ("topk train train", True), ("--help", True)])
+def test_who_stops_reading_ends_the_command_quietly(command: str, buffered: bool, folder: Path) -> None:
+    # The first command writes once its reader has gone for sure.
+    status, out, err = in_shell(folder, f"{{ sleep 0.3; gradstore {command}; }} | exec 0<&-", buffered=buffered)
+    assert (status, out, err) == (141, "", "")
+
+
+def test_the_first_line_only(folder: Path) -> None:
+    status, out, err = in_shell(folder, "gradstore topk train train | head -n 1")
+    assert status in (0, 141)
+    assert out == "the 5 most similar training rows by proj-trntk: row (label), similarity\n"
+    assert err == ""
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("command", "buffered"), [("info train", False), ("topk train train", True), ("--help", True)])
+def test_results_that_do_not_fit_are_one_error(command: str, buffered: bool, folder: Path) -> None:
+    status, _, err = in_shell(folder, f"gradstore {command} > {FULL}", buffered=buffered)
+    assert (status, err) == (7, "error: stdout: the results cannot be written (got No space left on device).\n")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("redirection", [f"2> {FULL}", "2>&-", "2>&- <&-"])
+def test_messages_that_cannot_be_written_stop_nothing(redirection: str, folder: Path) -> None:
+    line = "gradstore featurize project.py --split train --out train --proj-dim 64 --json"
+    status, out, err = in_shell(folder, f"{line} {redirection}")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["split"] == "train, 48 rows"
+    assert in_shell(folder, f"gradstore topk nowhere train {redirection}") == (2, "", "")
+
+
+def test_with_all_streams_closed_a_command_works(folder: Path) -> None:
+    assert in_shell(folder, "gradstore export train features.npy <&- >&- 2>&-") == (0, "", "")
+    assert run(folder, "export train same.npy").status == 0
+    assert (folder / "features.npy").read_bytes() == (folder / "same.npy").read_bytes()
+
+
+@pytest.mark.parametrize("redirections", [(), ("2>&-",)])
+def test_ctrl_c_while_commands_are_imported(redirections: Sequence[str], tmp_path: Path) -> None:
+    (tmp_path / "start.py").write_text(STOPPED_AT_START)
+    status, out, err = in_shell(tmp_path, " ".join(['"' + sys.executable + '" start.py', *redirections]))
+    assert (status, out, err) == (130, "", "" if redirections else "stopped\n")
+
+
+def test_a_process_of_ours_that_has_ended_is_no_closed_stdout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradstore.projection import diagnosis
+
+    def diagnose(again: bool) -> None:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
+    result = run(folder, "doctor")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("bug: RuntimeError: a process has ended early: of a worker")

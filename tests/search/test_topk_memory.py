@@ -1,0 +1,94 @@
+"""The memory budget is kept under a hard limit of the system, with features that are larger than the limit."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import clustered, dense_similarity, write_store
+
+from gradstore.store.feature_store import FeatureStore
+
+BUDGET = 256_000_000
+# What is not part of the budget: thread stacks, the allocator's and the interpreter's growth, the result.
+SLACK = 60_000_000
+
+SCRIPT = """
+import json, re, resource, sys, threading
+import numpy as np, torch
+import gradstore as gs
+threading.stack_size(1 << 20)  # the system counts stacks, used or not, as data
+train, queries = gs.open(sys.argv[1]), gs.open(sys.argv[2])
+mode, budget, slack = sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+for warm in ("exact", mode) if mode != "none" else ("exact",):
+    gs.topk(queries, queries, 2, memory=budget, mode=warm)  # loads every library and starts every pool
+used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + budget + slack,) * 2)
+if mode == "none":
+    np.ones(budget + slack + (64 << 20), np.uint8)  # proves that the limit holds
+else:
+    result = gs.topk(train, queries, 5, mode=mode, memory=budget)
+    print(json.dumps([result.indices.tolist(), result.similarity.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    write_store(folder / "train", clustered(9000, 4, 5000), shard_rows=1000)
+    write_store(folder / "test", clustered(60, 4, 5000, seed=1))
+    return folder
+
+
+def run(folder: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    arguments = [folder / "train", folder / "test", mode, BUDGET, SLACK]
+    return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(
+    not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="RLIMIT_DATA counts on Linux"
+)
+@pytest.mark.parametrize("mode", ["exact", "certified"])
+def test_a_search_fits_a_hard_limit(folder: Path, mode: str) -> None:
+    train = FeatureStore(folder / "train")
+    assert train.nbytes > BUDGET + SLACK, "larger than the limit"
+    result = run(folder, mode)
+    assert result.returncode == 0, result.stderr
+    indices, similarity = json.loads(result.stdout)
+    dense = dense_similarity_in_parts(folder)
+    order = np.argsort(-dense, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(indices, order)
+    np.testing.assert_allclose(similarity, np.take_along_axis(dense, order, 1), rtol=1e-12)
+
+
+@pytest.mark.skipif(
+    not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="RLIMIT_DATA counts on Linux"
+)
+def test_the_limit_is_a_limit(folder: Path) -> None:
+    result = run(folder, "none")
+    assert result.returncode != 0
+    assert "MemoryError" in result.stderr
+
+
+def dense_similarity_in_parts(folder: Path) -> np.ndarray:
+    """`dense_similarity` without holding the training features in float64."""
+    train, queries = FeatureStore(folder / "train"), FeatureStore(folder / "test")
+    unit = queries.features[:].reshape(60, -1).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    parts = []
+    for start in range(0, len(train), 500):
+        part = train.features[start : start + 500].reshape(500, -1).astype(np.float64)
+        parts.append(unit @ (part / np.linalg.norm(part, axis=1, keepdims=True)).T)
+    return np.concatenate(parts, axis=1)
+
+
+def test_the_reference_in_parts_is_the_reference(tmp_path: Path) -> None:
+    write_store(tmp_path / "train", clustered(500, 2, 30))
+    write_store(tmp_path / "test", clustered(60, 2, 30, seed=1))
+    whole = dense_similarity(FeatureStore(tmp_path / "train"), FeatureStore(tmp_path / "test"), "proj-trntk")
+    np.testing.assert_allclose(dense_similarity_in_parts(tmp_path), whole, rtol=0, atol=1e-12)

@@ -1,0 +1,181 @@
+"""F9: malformed stores get one coded error; nothing crashes, hangs, or takes all memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Record
+from small_store import ROWS, files, write
+
+from gradstore.errors import CorruptError, GradstoreError
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.manifest import MANIFEST
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.fixture
+def store(fast: Path) -> Path:
+    write(fast / "store")
+    return fast / "store"
+
+
+Place = tuple[Any, ...]
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A manifest whose digest is right, whatever it says."""
+    content = {name: value for name, value in content.items() if name != "digest"}
+    body = json.dumps(content)[:-1]
+    return f'{body},\n "digest": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
+
+
+def places(value: Any, path: Place = ()) -> Iterator[Place]:
+    """The path of every value in nested ones."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from places(item, (*path, name))
+
+
+STRANGE = [
+    *(-1, 0, 1, 2, 3, 7, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63, 2**64, 10**30, -(2**63)),
+    *(
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "../../etc/passwd",
+        "\ud800",
+        "\0",
+        "a" * 5000,
+        [],
+        {},
+        [[]],
+        [1, 2],
+        {"a": 1},
+        1.5,
+        1e308,
+    ),
+]
+
+
+def with_strange_value(rng: np.random.Generator, content: dict[str, Any], spots: list[Place]) -> dict[str, Any]:
+    content = json.loads(json.dumps(content))
+    spot = spots[rng.integers(1, len(spots))]
+    owner = content
+    for name in spot[:-1]:
+        owner = owner[name]
+    if rng.random() < 0.15:
+        del owner[spot[-1]]
+    else:
+        owner[spot[-1]] = STRANGE[rng.integers(len(STRANGE))]
+    return content
+
+
+def spliced(rng: np.random.Generator, data: bytes) -> bytes:
+    a, b, c = sorted(int(x) for x in rng.integers(0, len(data), 3))
+    kinds = (
+        data[:a],
+        data[:a] + data[b:],
+        data[:b] + data[a:],
+        data[:a] + rng.bytes(b - a) + data[b:],
+        data[:a] + data[b:c] + data[a:b] + data[c:],
+    )
+    return kinds[rng.integers(len(kinds))]
+
+
+def mutated_manifest(rng: np.random.Generator, whole: bytes, spots: list[Place]) -> bytes:
+    """Flipped, spliced, truncated, or with strange values under a right digest."""
+    kind = rng.random()
+    if kind < 0.6:
+        try:
+            return sealed(with_strange_value(rng, json.loads(whole), spots))
+        except UnicodeEncodeError:
+            return whole[:-1]
+    if kind < 0.8:
+        return spliced(rng, whole)
+    body = bytearray(whole[: whole.rindex(b',\n "digest"')])
+    for _ in range(int(rng.integers(1, 4))):
+        body[rng.integers(len(body))] = rng.integers(256)
+    return bytes(body) + b',\n "digest": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+def use(path: Path) -> None:
+    """Everything a reader does with a store."""
+    opened = FeatureStore(path)
+    opened.card()
+    read = opened.read(0, len(opened))
+    for i in range(len(opened)):
+        if any(read[name][i].tobytes() != ROWS[i][name].tobytes() for name in ROWS[i]):
+            raise AssertionError(f"row {i} was read wrongly")
+    assert opened.labels.shape == (len(opened),)
+    assert opened.features[:1].shape[1:] == opened.shape[1:]
+
+
+def test_malformed_manifests_and_shards_get_one_coded_error(
+    store: Path, amount: Callable[[int, int], int], record: Record
+) -> None:
+    rng, whole = np.random.default_rng(0), files(store)
+    spots = list(places(json.loads(whole[MANIFEST])))
+    count, harmless, longest, codes = amount(5000, 100_000), 0, 0.0, set()
+    tracemalloc.start()
+    for i in range(count):
+        name = MANIFEST if i % 5 else list(whole)[int(rng.integers(3))]
+        changed = mutated_manifest(rng, whole[name], spots) if name == MANIFEST else spliced(rng, whole[name])
+        (store / name).write_bytes(changed)
+        began = time.perf_counter()
+        try:
+            use(store)
+            harmless += 1
+        except GradstoreError as error:
+            codes.add(error.exit_code)
+        longest = max(longest, time.perf_counter() - began)
+        (store / name).write_bytes(whole[name])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert codes <= {2, 5, 9}
+    assert longest < 30
+    assert peak < 1 << 30
+    crash = a_parser_without_checks(whole[MANIFEST], spots)
+    control = f"fields not checked: {crash} of 100 end in an uncaught exception or a wrong size"
+    what = "malformed manifest or shard"
+    record("F9", what, injected=count, recovered=harmless, refused=count - harmless, silent=0, control=control)
+
+
+def a_parser_without_checks(whole: bytes, spots: list[Place]) -> int:
+    """The control: the same strange values, believed."""
+    rng, failures = np.random.default_rng(0), 0
+    for _ in range(100):
+        content = with_strange_value(rng, json.loads(whole), spots)
+        try:
+            for shard in content["shards"]:
+                for name, offset in shard["offsets"].items():
+                    np.empty(shard["rows"], np.uint8)[:offset], hashlib.sha256(name.encode())
+                assert shard["rows"] == min(8, content["n"] - 8 * shard["index"])
+        except Exception:
+            failures += 1
+    assert failures > 10
+    return failures
+
+
+def test_numbers_that_would_take_all_memory_or_time_are_refused(store: Path) -> None:
+    for change in ({"n": 1 << 50, "shard_rows": 1}, {"n": 1 << 55}):
+        content = {**json.loads((store / MANIFEST).read_bytes()), **change, "shards": []}
+        content["identity"]["data"]["length"] = change["n"]
+        (store / MANIFEST).write_bytes(sealed(content))
+        with pytest.raises(CorruptError, match=r"the manifest says what cannot be \(got \d+ shards\)"):
+            FeatureStore(store)
+    deep = b"[" * 100_000
+    (store / MANIFEST).write_bytes(deep + b',\n "digest": "%s"\n}\n' % hashlib.sha256(deep).hexdigest().encode())
+    with pytest.raises(CorruptError, match="the manifest says what cannot be"):
+        FeatureStore(store)
