@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gradstore as gs
+
 
 @dataclass(frozen=True)
 class Case:
@@ -328,3 +330,20 @@ HARD_CASES = [
     Case("positional-call", mlp, lambda n: {"x": torch.randn(n, 6)}, 3, forward=lambda model, x: model(x["x"])),
 ]
 """Models on which a per-example Jacobian taken from layers goes wrong unless their traps are seen."""
+
+
+def project_of(case: Case, n: int = 5, **changes: Any) -> gs.Project:
+    """A project of a case, with n examples in its split "train"."""
+    inputs = case.batch(n)
+    items = [(_first(rows(inputs, i, i + 1)), i % case.classes) for i in range(n)]
+    settings = {
+        "model": case.model(),
+        "splits": {"train": items},
+        "forward": case.forward,
+        "parameters": case.parameters,
+    }
+    return gs.Project(**{**settings, **changes})
+
+
+def _first(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, Tensor) else {name: x[0] for name, x in batch.items()}

@@ -21,7 +21,7 @@ from gradstore.arithmetic import compiled_loops
 from gradstore.arithmetic.int8 import MOST_COLUMNS, integer_product
 from gradstore.native import library
 
-# Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in src/search.cpp.
+# Steps of the lower digit in one of the higher: half a step is 127 of them. FINER in native/src/search.cpp.
 _FINER = 254
 # Sums of squares are added up in float32, in eight lanes or more; what is added is rounded a few times.
 _LANES, _UNIT, _EXTRA = 8, 2.0**-24, 64

@@ -111,7 +111,7 @@ def featurize(
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
         progress: called after every batch.
         disk: where bytes go; for tests.
-        **settings: those of `gradstore.featurization.settings.Settings`, which says what each does; a store keeps them for good.
+        **settings: those of `gradstore.featurization.settings.Settings`, which says what each does; a store keeps them.
 
     Returns:
         The finished store, opened.

@@ -1,8 +1,8 @@
 """The entries of the random matrix P (version 1): a pure function of (seed, kind, stream, k, p).
 
-P is never stored. Entry (k, p) comes from a counter-based generator; `kind.py` says which counter, and the module of
-each kind what becomes of the generator's words. Nothing depends on the device, the batch, the threads or the projected
-dimension K.
+P is never stored. Entry (k, p) comes from a counter-based generator; `kind_record.py` says which counter, and each
+kind's module what becomes of the generator's words. Nothing depends on the device, the batch, the threads or the
+projected dimension K.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from gradstore.projection.cuda.cuda_source import cache_folder, publish
 from gradstore.projection.device_paths import GpuPath
 
-_OWN_SOURCES = ("self_check.py", "entries.py", "kind.py", "philox.py")
+_OWN_SOURCES = ("self_check.py", "entries.py", "kind_record.py", "philox.py")
 
 
 @dataclass(frozen=True)

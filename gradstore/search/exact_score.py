@@ -21,7 +21,7 @@ from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup, vector_norm
 from gradstore.store.rows import Rows
 
-# Running sums of an inner product; `dot` in src/kernels.h has as many.
+# Running sums of an inner product; `dot` in native/src/search_loops.h has as many.
 _LANES = 16
 ROOM = 8 << 20
 """Bytes of rows that are read before they are scored. Of 2 MB, scoring took half as long again: more calls, and more

@@ -22,7 +22,7 @@ _SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8
 
 
 def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "256MB", disk: Disk | None = None) -> Path:
-    """Write the features of a store, or any `Rows`, as float32 to a file that other tools read (`gradstore.store.export`).
+    """Write the features of a store, or any `Rows`, as float32 to a file that other tools read.
 
     Args:
         store: a finished store; every row is checked against its digest.

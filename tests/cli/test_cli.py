@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import gradstore_cli
 import numpy as np
 import pytest
+from commands import PROJECT, run
 from gradstore_cli import output
 from gradstore_cli.commands import gradstore
 from gradstore_cli.output import on_one_line, printable
@@ -23,22 +22,6 @@ from gradstore_cli.output import on_one_line, printable
 from gradstore.errors import MismatchError
 from gradstore.store.identity import require_same
 
-PROJECT = """
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-import gradstore as gs
-
-def project(seed: int = 0, n: int = 48, label: str = "cat"):
-    torch.manual_seed(0)
-    g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(n, 1, 6, 6, generator=g), torch.arange(n) % 3
-    return gs.Project(
-        model=nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
-        splits={"train": TensorDataset(x, y), "test": TensorDataset(x[:10] + 0.1, y[:10])},
-        classes=[label, "dog", "bird"], show=gs.image(), poisoned={"train": [0, 3, 6, 9], "test": [0, 3]},
-    )
-"""
 NARROW = ["  classes[0]", "    on  disk: cat  dog", "    asked for: a lynx"]
 
 
@@ -52,27 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = run(folder, "featurize project.py --split", split, "--out", split, "--proj-dim 256")
         assert result.status == 0, result.err
     return folder
-
-
-class Result:
-    """Exit status and output of one command."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-def run(folder: Path, *words: str) -> Result:
-    """Run a command in this process, in `folder`."""
-    out, err = StringIO(), StringIO()
-    handler, before = signal.getsignal(signal.SIGTERM), Path.cwd()
-    os.chdir(folder)
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            gradstore_cli.main(" ".join(words).split())
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        os.chdir(before)
-    return Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
 # -- the three commands ------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import folder, run
+from commands import run
+from test_cli import folder
 
 __all__ = ["folder"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_cli import PROJECT, run
+from commands import PROJECT, run
 
 FULL = Path("/dev/full")
 STOPPED_AT_START = """

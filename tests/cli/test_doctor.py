@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import run
+from commands import run
 
 from gradstore.native import library
 from gradstore.projection import compiled_product, diagnosis, trust, verdicts

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import run
 from gradstore_cli.commands import gradstore
 from screens import CASES, GOLDEN, Case, require_golden
 from terminal import CTRL_C, Screen, Terminals, in_terminal
-from test_cli import run
 
 from gradstore.native import library
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, rows
+from cases import CASES, Case, project_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -23,22 +23,6 @@ from gradstore.projection.block_routes import accumulate_block
 pytestmark = pytest.mark.numerical
 
 MAIN = CASES[:5]  # MLP, CNN with BatchNorm, transformer with dict input, one logit, tied weights
-
-
-def project_of(case: Case, n: int = 5, **changes: Any) -> gs.Project:
-    inputs = case.batch(n)
-    items = [(_first(rows(inputs, i, i + 1)), i % case.classes) for i in range(n)]
-    settings = {
-        "model": case.model(),
-        "splits": {"train": items},
-        "forward": case.forward,
-        "parameters": case.parameters,
-    }
-    return gs.Project(**{**settings, **changes})
-
-
-def _first(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, Tensor) else {name: x[0] for name, x in batch.items()}
 
 
 def dense_jacobian(case: Case, n: int = 5) -> tuple[Tensor, list[tuple[int, Tensor]]]:

@@ -82,7 +82,7 @@ def test_a_killed_worker_is_one_clear_error_and_the_run_continues(tmp_path: Path
 COORDINATOR = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/featurization"]
 import test_store_workers as t
 def slowly(shard):
     print("writing", flush=True)

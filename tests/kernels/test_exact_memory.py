@@ -113,7 +113,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 def taken(network: str, megabytes: int) -> float:
     """Megabytes that the kernel takes at its peak, beside its result."""
     command = [sys.executable, "-c", textwrap.dedent(CHILD), network, str(megabytes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     return int(done.stdout) / 1e6
 
 

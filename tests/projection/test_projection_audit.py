@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, HARD_CASES, Case
+from cases import CASES, HARD_CASES, Case, project_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_featurize import project_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

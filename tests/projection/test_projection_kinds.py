@@ -122,8 +122,8 @@ def test_an_unknown_kind_is_refused_with_the_list() -> None:
 
 
 def test_no_code_knows_a_kind_by_name() -> None:
-    """But its own module, the list, and the compiled code's memory for normals."""
-    own = {ROOT / "gradstore/projection" / f"{name}.py" for name in (*KINDS, "kinds", "native")}
+    """But its own module and the list."""
+    own = {ROOT / "gradstore/projection" / f"{name}.py" for name in (*KINDS, "kinds")}
     found = {}
     for path in {*(ROOT / "gradstore").rglob("*.py"), *(ROOT / "cli").glob("*.py")} - own:
         values = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import PROJECT, run
 from synthetic import clustered, write_store
-from test_cli import PROJECT, run
 
 import gradstore as gs
 from gradstore.kernels.definitions import projected_kernel
