@@ -1,11 +1,15 @@
-"""Export: a store's arrays as one `.npy` or `.safetensors` file, written a block at a time."""
+"""Export: a store's arrays as one `.npy` or `.safetensors` file, written a block at a time.
+
+A file is a header, the features, and perhaps the small datasets one after another. A new format of that kind is one
+function, and one line in `FORMATS`.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,6 @@ from gradstore.store.files.encoding import decode
 from gradstore.store.rows import Rows
 from gradstore.store.schema import raw
 
-FORMATS = (".npy", ".safetensors")
 _SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
 
 
@@ -39,12 +42,12 @@ def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "25
         NoSpaceError: the disk has too little room; said before anything is written.
     """
     path, disk = Path(path), disk or Disk()
-    if path.suffix not in FORMATS:
+    layout = FORMATS.get(path.suffix)
+    if layout is None:
         raise UsageError("unknown format", where=path, expected=f"a name that ends in {' or '.join(FORMATS)}")
     store.require_complete()
     rows = max(1, parse_bytes(memory) // (store.schema.row_bytes + 4 * store.schema.c * store.schema.K))
-    small = {} if path.suffix == ".npy" else _small_arrays(store)
-    header = _npy_header(store) if path.suffix == ".npy" else _safetensors_header(store, small)
+    header, small = layout(store)
     size = len(header) + _feature_bytes(store) + sum(array.nbytes for array in small.values())
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -87,13 +90,16 @@ def _feature_bytes(store: Rows) -> int:
     return 4 * n * c * K
 
 
-def _npy_header(store: Rows) -> bytes:
+def _npy(store: Rows) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The features alone."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": store.shape})
-    return buffer.getvalue()
+    return buffer.getvalue(), {}
 
 
-def _safetensors_header(store: Rows, small: Mapping[str, np.ndarray]) -> bytes:
+def _safetensors(store: Rows) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The features, and every small dataset."""
+    small = _small_arrays(store)
     tensors: dict[str, object] = {"__metadata__": {"fingerprint": store.fingerprint, "split": store.split}}
     shapes = {"features": ("float32", store.shape, _feature_bytes(store))}
     shapes.update({name: (str(array.dtype), array.shape, array.nbytes) for name, array in small.items()})
@@ -103,4 +109,8 @@ def _safetensors_header(store: Rows, small: Mapping[str, np.ndarray]) -> bytes:
         at += size
     text = json.dumps(tensors).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, small
+
+
+FORMATS: dict[str, Callable[[Rows], tuple[bytes, dict[str, np.ndarray]]]] = {".npy": _npy, ".safetensors": _safetensors}
+"""What each ending of a name stands for: the file's header, and the arrays that follow the features."""
