@@ -30,9 +30,11 @@ class Interpreter(NamedTuple):
 
 
 def probe(path: Path) -> Interpreter | None:
-    """The interpreter at a path; None where nothing runs there, or what gradstore does not promise.
+    """Ask what is at a path which Python it is.
 
-    That is a Python older than `OLDEST`, one other than CPython, and one without the interpreter lock.
+    Returns:
+        The interpreter; None where nothing runs there, or what gradstore does not promise: a Python older than
+        `OLDEST`, one other than CPython, or one without the interpreter lock.
     """
     try:
         done = subprocess.run([path, "-c", _PROBE], capture_output=True, text=True, timeout=30, check=False)

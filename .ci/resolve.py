@@ -70,7 +70,10 @@ def told(pip: Path, *arguments: str | Path, **more: Any) -> None:
 
 
 def new_pip(folder: Path) -> Path:
-    """A Python in a fresh environment, whose pip is the newest: older ones download whole wheels to look into them.
+    """Make an environment whose pip is the newest: older ones download whole wheels to look into them.
+
+    Returns:
+        Path of its Python.
 
     Raises:
         RefusedError: it cannot be had.
@@ -92,7 +95,10 @@ def copy(names: Iterable[str], folder: Path) -> None:
 
 
 def wheel_of_metadata(pip: Path, folder: Path) -> Path:
-    """A wheel of the project, quickly: built as where there is no compiler.
+    """Build a wheel of the project, quickly: as where there is no compiler.
+
+    Returns:
+        Path of the wheel.
 
     Raises:
         RefusedError: it cannot be built.
@@ -107,12 +113,15 @@ def wheel_of_metadata(pip: Path, folder: Path) -> Path:
 
 
 def resolve(pip: Path, interpreter: Interpreter, asked: tuple[str, ...]) -> Resolved:
-    """What pip would install for an interpreter.
+    """Ask pip what it would install for an interpreter.
 
     Args:
         pip: a Python with a pip of 23.3 or later.
         interpreter: need not have a pip of its own.
         asked: pip's requirements and constraints, from the root of the project.
+
+    Returns:
+        Its answer; nothing is installed.
 
     Raises:
         RefusedError: some requirement has no wheel for it, or two contradict one another.

@@ -61,11 +61,14 @@ def install(pip: Path, interpreter: Interpreter, folder: Path) -> Path:
 
 
 def main(asked: str, arguments: list[str]) -> int:
-    """Install and test; the exit status is 0 where all is well, or no other Python is here.
+    """Install and test.
 
     Args:
         asked: a Python, or "".
         arguments: for pytest.
+
+    Returns:
+        The exit status: that of the tests, and 0 where no other Python is here.
     """
     interpreter = chosen(asked)
     if interpreter is None:

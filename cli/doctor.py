@@ -39,7 +39,11 @@ def doctor(again: bool, as_json: bool) -> None:
                 used = "in use" if finding.used else ""
                 kind = f"{finding.entries} {finding.precision}"
                 print_hanging(f"  {mark:<6} ", f"{finding.path:<9}  {kind:<16}  {used:<6}  {finding.note}")
-    failed = sum(finding.state == "wrong" for finding in found)
+    _require_right([finding.state for finding in found])
+
+
+def _require_right(states: list[str]) -> None:
+    failed = states.count("wrong")
     if failed:
         hint = "A GPU does not use what fails; report a wrong product with this output"
-        raise MismatchError(f"{failed} of {len(found)} checks fail", hint=hint)
+        raise MismatchError(f"{failed} of {len(states)} checks fail", hint=hint)

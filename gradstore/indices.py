@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def chosen_rows(
     error: type[GradstoreError] = UsageError,
     masks: str = "A mask is boolean: .astype(bool)",
 ) -> np.ndarray:
-    """The indices of the rows that are meant, int64 [m], in the order given.
+    """Find which rows are meant.
 
     Args:
         rows: a mask [n] or indices; None for all rows, but where they are a set.
@@ -41,6 +41,9 @@ def chosen_rows(
         error: what is raised.
         masks: how a mask is given, for errors.
 
+    Returns:
+        Their indices, int64 [m], in the order given.
+
     Raises:
         UsageError: or `error`: a row that does not exist, a mask of another length, floats, a nested list, a row named
             twice where that makes no sense, or n zeros and ones, which are likely a mask.
@@ -49,41 +52,42 @@ def chosen_rows(
         return np.arange(n)
     expected = f"{n} booleans, or row indices below {n}"
 
-    def refuse(problem: str, got: object, hint: str | None = None, expected: str = expected) -> GradstoreError:
-        return error(problem, where=where, expected=expected, got=got, hint=hint)
+    def refuse(problem: str, got: object, hint: str | None = None, expected: str = expected) -> NoReturn:
+        raise error(problem, where=where, expected=expected, got=got, hint=hint)
 
     array = _as_array(rows, n)
     if array is None:
         kinds = "Give a list, a range, a slice, an array or a tensor"
-        raise refuse("neither a mask nor indices of rows", _shown(rows), kinds)
+        refuse("neither a mask nor indices of rows", _shown(rows), kinds)
     if array.dtype == bool:
         if array.shape != (n,):
             got = f"{_size(array)} booleans" if array.ndim else f"the single boolean {array}"
-            raise refuse("the mask is for another number of rows", got)
+            refuse("the mask is for another number of rows", got)
         return np.flatnonzero(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise refuse(
-            "neither a mask nor indices of rows", f"{array.dtype} {list(array.shape)}", _meant(array, n, masks)
-        )
+        refuse("neither a mask nor indices of rows", f"{array.dtype} {list(array.shape)}", _meant(array, n, masks))
     repeated = len(np.unique(array)) < len(array)
     if _is_binary(array, n) and (once or repeated) and np.ndim(rows) == 1 and not isinstance(rows, range):  # type: ignore[arg-type]
         problem = f"{n} zeros and ones are likelier a mask than indices of rows"
-        raise refuse(problem, f"{array.dtype} [{n}]", masks)
+        refuse(problem, f"{array.dtype} [{n}]", masks)
     bad = array[(array < 0) | (array >= n)]
     if bad.size:
         hint = "Rows are counted from 0; a slice can count from the end" if bad[0] < 0 else None
-        raise refuse(f"no such {what}", int(bad[0]), hint, expected if once else _those(n))
+        refuse(f"no such {what}", int(bad[0]), hint, expected if once else _those(n))
     if once and repeated:
         values, counts = np.unique(array, return_counts=True)
-        raise refuse("a row is named twice", int(values[counts > 1][0]), expected="every row once")
+        refuse("a row is named twice", int(values[counts > 1][0]), expected="every row once")
     return array.astype(np.int64)
 
 
 def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> int:
-    """One index, if it is an integer from 0 to n - 1.
+    """Read one index.
+
+    Returns:
+        The index as an int.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is no integer from 0 to n - 1.
     """
     boolean = isinstance(row, bool) or getattr(row, "dtype", None) == torch.bool
     try:
@@ -104,7 +108,10 @@ def row_mask(
     error: type[GradstoreError] = UsageError,
     masks: str = "A mask is boolean: .astype(bool)",
 ) -> np.ndarray:
-    """Bool mask [n] from a mask or from indices, each named once.
+    """Make a mask of a mask or of indices, each named once; the arguments are those of `chosen_rows`.
+
+    Returns:
+        bool [n].
 
     Raises:
         UsageError: or `error`: as `chosen_rows`; n zeros and ones are always refused.
@@ -115,7 +122,10 @@ def row_mask(
 
 
 def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: object) -> np.ndarray:
-    """Labels as int64 of their own shape; whether there are such classes is for others to say.
+    """Read labels; whether there are such classes is for others to say.
+
+    Returns:
+        int64 of their own shape.
 
     Raises:
         UsageError: they are no whole numbers; names the first that is none.

@@ -10,19 +10,15 @@ import json
 import os
 import socket
 import sys
+from importlib import import_module
 from typing import Any
 
 import gradstore_cli.commands
 import warm_featurize
 
-import gradstore.demo
-import gradstore.explain.linearisation
-import gradstore.kernels.exact
-import gradstore.kernels.residual
-import gradstore.projection.diagnosis
-
 assert warm_featurize
-assert gradstore
+for module in ("demo", "explain.linearisation", "kernels.exact", "kernels.residual", "projection.diagnosis"):
+    import_module(f"gradstore.{module}")
 
 
 def serve(orders: socket.socket) -> None:

@@ -33,34 +33,43 @@ _EXTRA = 2.0**-20
 
 
 def error_bound(width: int, *, exact_values: bool) -> float:
-    """The most that a product with two limbs a side is off, in units of Σ |x_i y_i| ≤ ‖x‖ ‖y‖.
+    """Bound the error of an inner product with two limbs a side.
 
     Args:
         width: D.
         exact_values: both sides are float16, or any other values of at most 16 bits.
+
+    Returns:
+        The most that it is off, in units of Σ |x_i y_i| ≤ ‖x‖ ‖y‖.
     """
     left_out = (1 if exact_values else 2) * LIMB**2
     return (left_out + rounding_bound(width)) * (1 + 4 * LIMB)  # since limbs may be that much larger than values
 
 
 def rounding_bound(width: int, products: int = 1) -> float:
-    """The part of `error_bound` that float32 sums have in it, in units of Σ |x_i y_i| over the limbs that are taken.
+    """Bound the part of the error that float32 sums have in it.
 
     Args:
         width: D of a product.
         products: of that width, which are added to one result.
+
+    Returns:
+        The most that they are off, in units of Σ |x_i y_i| over the limbs that are taken.
     """
     roundings = (matrix_unit.ROUNDINGS + products * -(-width // matrix_unit.DEPTH)) * _UNIT
     return roundings / (1 - roundings)
 
 
 def limb_error(query_rest: Tensor, row_rest: Tensor, added: float) -> Tensor:
-    """What inner products are off at most, in units of ‖q‖ ‖t‖, float64 [g, B].
+    """Bound the errors of inner products of which some limbs are left out.
 
     Args:
         query_rest: float64 [g], ‖δ_q‖ / ‖q‖, δ being what the limbs that are taken leave.
         row_rest: float64 [B], ‖δ_t‖ / ‖t‖.
         added: what sums are off, and products that are left out, in units of ‖q'‖ ‖t'‖.
+
+    Returns:
+        The most that each is off, in units of ‖q‖ ‖t‖, float64 [g, B].
     """
     query_side = query_rest + added * (1 + query_rest)
     return torch.outer(query_side, 1 + row_rest).add_(row_rest + _EXTRA)

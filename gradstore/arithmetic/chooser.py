@@ -21,7 +21,11 @@ _OPERANDS: dict[str, type[Operand]] = {
 
 
 def choose_arithmetic(name: str, device: torch.device = _CPU) -> type[Operand]:
-    """The operands of an arithmetic; "auto" is bfloat16x2 on a processor with a matrix unit, and float32 elsewhere.
+    """Look up an arithmetic.
+
+    Returns:
+        The class of its operands; for "auto" that of bfloat16x2 on a processor with a matrix unit, and of float32
+        elsewhere.
 
     Raises:
         UsageError: there is none of that name, or none on this machine or device.

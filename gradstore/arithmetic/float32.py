@@ -22,11 +22,14 @@ _EXTRA = 16
 
 
 def error_bound(width: int, pieces: int) -> float:
-    """γ: the error of an inner product in float32, in units of ‖q‖ ‖t‖.
+    """Bound the error of an inner product in float32.
 
     Args:
         width: columns of a piece.
         pieces: whose products are added up.
+
+    Returns:
+        γ, the most that it is off in units of ‖q‖ ‖t‖.
     """
     roundings = (width + pieces + _EXTRA) * _UNIT
     return roundings / (1 - roundings)
@@ -60,13 +63,16 @@ class Float32Operand(Operand):
 
 
 def sample_product(queries: int, rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
-    """A product of a search's shape, of rows as stored, to be timed.
+    """Make a product of a search's shape, of rows as stored, to be timed.
 
     Args:
         queries: of the product.
         rows: of the product.
         width: columns.
         dtype: of the rows.
+
+    Returns:
+        A function that multiplies once.
     """
     q, stored, factors = torch.ones(queries, width), torch.ones(rows, width).to(dtype), torch.ones(rows)
     out, piece = torch.zeros(queries, rows), torch.empty(rows, width)

@@ -34,10 +34,13 @@ LARGEST_ROUNDING = 0.03
 
 
 def refusal(where: str) -> UsageError | None:
-    """Why this machine has no right products of 8-bit integers; None where it has.
+    """Say why this machine has no right products of 8-bit integers.
 
     Args:
         where: the option by which they were asked for, such as "--engine".
+
+    Returns:
+        The error to raise; None where it has them.
     """
     if integer_products_are_exact():
         return None

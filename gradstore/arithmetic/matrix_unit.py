@@ -141,11 +141,14 @@ class Strips:
 
 
 def workspace_bytes(width: int, limbs: int = 2) -> tuple[int, int]:
-    """Bytes that a call holds: always, and for each row of a right side that is not packed, at most 512 of them.
+    """Count what a call holds.
 
     Args:
         width: values of a row.
         limbs: of a value.
+
+    Returns:
+        Bytes: always, and for each row of a right side that is not packed, at most 512 of them.
     """
     depth = 2 * limbs * min(-(-width // 32) * 32, DEPTH)
     return 32 * depth + 32 * 4 * (512 + 16) + 4096, depth
@@ -164,11 +167,14 @@ def available() -> bool:
 
 
 def refusal(name: str, where: str) -> UsageError | None:
-    """Why this process cannot use a matrix unit; None where it can.
+    """Say why this process cannot use a matrix unit.
 
     Args:
         name: of the arithmetic that was asked for.
         where: the option, such as "--engine".
+
+    Returns:
+        The error to raise; None where it can.
     """
     if available():
         return None

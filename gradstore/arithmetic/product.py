@@ -67,10 +67,13 @@ class Operand(ABC):
 
     @classmethod
     def workspace_bytes(cls, width: int) -> tuple[int, int]:
-        """Bytes that a job takes beside operands and result: always, and for each of the columns' rows.
+        """Count what a job takes beside operands and result.
 
         Args:
             width: values of a class.
+
+        Returns:
+            Bytes: always, and for each of the columns' rows.
         """
         return 0, 0
 
@@ -81,7 +84,7 @@ class Operand(ABC):
 
     @classmethod
     def empty(cls: type[Rows], n: int, c: int, K: int, *, normalised: bool, dtype: torch.dtype = torch.float32) -> Rows:
-        """Room for n rows of D = c · K values, `bytes_a_row` each; K values in a row share what they are worth.
+        """Make room for n rows of D = c · K values, `bytes_a_row` each.
 
         Args:
             n: rows.
@@ -89,6 +92,9 @@ class Operand(ABC):
             K: values of a class.
             normalised: the kernel is a cosine.
             dtype: float16 or float32, in which values fit.
+
+        Returns:
+            Operands without values; K values in a row share what they are worth.
         """
         held = str(cls.held_dtype(dtype)).removeprefix("torch.")
         values = torch.from_numpy(np.empty((n, c * K), held))  # by NumPy, which asks for huge pages; torch does not
@@ -147,14 +153,16 @@ class Operand(ABC):
 
 
 def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -> np.ndarray:
-    """Inner products of prepared rows, float32 [Σ n_a, n_b].
+    """Multiply prepared rows.
 
     Args:
         a: operands of consecutive rows; parts of one operand that follow one another are multiplied together.
         b: the columns' operand; it may be the last of the rows', and then only one half of their square is computed.
         workers: share the work; None computes in the calling thread, or where the operands are on a GPU there.
 
-    Holds the result, and for int8 two values of 4 bytes for each value of the jobs at work.
+    Returns:
+        Inner products, float32 [Σ n_a, n_b]. Holds them, and for int8 two values of 4 bytes for each value of the jobs
+        at work.
     """
     out = torch.empty(sum(map(len, a)), len(b), device=b.values.device)
     square = len(out) - len(b) if a[-1] is b else None
@@ -204,13 +212,16 @@ def _longer(first: Operand, count: int) -> Operand:
 
 
 def equal_shares(rows: int, columns: int, diagonal: int | None, workers: int) -> list[tuple[int, int]]:
-    """Rows [low, high) of a product for each worker, that make equal work.
+    """Cut the rows of a product into shares of equal work.
 
     Args:
         rows: of the product.
         columns: of the product.
         diagonal: the column of the first row's diagonal, left of which nothing is computed; None where all is.
         workers: that share the work.
+
+    Returns:
+        (low, high) of the rows of each share, at most one a worker.
     """
     places = np.arange(rows) + (-rows if diagonal is None else diagonal)
     work = np.cumsum(columns - np.clip(places, 0, columns))

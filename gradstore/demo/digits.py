@@ -45,10 +45,13 @@ def stamp(images: Tensor) -> Tensor:
 
 
 def project(seed: int = 0) -> gs.Project:
-    """What gradstore reads: the model, its weights, the data, and how to show an example.
+    """Describe the model, its weights, the data, and how to show an example.
 
     Args:
         seed: decides which images are held out and which are poisoned; set it with `-o seed=1`.
+
+    Returns:
+        What gradstore reads.
     """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16  # [n, 1, 8, 8], from 0 to 1

@@ -18,12 +18,15 @@ from gradstore.search.topk import TopK
 
 
 def demo_page(result: DemoResult, results: Sequence[Forensics], clean: TopK) -> DemoPage:
-    """The page of a run.
+    """Lay out the page of a run.
 
     Args:
         result: what the run measured.
         results: forensics of the same queries, one a kernel.
         clean: some clean test images beside their neighbours.
+
+    Returns:
+        What `render` fills its template with.
     """
     first = results[0]
     stores = [neighbours.queries for neighbours in first.neighbours]

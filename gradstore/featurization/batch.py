@@ -183,10 +183,13 @@ def _project(
     *,
     audited: bool = False,
 ) -> _Sums:
-    """Features of some groups of rows.
+    """Compute the features of some groups of rows.
 
     The groups' Jacobians are computed one group at a time and projected together, block by block, each block while the
     next one is made. The first columns are those of `old`, if given, and not computed.
+
+    Returns:
+        Features and what goes with them, on the device.
     """
     first_k = 0 if old is None else old.shape[-1]
     projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
@@ -230,13 +233,16 @@ def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
 def _joined(
     blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None, audit: ProjectionAudit | None
 ) -> tuple[JacobianBlock, Tensor]:
-    """The same columns of several groups, and their squared norms float64 [n, c].
+    """Join the same columns of several groups.
 
     Args:
         blocks: of the groups.
         room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
             Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
         audit: takes what it needs of each group's block while its values are held.
+
+    Returns:
+        Their block, and squared norms float64 [n, c].
     """
     norms: list[Tensor] = []
 

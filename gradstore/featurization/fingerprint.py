@@ -30,9 +30,11 @@ def identity(
     *,
     classes: int,
 ) -> dict[str, Any]:
-    """Everything that decides what the rows of a store are, as nested plain values.
+    """Name everything that decides what the rows of a store are.
 
-    Not part of it: the text of the project file, batch size, device index, workers, paths and clocks.
+    Returns:
+        Nested plain values. Not among them: the text of the project file, batch size, device index, workers, paths and
+        clocks.
     """
     model = model_identity(project, blocks, settings, classes=classes)
     return {**model, "data": data_identity(examples, project.poisoned_mask(examples.split))}
@@ -58,12 +60,15 @@ def model_identity(
 
 
 def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
-    """Length, labels, known poison and the bytes of 64 fixed rows, each of which must read the same twice.
+    """Name what a split's data are; each of 64 fixed rows must read the same twice.
 
     Args:
         examples: the split.
         poisoned: which rows are poisoned, bool [rows], where that is known.
         n: look at the first n rows only, as if the split ended there.
+
+    Returns:
+        Length, and digests of labels, of known poison and of the bytes of these rows.
 
     Raises:
         ProjectError: a row read twice differs.
@@ -84,13 +89,16 @@ def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int
 
 @takes_settings
 def fingerprint(project: Project, **settings: Unpack[Given]) -> str:
-    """The fingerprint of a store of `project` featurized with these settings (`gradstore.featurization.fingerprint`).
+    """Tell the fingerprint of a store of `project` with these settings (`gradstore.featurization.fingerprint`).
 
     Runs the model on one example of the first split, to count its logits.
 
     Args:
         project: model, weights and splits.
         **settings: those of `gradstore.featurization.settings.Settings`.
+
+    Returns:
+        32 hexadecimal digits.
 
     Raises:
         UsageError: a setting is unusable.
@@ -100,9 +108,12 @@ def fingerprint(project: Project, **settings: Unpack[Given]) -> str:
 
 
 def identity_of_model(project: Project, settings: Settings) -> dict[str, Any]:
-    """The identity, without the data, of a store of `project` featurized with these settings.
+    """Name what decides the rows of a store of `project`, but for its data.
 
     Runs the model on one example of the first split, to count its logits.
+
+    Returns:
+        Nested plain values.
 
     Raises:
         UsageError: a setting is unusable.

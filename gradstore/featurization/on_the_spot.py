@@ -115,6 +115,9 @@ def featurize_queries(
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         memory: bytes for activations, Jacobian blocks and features, beside the model and the result.
 
+    Returns:
+        The rows in memory, [m, c, K], which whatever takes `Rows` takes.
+
     Raises:
         UsageError: a row that the split does not have, no row at all, or too little memory.
         MismatchError: the training store was imported, so that nothing can be featurized like it.

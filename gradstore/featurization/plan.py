@@ -108,9 +108,14 @@ class Plan:
         )
 
     def _choose_group(self, schema: Schema) -> int:
-        """Rows computed together: 16, or fewer where the memory asks for it. It fixes the bits of every row.
+        """Choose how many rows are computed together, which fixes the bits of every row.
 
-        Up to 64 where the model is small: its operations on 16 rows take hardly less time than on 64.
+        Returns:
+            16, or fewer where the memory asks for it; up to 64 where the model is small: its operations on 16 rows take
+            hardly less time than on 64.
+
+        Raises:
+            UsageError: one example does not fit the memory.
         """
         group = LARGE_GROUP
         while group > GROUP and not self._is_light(schema, group):

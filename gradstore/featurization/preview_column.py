@@ -22,7 +22,10 @@ def preview_shape(show: Show | None, x: Any) -> tuple[int, ...]:
 
 
 def preview_table(show: Show, inputs: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 [len(inputs), *shape]; texts are cut at 512 bytes of UTF-8.
+    """Show examples as rows of bytes; texts are cut at 512 bytes of UTF-8.
+
+    Returns:
+        uint8 [len(inputs), *shape].
 
     Raises:
         ProjectError: a picture has another size than the first.

@@ -16,10 +16,13 @@ _FALSE_ALARM = 1e-12
 
 
 def norm_band(K: int) -> tuple[float, float]:
-    """Least and greatest ‖P g‖² / (K ‖g‖²) that a correct projection shows, up to a chance of 1e-12 a row.
+    """Bound ‖P g‖² / (K ‖g‖²) of a correct projection, up to a chance of 1e-12 a row.
 
     For a Gaussian P the ratio is a chi-squared variable with K degrees of freedom over K, bounded by Laurent and
-    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003). Near 1 ± 7.4 sqrt(2/K).
+    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003).
+
+    Returns:
+        Least and greatest, near 1 ± 7.4 sqrt(2/K).
     """
     t = math.log(1 / _FALSE_ALARM)
     return max(0.0, 1 - 2 * math.sqrt(t / K)), 1 + 2 * math.sqrt(t / K) + 2 * t / K

@@ -73,11 +73,14 @@ class Settings:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any], *, where: object = None) -> Settings:
-        """The settings that a store was made with.
+        """Read settings from the identity of a store.
 
         Args:
             identity: of the store.
             where: its path, for the error.
+
+        Returns:
+            Those that it was made with.
 
         Raises:
             MismatchError: the store was imported, so that nothing here can be featurized like it.
@@ -99,7 +102,10 @@ class Settings:
         return content
 
     def make_projection(self) -> Projection:
-        """The projection of these settings.
+        """Make the projection that these settings name.
+
+        Returns:
+            P, with the precision that was asked for.
 
         Raises:
             UsageError: a setting of it is out of range.

@@ -21,7 +21,10 @@ Result = TypeVar("Result")
 
 
 def require_workers(workers: int, device: torch.device) -> int:
-    """The number of workers, if it can be used.
+    """Refuse a number of workers that cannot be used.
+
+    Returns:
+        The number.
 
     Raises:
         UsageError: below 1, or more than 1 on a device that a forked process cannot use.

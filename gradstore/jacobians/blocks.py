@@ -44,12 +44,15 @@ class JacobianBlock:
         self._dense = None
 
     def picked(self, i: int, c: int, *, formed: bool) -> JacobianBlock:
-        """Example i and class c alone, [1, 1, size]; of blocks that have structure, no other values are formed for it.
+        """Take example i and class c alone.
 
         Args:
             i: example of this batch.
             c: class.
             formed: take the values of a block with structure where it keeps them, not the structure.
+
+        Returns:
+            Their block [1, 1, size]; of blocks that have structure, no other values are formed for it.
         """
         return DenseBlock(self.name, self.start, self.dense()[i : i + 1, c : c + 1])
 
@@ -208,9 +211,12 @@ class EmbeddingBlock(JacobianBlock):
         return (self._merged().double() * self.deltas.double()).sum((2, 3))
 
     def shares(self) -> Tensor:
-        """[n, c, S, d] in float32 or wider: at each token its equal share of the sum over all that take the same row.
+        """Divide the sum over all tokens that take the same row equally among these tokens.
 
         With whatever rounding the sums have in `dense`, on a GPU that of TF32 where the user allows it.
+
+        Returns:
+            Each token's share, [n, c, S, d] in float32 or wider.
         """
         tokens = (self.indices[:, :, None] == self.indices[:, None, :]).sum(2)
         return self._merged() / tokens[:, None, :, None]
@@ -237,7 +243,10 @@ class EmbeddingBlock(JacobianBlock):
 
 
 def join_blocks(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
-    """The same columns of several batches of examples, one batch after another; structure that all share is kept.
+    """Join the same columns of several batches of examples, one batch after another.
+
+    Returns:
+        One block, with the structure that all share.
 
     Raises:
         ValueError: the blocks are not of the same columns.

@@ -42,9 +42,11 @@ def by_loop(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tens
 def one_by_one(
     subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor
 ) -> Iterator[tuple[int, int, Sequence[Tensor | None]]]:
-    """(example, cotangent, gradient of each name or None) in order; the arguments are those of `by_loop`.
+    """Differentiate the logits of one example at a time; the arguments are those of `by_loop`.
 
-    Holds one example's graph and one gradient of every name.
+    Yields:
+        (example, cotangent, gradient of each name or None), in order. Holds one example's graph and one gradient of
+        every name.
     """
     parameters = [subject.parameters[name] for name in names]
     for i in range(length(inputs)):
@@ -58,8 +60,11 @@ def one_by_one(
 def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
     """`torch.func`: one forward pass vectorised over examples, then one VJP vectorised over cotangents.
 
-    Args and result are those of `by_loop`. Holds the result and the graph of all n examples. Models that
-    `torch.func.vmap` cannot run raise RuntimeError or what their own code raises.
+    The arguments are those of `by_loop`. Models that `torch.func.vmap` cannot run raise RuntimeError or what their own
+    code raises.
+
+    Returns:
+        As `by_loop`. Holds that and the graph of all n examples.
     """
     called = _Called(subject)
     parameters = {f"model.{name}": subject.parameters[name].detach() for name in names}

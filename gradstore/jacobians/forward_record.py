@@ -59,7 +59,7 @@ class Recording:
 
 
 def record(subject: Subject, names: Sequence[str], inputs: Inputs, spread: Sequence[bool] | bool) -> Recording:
-    """Run the model once; call inside `subject.ready()`.
+    """Run the model once and note how it uses parameters; call inside `subject.ready()`.
 
     Args:
         subject: the model.
@@ -67,6 +67,9 @@ def record(subject: Subject, names: Sequence[str], inputs: Inputs, spread: Seque
         inputs: n examples.
         spread: whether an embedding of something that all examples share (positions, say) is computed once per example,
             without which its gradient could not be told apart; by tap, or one decision for all by shape.
+
+    Returns:
+        Logits and noted calls. Holds the graph of all n examples.
     """
     recorder = _Recorder({id(subject.parameters[name]): name for name in names}, length(inputs), spread)
     with recorder:

@@ -95,12 +95,15 @@ class JacobianEngine:
         return [(name, route) for name, route in self.describe() if name in self._plan.exact]
 
     def bytes_needed(self, n: int, classes: int | None = None, *, factors: bool = False) -> int:
-        """Estimate of the memory that a batch of n examples holds at its peak, beside the model; one block included.
+        """Estimate what a batch of n examples holds at its peak.
 
         Args:
             n: examples.
             classes: how many are differentiated at a time; default all.
             factors: no block that has structure is made dense, and all is done inside `uncut_if_small`.
+
+        Returns:
+            Bytes beside the model, one block included.
         """
         seen, classes = self._plan.footprint, classes or self._classes
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)

@@ -50,8 +50,9 @@ def pull_back(
         audited: those that the audit combines: these, or all where the others will be asked for without one; None for
             a batch whose audit was passed.
 
-    Holds every tap's input, its delta or small gradient for all c, and for each of at most `side_by_side.MOST` threads
-    the deltas of one class two to three times over.
+    Returns:
+        The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
+        most `side_by_side.MOST` threads the deltas of one class two to three times over.
     """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
@@ -87,11 +88,14 @@ def pull_back(
 
 
 def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
-    """Find how each tap's rows belong to examples; None where no arrangement passes the audit.
+    """Find how each tap's rows belong to examples.
 
     Args:
         recording: a forward pass on n ≥ 2 examples; its graph is kept.
         cotangent: [classes], any combination of the logits.
+
+    Returns:
+        An arrangement for each tap; None where none passes the audit.
     """
     n = len(recording.logits)
     totals = _deltas(recording, cotangent.expand_as(recording.logits))

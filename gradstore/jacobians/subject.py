@@ -88,7 +88,10 @@ def take(inputs: Inputs, index: slice | Tensor) -> Inputs:
 
 
 def as_inputs(inputs: Any) -> Inputs:
-    """Check a batch: a Tensor, or a mapping of Tensors with one first axis (returned as a plain dict).
+    """Check a batch: a Tensor, or a mapping of Tensors with one first axis.
+
+    Returns:
+        The batch, a mapping as a plain dict.
 
     Raises:
         ProjectError: it is something else, is empty, or its tensors disagree on the number of examples.

@@ -27,7 +27,10 @@ _UNITS = {
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes of "2GB", "512 MiB", "1e9" or a plain number; as a budget it is kept from `PROMISED` up.
+    """Read a number of bytes: "2GB", "512 MiB", "1e9" or a plain number.
+
+    Returns:
+        Bytes; a budget of so many is kept from `PROMISED` up.
 
     Raises:
         UsageError: it is no positive number of bytes.
@@ -49,13 +52,16 @@ def parse_bytes(value: int | str) -> int:
 
 
 def spendable(memory: int, threads: int) -> int:
-    """Bytes of a budget that a plan may count on, where pieces of many sizes are freed and had again.
+    """Tell how much of a budget a plan may count on, where pieces of many sizes are freed and had again.
 
     The rest is for what the C library keeps of freed memory, at the end of each thread's heap and between pieces.
 
     Args:
         memory: the budget.
         threads: that work beside the calling one.
+
+    Returns:
+        Bytes.
     """
     return memory - min(memory * 2 // 5, _KEPT * (1 + threads))
 

@@ -11,7 +11,10 @@ from gradstore.errors import UsageError
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device that "auto", "cpu", "cuda" or "cuda:1" means here.
+    """Find what "auto", "cpu", "cuda" or "cuda:1" means here.
+
+    Returns:
+        The device; for "auto" a GPU where there is one.
 
     Raises:
         UsageError: no such device, or none of that kind on this machine.
@@ -48,9 +51,12 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 def _matmul_settings() -> dict[str, object]:
-    """What the user has set of float32 products, by torch's older name and by the one that it has from 2.9 on.
+    """Read what the user has set of float32 products.
 
-    The older one cannot be read, nor a product taken, while the two disagree, as they do once the newer has been set.
+    The older name cannot be read, nor a product taken, while the two disagree, as they do once the newer has been set.
+
+    Returns:
+        The values by torch's older name and by the one that it has from 2.9 on.
     """
     settings, found = torch.backends.cuda.matmul, {}
     with suppress(RuntimeError):

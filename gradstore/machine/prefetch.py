@@ -12,10 +12,13 @@ T = TypeVar("T")
 
 
 def prefetched(make: Callable[[S], T], requests: Iterable[S]) -> Iterator[tuple[S, T]]:
-    """(request, make(request)) in order; besides the item in use one more is held and one is being made.
+    """Make things in a thread, each while the one before it is in use.
 
     An exception of `make` is raised where its item would have come. Leaving the loop early stops the thread after the
     item that it is making.
+
+    Yields:
+        (request, make(request)), in order. Besides the item in use one more is held and one is being made.
     """
     made: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=1)
     stopped = threading.Event()

@@ -51,7 +51,10 @@ class Examples:
         return len(self.dataset)
 
     def read(self, rows: Sequence[int] | range) -> tuple[Inputs, np.ndarray]:
-        """(stacked inputs with first axis len(rows), int64 labels with -1 for none); holds just these rows.
+        """Read and stack some rows; holds just these.
+
+        Returns:
+            Inputs with first axis len(rows), and labels int64 [len(rows)], -1 for none.
 
         Raises:
             ProjectError: a row cannot be read, has another shape than its neighbours, or a label that is no class.

@@ -85,7 +85,10 @@ class TextShow:
     kind: ClassVar[str] = "text"
 
     def __call__(self, x: Any) -> str:
-        """Text of one input.
+        """Show one input.
+
+        Returns:
+            Its text.
 
         Raises:
             ProjectError: `decode` returned something else than a string.

@@ -81,7 +81,10 @@ class Project:
         return self
 
     def examples(self, split: str) -> Examples:
-        """The examples of one split.
+        """Find the examples of one split.
+
+        Returns:
+            The examples, none of them read yet.
 
         Raises:
             UsageError: there is no such split; lists those that exist.
@@ -100,10 +103,14 @@ class Project:
         return row_mask(self.poisoned[split], n, where=where, error=ProjectError)
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """Outputs [n, classes] of the model on stacked inputs, without gradients.
+        """Run the model on stacked inputs, without gradients.
+
+        Returns:
+            Its outputs [n, classes].
 
         Raises:
             ProjectError: the forward pass fails, leaves a module in train mode, or returns no [n, classes] tensor.
+            GradstoreError: as `forward` raised it.
         """
         n = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
         with torch.no_grad():
@@ -123,7 +130,10 @@ class Project:
         return logits
 
     def class_names(self, count: int) -> tuple[str, ...]:
-        """Names of `count` classes; a single logit has one name.
+        """Name some number of classes; a single logit has one name.
+
+        Returns:
+            The names that the project gives, or "0", "1", ….
 
         Raises:
             ProjectError: the project names another number of classes.
@@ -188,6 +198,9 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         path: a Python file with a function `project(...) -> gs.Project`.
         options: keyword arguments of that function; strings are converted to the type of the argument's default.
         function: name of the function.
+
+    Returns:
+        The project; paths in it start from the file's folder.
 
     Raises:
         ProjectError: no such file or function, unknown options, or an exception in the file, whose own line is named.

@@ -74,7 +74,10 @@ def levels() -> tuple[str, ...]:
 
 
 def level() -> str:
-    """The level in use: that of ``GRADSTORE_SIMD``, else the fastest; "" without the library.
+    """Find the level in use.
+
+    Returns:
+        That of ``GRADSTORE_SIMD``, else the fastest; "" without the library.
 
     Raises:
         UsageError: this processor lacks the level that ``GRADSTORE_SIMD`` names, or there is none of that name.
@@ -85,7 +88,10 @@ def level() -> str:
 
 
 def status() -> Status:
-    """Which level is in use here, and why.
+    """Find which level is in use here, and why.
+
+    Returns:
+        The level, every other that there is, and how to get a faster one.
 
     Raises:
         UsageError: as `level` does.

@@ -47,6 +47,9 @@ def diagnose(*, again: bool = False) -> list[Finding]:
 
     Args:
         again: repeat the checks of GPUs whose verdicts are kept.
+
+    Returns:
+        What was found of each.
     """
     found = [_on_cpu(kind) for kind in KINDS]
     for index in range(torch.cuda.device_count()):

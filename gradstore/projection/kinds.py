@@ -22,7 +22,10 @@ DEFAULT = "rademacher"
 
 
 def kind_of(name: str) -> Kind:
-    """The record of a kind.
+    """Look up a kind by name.
+
+    Returns:
+        Its record.
 
     Raises:
         UsageError: there is none of this name; lists those there are.

@@ -103,7 +103,10 @@ class Projection:
         return out.mul_(self.scale)
 
     def entries(self, k: object, p: object) -> Tensor:
-        """Unscaled entries ``P[k, p]`` of broadcastable integer indices, float64 of the broadcast shape.
+        """Compute unscaled entries ``P[k, p]`` of broadcastable integer indices.
+
+        Returns:
+            float64 of the broadcast shape.
 
         Raises:
             UsageError: an index is not an integer, or k is outside [0, dim), or p is negative.
@@ -139,10 +142,13 @@ class Projection:
             by_definition.accumulate(self._entries, out, source, start, first_k)
 
     def path(self, device: torch.device) -> str:
-        """What multiplies by P on a device: "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
+        """Name what multiplies by P on a device.
 
         On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken.
         Warns once where a faster one could be had but for something that is missing, or has failed.
+
+        Returns:
+            "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
         """
         chosen = self._choice(device).path
         if chosen is not None:

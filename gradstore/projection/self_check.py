@@ -93,11 +93,14 @@ class HangError(CheckError):
 
 
 def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
-    """The problems for a path whose compiled variants compute these numbers of rows at a time.
+    """List the problems for a path whose compiled variants compute these numbers of rows at a time.
 
     Args:
         tiles: the numbers of rows.
         crowd: also one that is more work than a large device does at once.
+
+    Yields:
+        The problems, always the same.
     """
     for rows in tiles:
         yield Problem("one-hot", rows, 256, 128, 0, 0)

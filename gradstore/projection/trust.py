@@ -43,9 +43,12 @@ class Choice:
 
 
 def chosen(index: int | None, kind: str, precision: str) -> Choice:
-    """The path for a CUDA device (None: the current one); the first call checks what has no verdict yet.
+    """Choose the path of a CUDA device (None: the current one); the first call checks what has no verdict yet.
 
     Warns once where a faster path is passed over.
+
+    Returns:
+        The first that proved itself, or the reference.
     """
     return _chosen(torch.cuda.current_device() if index is None else index, kind, precision)
 
@@ -74,7 +77,10 @@ def choose(paths: Sequence[GpuPath], index: int, kind: str, precision: str, judg
 
 
 def verdict(path: GpuPath, index: int, kind: str, precision: str, *, again: bool = False) -> Verdict:
-    """The verdict on a path: the one that is kept, or, where there is none or `again` is set, that of a new check.
+    """Judge a path.
+
+    Returns:
+        The verdict that is kept or, where there is none or `again` is set, that of a new check.
 
     Raises:
         GradstoreError: the path had to be checked by this process, and hung the device.
@@ -110,6 +116,7 @@ def explained(index: int | None, kind: str, precision: str) -> Iterator[None]:
 
     Raises:
         GradstoreError: instead of the device's own error, which it has as its cause.
+        RuntimeError: the device's own, where no product gave up waiting.
     """
     try:
         yield

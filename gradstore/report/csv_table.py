@@ -16,6 +16,9 @@ def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[object]]) ->
 
     Holds the text of the whole table.
 
+    Returns:
+        Path of the file.
+
     Raises:
         UsageError: the file cannot be written there.
         NoSpaceError: the disk is full.

@@ -39,11 +39,14 @@ def write_residual(page: ResidualPage, path: str | os.PathLike[str]) -> Path:
 
 
 def render(template: str, page: TopKPage | ForensicsPage | ResidualPage | DemoPage) -> str:
-    """The page as HTML text.
+    """Fill a template with a page.
 
     Args:
         template: file name of a template beside this module.
         page: what it shows.
+
+    Returns:
+        HTML text.
     """
     return _environment().get_template(template).render(page=page)
 

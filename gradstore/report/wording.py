@@ -16,10 +16,13 @@ _JOINERS = {"\u200c", "\u200d"}
 
 
 def visible(value: str) -> str:
-    """`value` with every character replaced that could hide or reorder text, or that UTF-8 cannot carry.
+    """Replace every character that could hide or reorder text, or that UTF-8 cannot carry.
 
     Control and format characters (escape, null, bidirectional overrides), line separators and lone surrogates become
     U+FFFD. Line feeds, tabs, and the joiners that scripts and emoji need, stay.
+
+    Returns:
+        `value` without them.
     """
     if value.isascii() and value.isprintable():
         return value

@@ -127,9 +127,12 @@ class BackgroundWriter:
 def in_background(
     writer: StoreWriter, stored: Callable[[Shard], None] = lambda shard: None
 ) -> Iterator[BackgroundWriter]:
-    """A `BackgroundWriter`; every row handed over is stored when the block ends.
+    """Store rows while the next ones are computed.
 
     When the block raises, the shards that were handed over whole are stored, and the one begun is removed.
+
+    Yields:
+        A writer that takes rows; every row handed over is stored when the block ends.
     """
     background = BackgroundWriter(writer, stored)
     try:

@@ -183,9 +183,10 @@ class Concatenated(Rows):
         return data
 
     def _room(self, part: Rows, data: Mapping[str, np.ndarray], at: int, stop: int) -> dict[str, np.ndarray]:
-        """Where a part reads some rows to: views of `data`, and spare arrays for its own numbers and what only it has.
+        """Make room for what a part reads of some rows; it needs all of a row to compare its digest.
 
-        It needs all of a row to compare its digest.
+        Returns:
+            Views of `data`, and spare arrays for its own numbers and what only it has.
         """
         columns = part.schema.columns
         spare = {c.name: np.empty((stop - at, *c.shape), c.dtype) for c in columns if c.name not in self._shared}

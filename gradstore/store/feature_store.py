@@ -37,6 +37,9 @@ def open(path: str | os.PathLike[str], *, verify: bool = True) -> FeatureStore:
         path: the directory that `gradstore featurize` wrote.
         verify: check the digest of every row read. Turn it off only after `gradstore verify`.
 
+    Returns:
+        The store; it holds no open file.
+
     Raises:
         UsageError: there is no store at `path`.
         CorruptError: its manifest is not what was written. Shards are checked when they are first read.

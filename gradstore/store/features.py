@@ -65,7 +65,10 @@ class Features:
         return (self[row] for row in range(len(self)))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        """All features in memory, float32 or `dtype`; holds them once, and 64 MB.
+        """Read all features; holds them once, and 64 MB.
+
+        Returns:
+            [n, c, K] in float32 or `dtype`.
 
         Raises:
             ValueError: `copy` is False, for nothing is in memory yet.
@@ -76,11 +79,14 @@ class Features:
         return self._read(np.arange(len(self)), (), self.dtype if dtype is None else np.dtype(dtype))
 
     def __getitem__(self, key: Any) -> Any:
-        """Features float32, a new array, or a single value.
+        """Read some features.
 
         Args:
             key: what an array [n, c, K] may be indexed with: integers, slices, `...`, `None`, integer or boolean
                 arrays, lists and tensors, one for each axis at most.
+
+        Returns:
+            A new float32 array, or a single value.
 
         Raises:
             IndexError: out of range, a mask of another shape, or no index of an array; names the shape.
@@ -192,10 +198,8 @@ def _touched(chosen: Any, n: int) -> tuple[np.ndarray, Any]:
 
 
 def _cuts_rows_apart(chosen: Any, before: tuple[Any, ...], rest: tuple[Any, ...]) -> bool:
-    """Whether an index is one of the rows, and then another of each of them by itself.
-
-    NumPy joins arrays of indices for several axes, and puts the result first where something stands between them.
-    """
+    """Whether an index is one of the rows, and then another of each of them by itself."""
+    # NumPy joins arrays of indices for several axes, and puts the result first where something stands between them.
     if any(part is None for part in (*before, *rest)):
         return False
     if isinstance(chosen, slice):

@@ -35,12 +35,15 @@ def put(identity: dict[str, Any], at: Sequence[str], value: Any) -> None:
 
 
 def take(identity: Mapping[str, Any], at: Sequence[str], *default: Any) -> Any:
-    """The value that `put` has named.
+    """Look up what `put` has named.
 
     Args:
         identity: where to look.
         at: the path.
         *default: one value, for identities that do not name it.
+
+    Returns:
+        The value.
 
     Raises:
         KeyError: nothing is named so, and there is no default.

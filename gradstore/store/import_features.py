@@ -108,7 +108,10 @@ def import_features(
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array in an `.npy` file; no objects.
+    """Read an `.npy` file.
+
+    Returns:
+        Its array; no objects.
 
     Raises:
         UsageError: there is none.

@@ -132,7 +132,10 @@ class Rows(ABC):
         return True
 
     def require_complete(self) -> Self:
-        """These rows, if none is missing.
+        """Refuse rows of which some are missing.
+
+        Returns:
+            These rows.
 
         Raises:
             UsageError: rows are missing; names them and how to get them.
@@ -226,9 +229,12 @@ class Rows(ABC):
         return value.tobytes().rstrip(b"\0").decode(errors="replace") if value.ndim == 1 else value
 
     def blocks(self, rows: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(first row, columns) over all rows, `rows` at a time; holds one block.
+        """Read all rows, `rows` at a time; holds one block.
 
         Each block is read into the arrays of the one before it: fresh memory would cost half as much as reading.
+
+        Yields:
+            (first row, columns).
         """
         block = self.schema.empty(min(rows, len(self)))
         for start in range(0, len(self), rows):

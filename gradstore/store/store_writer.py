@@ -137,6 +137,9 @@ def open_writer(
         disk: where bytes go.
         prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
 
+    Yields:
+        Its writer, which says what is missing.
+
     Raises:
         UsageError: `path` exists and is not a store.
         MismatchError: `path` is a store of another identity; the difference is listed field by field.
@@ -158,7 +161,10 @@ def open_writer(
 
 @contextmanager
 def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWriter]:
-    """The writer of a store that exists, just as it is.
+    """Open a store that exists for writing, just as it is.
+
+    Yields:
+        Its writer.
 
     Raises:
         UsageError: there is no store.

@@ -33,7 +33,10 @@ def source_of(variant: Variant) -> str:
 
 
 def cubin(variant: Variant, architecture: str) -> bytes:
-    """Machine code of a variant for an architecture such as "sm_90a": from the cache, or compiled and put there.
+    """Get the machine code of a variant: from the cache, or compiled and put there.
+
+    Returns:
+        A cubin for an architecture such as "sm_90a".
 
     Raises:
         ImportError: cuda-bindings or NVRTC is not installed.
@@ -50,12 +53,19 @@ def cubin(variant: Variant, architecture: str) -> bytes:
 
 
 def compile_source(source: str, architecture: str, report: TextIO | None = None) -> bytes:
-    """Compile to machine code; takes seconds. Errors as in `cubin`.
+    """Compile to machine code; takes seconds.
 
     Args:
         source: the program.
         architecture: such as "sm_90a".
         report: takes the assembler's notes: registers, spills, losses of performance.
+
+    Returns:
+        The cubin.
+
+    Raises:
+        ImportError: cuda-bindings or NVRTC is not installed.
+        RuntimeError: NVRTC does not accept the source; the text is its log.
     """
     from cuda.bindings import nvrtc
 
@@ -97,7 +107,10 @@ def cache_folder() -> Path:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """Version of NVRTC.
+    """Ask NVRTC for its version.
+
+    Returns:
+        (major, minor).
 
     Raises:
         ImportError: it is not installed.

@@ -134,7 +134,7 @@ def slabs(variant: Variant, rows: int, budget: int) -> Iterator[range]:
 def launches(
     variant: Variant, rows: int, count: int, start: int, columns: int, budget: int, resident: int
 ) -> Iterator[Launch]:
-    """The parameter axis [start, start + columns) cut at multiples of `SPAN`, several spans a launch.
+    """Cut the parameter axis [start, start + columns) at multiples of `SPAN`.
 
     Args:
         variant: the compiled form.
@@ -144,6 +144,9 @@ def launches(
         columns: number of columns, at least 1.
         budget: bytes for packed gradients; exceeded only where one span of one tile is larger.
         resident: thread blocks that run at once, each on one tile at a time.
+
+    Yields:
+        Launches of several spans each, in order.
     """
     first, last = start // GROUP, -(-(start + columns) // GROUP)
     span_groups = SPAN // GROUP

@@ -17,10 +17,13 @@ BYTES = 16
 
 
 def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int = THREADS) -> np.ndarray:
-    """First 16 bytes of the hash of each row's bytes in every dataset but `digest`, in order: uint8 [n, 16].
+    """Hash each row's bytes in every dataset but `digest`, in order.
 
     The hash function is that of the schema's version. Rows of more than a megabyte in all are spread over threads:
     hashing releases the interpreter lock. Holds a copy of the small datasets.
+
+    Returns:
+        First 16 bytes of each hash, uint8 [n, 16].
     """
     n, parts = len(columns["row"]), list(_parts(schema, columns))
     if threads == 1 or n * schema.row_bytes < 1 << 20:
@@ -64,9 +67,12 @@ def _hash_rows(version: int, parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _parts(schema: Schema, columns: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """The bytes of all rows in these datasets, uint8 [n, size]: large ones as they are, small ones side by side.
+    """Lay out the bytes of all rows for hashing.
 
     A row is hashed in as many calls as there are parts, and a call costs as much as a kilobyte.
+
+    Yields:
+        uint8 [n, size]: large datasets as they are, small ones side by side.
     """
     hashed = [column for column in schema.columns if column.name != "digest" and column.name in columns]
     for bulk, group in groupby(hashed, lambda column: column.name if column.name in BULK else ""):

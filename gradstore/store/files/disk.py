@@ -85,7 +85,10 @@ class Disk:
 
     @contextmanager
     def create(self, path: Path, size: int) -> Iterator[int]:
-        """A new file of `size` bytes, every one of them already paid for on the disk; replaces one of that name.
+        """Create a file, every byte of it paid for on the disk; replaces one of that name.
+
+        Yields:
+            Its descriptor, open within the block.
 
         Raises:
             NoSpaceError: the disk (or a quota, or a file size limit) has no room for it.
@@ -102,7 +105,10 @@ class Disk:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[int]:
-        """An existing regular file, read-only.
+        """Open an existing regular file, read-only.
+
+        Yields:
+            Its descriptor, open within the block.
 
         Raises:
             MissingFileError: there is none.

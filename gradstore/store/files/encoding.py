@@ -35,9 +35,12 @@ def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
 
     The features stored are `factor * features`. The factor goes into the scale only, so the digits do not depend on it.
 
-    Relative error of a cosine: about 1e-6 for float16 and 5e-5 for int8, against a projection noise of
-    1/sqrt(K). Holds what it returns and a few megabytes: a few rows at a time are rounded, while they are in the
-    processor's cache. On a GPU all rows are rounded at once, which takes 14 bytes a float there.
+    Relative error of a cosine: about 1e-6 for float16 and 5e-5 for int8, against a projection noise of 1/sqrt(K). A few
+    rows at a time are rounded, while they are in the processor's cache. On a GPU all rows are rounded at once, which
+    takes 14 bytes a float there.
+
+    Returns:
+        The rounded features on the CPU. Holds them and a few megabytes.
     """
     n, c, K = features.shape
     out = Encoded(np.empty((n, c, K), np.dtype(dtype)), np.empty((n, c), np.float32), np.empty((n, c), np.float64))
@@ -72,9 +75,12 @@ def _exponents(peak: Tensor, dtype: str) -> Tensor:
 
 
 def decode(features: np.ndarray, scale: np.ndarray) -> Tensor:
-    """Restore stored features [n, c, K] to float32.
+    """Restore stored features.
 
     The conversion is torch's: several times faster than numpy's or HDF5's from float16.
+
+    Returns:
+        float32 [n, c, K].
     """
     values = torch.from_numpy(features).to(torch.float32, copy=True)
     return values.mul_(torch.from_numpy(np.ascontiguousarray(scale))[..., None])

@@ -45,6 +45,9 @@ def shard_layout(schema: Schema, rows: int, fingerprint: str, split: str) -> Sha
     """Compose the header of a shard in memory: a few kilobytes, whatever the number of rows.
 
     The same arguments give the same bytes under one version of HDF5, at any time and place.
+
+    Returns:
+        Where things are, and the header.
     """
     attributes: dict[str, str | int] = {
         "format": FORMAT,

@@ -87,9 +87,11 @@ class Manifest:
         return range(start, min(start + self.shard_rows, self.n))
 
     def file_of(self, index: int) -> str:
-        """File name of shard `index`; never read from the manifest, so that a manifest cannot name another file.
+        """Name the file of a shard; never read from the manifest, so that a manifest cannot name another file.
 
-        A last shard that is not full carries its number of rows, so that appending replaces no file under a reader.
+        Returns:
+            Such as `shard-00003.h5`; of a last shard that is not full it carries the number of rows, so that appending
+            replaces no file under a reader.
         """
         rows = len(self.rows_of(index))
         return f"shard-{index:05d}.h5" if rows == self.shard_rows else short_name(index, rows)

@@ -32,7 +32,10 @@ _RESTORE = "Restore the file from a copy, or featurize into a new directory"
 
 
 def read_manifest(path: Path, disk: Disk) -> Manifest:
-    """The manifest of the store at `path`.
+    """Read the manifest of the store at `path`.
+
+    Returns:
+        The manifest; its numbers can be relied on.
 
     Raises:
         UsageError: there is no store.
@@ -43,9 +46,11 @@ def read_manifest(path: Path, disk: Disk) -> Manifest:
     try:
         data = disk.read_file(file, _FILE_BYTES)
     except MissingFileError:
-        raise _no_store(path) from None
-    except UsageError as error:
-        raise error if path.is_dir() else _no_store(path) from None
+        _refuse_no_store(path)
+    except UsageError:
+        if path.is_dir():
+            raise
+        _refuse_no_store(path)
     return parse_manifest(data, file)
 
 
@@ -55,7 +60,10 @@ def write_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
 
 
 def parse_manifest(data: bytes, file: Path) -> Manifest:
-    """The manifest in `data`; `file` is for messages.
+    """Read a manifest from its bytes; `file` is for messages.
+
+    Returns:
+        The manifest; its numbers can be relied on.
 
     Raises:
         CorruptError: the bytes do not match their digest, are of another version, or say what cannot be.
@@ -253,10 +261,11 @@ def _clause(error: Exception) -> str:
     )
 
 
-def _no_store(path: Path) -> UsageError:
-    return UsageError(
-        "this is not a gradstore store", where=path, expected=f"a directory with {MANIFEST}", hint=_what_is_there(path)
-    )
+def _refuse_no_store(path: Path) -> NoReturn:
+    expected = f"a directory with {MANIFEST}"
+    raise UsageError(
+        "this is not a gradstore store", where=path, expected=expected, hint=_what_is_there(path)
+    ) from None
 
 
 def _what_is_there(path: Path) -> str:

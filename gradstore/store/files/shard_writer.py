@@ -64,6 +64,9 @@ class ShardWriter:
         Args:
             columns: every dataset but `digest`, each [rows, ...] in its stored shape and dtype.
             digests: what `row_digests` gives for them, where it was called already.
+
+        Raises:
+            ValueError: rows out of order, or of another shape or dtype.
         """
         data = {**columns, "digest": row_digests(self._schema, columns) if digests is None else digests}
         rows = len(data["row"])
@@ -102,7 +105,8 @@ class ShardWriter:
 def write_shard(directory: Path, manifest: Manifest, index: int, disk: Disk) -> Iterator[ShardWriter]:
     """Write shard `index`: published under its final name when the block ends, removed when it raises.
 
-    After the block, `ShardWriter.shard` describes it.
+    Yields:
+        Takes the rows; after the block, its `shard` describes what was written.
     """
     temporary = temporary_of(directory / manifest.file_of(index))
     try:
