@@ -18,6 +18,13 @@ class GradstoreError(Exception):
 
     Attributes:
         exit_code: the exit status of the command line for this kind of error.
+
+    Example:
+        >>> try:
+        ...     gs.open("stores/no")
+        ... except gs.GradstoreError as error:
+        ...     print(error.line, error.exit_code)
+        stores/no: this is not a gradstore store (expected a directory with store.json). Nothing exists at this path. 2
     """
 
     exit_code = 1

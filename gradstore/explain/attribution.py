@@ -204,6 +204,11 @@ def attribute(
             features in an array, which it does not keep.
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
+
+    Example:
+        >>> found = gs.attribute(gs.KernelGLM().fit(train), test, row=3)
+        >>> np.allclose(found.values.sum(axis=1), found.logits)
+        True
     """
     row = chosen_row(row, queries.shape[0], where="--row", what="query row")
     labels = None

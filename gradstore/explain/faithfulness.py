@@ -108,6 +108,11 @@ def evaluate(
     Raises:
         UsageError: a query has no label.
         Others: as `KernelGLM.logits`.
+
+    Example:
+        >>> found = gs.evaluate(gs.KernelGLM(target="predictions").fit(train), test, bootstrap=0)
+        >>> list(found.measures())[:3]
+        ['tau', 'tau_unsaturated', 'spearman']
     """
     basis = model.log_odds_basis(queries)
     given = queries.labels if labels is None else labels

@@ -153,6 +153,11 @@ def forensics(
         UsageError: it is not known which training examples are poisoned, `poisoned` is neither a mask nor rows of
             theirs, or votes is not within 1 … k.
         Others: as `topk`.
+
+    Example:
+        >>> found = gs.forensics(train, test, k=5, votes=3)
+        >>> found.votes.shape, found.flagged.dtype
+        ((8,), dtype('bool'))
     """
     stores = [queries] if isinstance(queries, Rows) else list(queries)
     if not stores:

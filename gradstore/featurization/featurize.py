@@ -124,6 +124,10 @@ def featurize(
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
             not that by P.
+
+    Example:
+        >>> gs.featurize(project, split="test", out="stores/small", proj_dim=256).shape
+        (8, 10, 256)
     """
     plan = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
     smaller = None

@@ -122,6 +122,11 @@ def featurize_queries(
         UsageError: a row that the split does not have, no row at all, or too little memory.
         MismatchError: the training store was imported, so that nothing can be featurized like it.
         ProjectError, NonFiniteError: as `featurize`.
+
+    Example:
+        >>> queries = gs.featurize_queries(project, train, split="test", rows=[3])
+        >>> gs.topk(train, queries).indices.shape
+        (1, 5)
     """
     plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, parse_bytes(memory))
     n, group = plan.manifest.n, plan.manifest.group

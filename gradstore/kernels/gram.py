@@ -113,6 +113,11 @@ def gram(
         NoSpaceError: the matrix does not fit the disk; said before anything is computed.
         NonFiniteError: a row of norm zero, for which a cosine is undefined; it is named.
         CorruptError: a row does not match its digest.
+
+    Example:
+        >>> matrix = gs.gram(train, out="gram.h5")
+        >>> matrix.shape, matrix[:2].dtype
+        ((24, 24), dtype('float32'))
     """
     tiles = StoreTiles(a, b, projected_kernel(kernel), parse_bytes(memory), arithmetic, device)
     if out is None:

@@ -164,6 +164,11 @@ def residual(
         UsageError: an unknown kernel, one that the layout cannot serve, or too few rows for two different ones.
         MismatchError: the stores are not of this project.
         Others: as `exact_gram`.
+
+    Example:
+        >>> found = gs.residual(project, train, pairs=16)
+        >>> found.exact.shape, bool(abs(found.residual).max() < 0.1)
+        ((16,), True)
     """
     chosen = projected_kernel(kernel)
     other = a if b is None else b

@@ -116,7 +116,7 @@ def image(mean: float | Sequence[float] = 0.5, std: float | Sequence[float] = 0.
         ProjectError: `mean` or `std` is not finite.
 
     Example:
-        >>> image()(torch.zeros(1, 1, 2)).tolist()
+        >>> gs.image(mean=0.5, std=0.5)(torch.zeros(1, 1, 2)).tolist()
         [[128, 128]]
     """
     return ImageShow(_numbers(mean, "mean"), _numbers(std, "std"), key)
@@ -134,6 +134,10 @@ def text(decode: Callable[[Any], str], key: str | None = None) -> TextShow:
 
     Raises:
         ProjectError: `decode` cannot be called.
+
+    Example:
+        >>> gs.text(lambda ids: " ".join(map(str, ids.tolist())))(torch.tensor([3, 1]))
+        '3 1'
     """
     if not callable(decode):
         raise ProjectError("decode is not callable", where="gs.text", expected="a function", got=type(decode).__name__)

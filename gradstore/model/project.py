@@ -38,6 +38,12 @@ class Project:
         poisoned: split -> bool mask or row indices of poisoned examples, where that is known.
         forward: (model, x) -> logits; default `model(x)`, also where x is a dict.
         parameters: regular expression that the name of a differentiated parameter must match in full.
+        root: folder in which `weights` is looked for; `load_project` sets it to that of the project file.
+
+    Example:
+        >>> project = gs.Project(model=torch.nn.Linear(2, 3), splits={"train": [(torch.ones(2), 1)]})
+        >>> project.examples("train").labels
+        array([1])
     """
 
     model: nn.Module
@@ -204,6 +210,11 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
 
     Raises:
         ProjectError: no such file or function, unknown options, or an exception in the file, whose own line is named.
+
+    Example:
+        >>> project = gs.load_project("project.py", {"seed": "1"})
+        >>> list(project.splits)
+        ['train', 'test']
     """
     file = Path(path).resolve()
     if not file.is_file():

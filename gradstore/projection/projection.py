@@ -50,7 +50,7 @@ class Projection:
         UsageError: an argument is out of range.
 
     Example:
-        >>> Projection(dim=4, seed=1).project(torch.ones(2, 300)).shape
+        >>> gs.Projection(dim=4, seed=1).project(torch.ones(2, 300)).shape
         torch.Size([2, 4])
     """
 
@@ -144,7 +144,7 @@ class Projection:
     def path(self, device: torch.device) -> str:
         """Name what multiplies by P on a device.
 
-        On a GPU the ways are tried in the order of `paths.PATHS`, and the first that proves itself there is taken.
+        On a GPU the ways are tried in the order of `device_paths.PATHS`, and the first that proves itself is taken.
         Warns once where a faster one could be had but for something that is missing, or has failed.
 
         Returns:

@@ -48,8 +48,9 @@ class Session:
         Those of `open_index`.
 
     Example:
-        >>> session = gs.Session(gs.open("stores/train"))  # doctest: +SKIP
-        >>> session.topk(gs.open("stores/test"), 5, rows=[17])  # doctest: +SKIP
+        >>> session = gs.Session(train)
+        >>> session.topk(test, 5, rows=[3]).indices.shape
+        (1, 5)
     """
 
     def __init__(

@@ -59,6 +59,11 @@ def topk(
         MismatchError: the stores are not of one model and one projection.
         CorruptError: a row does not match its digest.
         NonFiniteError: a row has no direction; names it.
+
+    Example:
+        >>> found = gs.topk(train, test, k=5)
+        >>> found.indices.shape, found.similarity.shape
+        ((8, 5), (8, 5))
     """
     chosen = projected_kernel(kernel)
     wanted = check_request(train, queries, k, chosen, rows, by_class=classes is not None)

@@ -40,8 +40,9 @@ def concat(parts: Sequence[Rows]) -> Rows:
         MismatchError: they differ in more than their data; lists every field.
 
     Example:
-        >>> train = gs.concat([gs.open("stores/train"), gs.open("stores/extra")])  # doctest: +SKIP
-        >>> store, row = train.part(gs.topk(train, gs.open("stores/test")).indices[0, 0])  # doctest: +SKIP
+        >>> both = gs.concat([train, gs.open("stores/extra")])
+        >>> len(both), both.part(25)[0].where, both.part(25)[1]
+        (32, 'stores/extra', 1)
     """
     wrong = next((part for part in parts if not isinstance(part, Rows)), None)
     if wrong is not None or not len(parts):

@@ -43,6 +43,10 @@ def open(path: str | os.PathLike[str], *, verify: bool = True) -> FeatureStore:
     Raises:
         UsageError: there is no store at `path`.
         CorruptError: its manifest is not what was written. Shards are checked when they are first read.
+
+    Example:
+        >>> gs.open("stores/train").features[0].shape
+        (10, 10240)
     """
     return FeatureStore(path, verify=verify)
 

@@ -41,6 +41,10 @@ class Rows(ABC):
         classes: names of the classes.
         identity: what must agree, but for its "data", before they may be compared with others.
         fingerprint: digest of the identity without the data: equal for a training store and its query stores.
+
+    Example:
+        >>> train.shape, train.features[:2, 0].dtype, train.labels.shape
+        ((24, 10, 10240), dtype('float32'), (24,))
     """
 
     where: str

@@ -71,6 +71,11 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         converged_: whether the tolerance was met; `reason_` says why it stopped, `loss_` where.
         logit_error_: multinomial: bound on the error of a logit from stopping early.
         n_features_in_: columns that queries must have: D, or n for a Gram matrix.
+
+    Example:
+        >>> model = gs.KernelGLM().fit(train)
+        >>> model.predict(test).shape, model.coef_.shape
+        ((8,), (10, 24))
     """
 
     def __init__(

@@ -106,6 +106,11 @@ def exact_gram(
         MismatchError: `out` is another matrix.
         NoSpaceError: the matrix does not fit the disk; said before anything is computed.
         NonFiniteError: a gradient is not finite, or zero where a cosine needs its direction; the row is named.
+
+    Example:
+        >>> values = gs.exact_gram(project, "train", "test", rows_a=[0, 1])
+        >>> values.shape, values.dtype
+        ((2, 8), dtype('float64'))
     """
     chosen = exact_kernel(kernel)
     if b is None and rows_b is not None:
