@@ -23,7 +23,7 @@ BESIDE_TESTS = (
     *("Makefile", "pyproject.toml", "constraints.txt", "constraints-cuda.txt", "README.md", "CHANGELOG.md"),
 )
 """What the tests read; the package itself must come from where it was installed."""
-OF_SOURCE = ("tests/test_architecture.py", "tests/test_paper_page.py")
+OF_SOURCE = ("tests/test_architecture.py", "tests/test_docs.py")
 """The tests that read the package's source where it is developed."""
 
 

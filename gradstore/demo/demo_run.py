@@ -34,7 +34,7 @@ def run(
 ) -> DemoResult:
     """Poison a tenth of the digits, train on them, and find the stamped test images by their gradients.
 
-    Writes `project.py`, `cnn.safetensors`, `stores/` and `report.html` to `directory`. Run again, it continues or
+    Writes `project.py`, `cnn.safetensors`, `stores` and `report.html` to `directory`. Run again, it continues or
     reuses what is there, and measures the same numbers.
 
     Args:

@@ -87,7 +87,7 @@ class Kind:
         integers: entries are integers so small that a product with small integers is exact in float32 on every path.
         grid: of the reference; the default is for entries below 8 in size.
         audit: what an audit costs.
-        compiled: its KIND in ``job.h`` of the compiled product; None where that has none.
+        compiled: its KIND in ``projection_job.h`` of the compiled product; None where that has none.
         shares_layers: the compiled product can share a layer's projected activations among classes.
         fused: what the fused CUDA source does for it; None where that is nothing.
         triton: whether the Triton product serves it.

@@ -59,7 +59,7 @@ def import_features(
     dtype: str = "float16",
     disk: Disk | None = None,
 ) -> FeatureStore:
-    """Copy features [n, K] or [n, c, K] into a store (`gradstore.import_features`).
+    """Copy features [n, K] or [n, c, K] into a store (`gradstore.store.import_features`).
 
     [n, K] becomes layout "sum". What the source does not hold stays unknown: squared norms, and logits if not given,
     are NaN. The identity says that the store is imported, so it is never compared or continued with a native one.
