@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gradstore.errors import UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.map_rows import StoreRows, doubled
-from gradstore.explain.surrogate.training_data import kernel_on
 from gradstore.indices import chosen_row
-from gradstore.kernels.definitions import Kernel, feature_map
 from gradstore.kernels.gram_file import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
@@ -235,10 +232,10 @@ def class_index(names: Sequence[str], wanted: str) -> int:
 def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows) -> np.ndarray:
     """κ(x, x_i) in float64, so that the attributions sum to the logit."""
     model.binding_.require_training_store(store)
-    kernel = kernel_on(model.kernel)
-    query = _unit(kernel, queries, row)
+    phi_of = model.phi_on(store)
+    query = phi_of.unit_rows(queries.read(row, row + 1), queries.where)[0].double()
     out = np.empty(len(store))
-    for span, phi in doubled(StoreRows(store, kernel, parse_bytes(model.memory))):
+    for span, phi in doubled(StoreRows(store, phi_of, parse_bytes(model.memory))):
         out[span] = (phi @ query).numpy()
     return out
 
@@ -255,12 +252,6 @@ def _remembered(source: str | list[str]) -> Rows:
                 hint="Name it with --train",
             )
     return concat([FeatureStore(path) for path in paths])
-
-
-def _unit(kernel: Kernel, store: Rows, row: int) -> torch.Tensor:
-    """Φ of one row, divided as `StoreRows` does it; float64 [D]."""
-    phi, norms = feature_map(kernel, store.read(row, row + 1))
-    return (phi / norms[:, None].float() if kernel.normalised else phi)[0].double()
 
 
 def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray:

@@ -146,7 +146,7 @@ def forensics(
             knows.
         k: neighbours that vote.
         votes: votes from which a query is flagged.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED`.
         memory: bytes held beside the results.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.search.phi import Phi, Scaled
+from gradstore.kernels.feature_map import FeatureMap
+from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 
 # Rows read together where wanted rows follow one another.
@@ -30,7 +31,7 @@ class QueryGroup:
         exponent: int [g].
     """
 
-    phi: Phi
+    phi: FeatureMap
     members: np.ndarray
     pieces: Tensor
     norms: np.ndarray
@@ -53,13 +54,11 @@ class QueryGroup:
         return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
 
 
-def load_queries(store: Rows, rows: np.ndarray, phis: Sequence[Phi], workers: int = 1) -> list[QueryGroup]:
-    """Read queries.
+def load_queries(request: Request, workers: int = 1) -> list[QueryGroup]:
+    """Read the queries of a request.
 
     Args:
-        store: holds them.
-        rows: int64 [m], in any order, repeated or not.
-        phis: the feature map of each.
+        request: says which.
         workers: threads that read; each holds 4·D bytes and some rows as stored.
 
     Returns:
@@ -69,22 +68,21 @@ def load_queries(store: Rows, rows: np.ndarray, phis: Sequence[Phi], workers: in
         NonFiniteError: a query has no direction; names the row.
     """
     groups = []
-    for phi in dict.fromkeys(phis):
-        members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
-        groups.append(_load_group(store, rows[members], members, phi, workers))
+    for phi in request.maps:
+        members = np.array([i for i, other in enumerate(request.phis) if other == phi], dtype=np.int64)
+        groups.append(_load_group(request.queries, request.rows[members], members, phi, workers))
     return groups
 
 
-def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Phi, workers: int) -> QueryGroup:
+def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: FeatureMap, workers: int) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
 
     def load(span: tuple[int, int]) -> None:
         columns, (padded, vector) = store.read(*span), phi.padded()
-        scaled = Scaled.of(phi, columns, store.where)
+        scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
         for i, row in enumerate(range(*span)):
-            phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
-            norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[i])
+            norm = scaled.row(i, vector)
             _require_finite(norm, vector, row, store, phi)
             for place in np.flatnonzero(rows == row):
                 pieces[:, place] = padded
@@ -100,7 +98,7 @@ def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Phi, wo
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 
-def _require_finite(norm: float, vector: Tensor, row: int, store: Rows, phi: Phi) -> None:
+def _require_finite(norm: float, vector: Tensor, row: int, store: Rows, phi: FeatureMap) -> None:
     phi.require_direction(np.array([norm]), np.array([row]), store.where)
     if not torch.isfinite(vector.sum(dtype=torch.float64)):
         raise NonFiniteError(
@@ -118,9 +116,3 @@ def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:
         for i in range(0, len(part), most):
             chunk = part[i : i + most]
             yield int(chunk[0]), int(chunk[-1]) + 1
-
-
-def vector_norm(vector: Tensor) -> float:
-    """‖·‖ in float64, summed pairwise, so that its bits depend on nothing but the vector."""
-    values = vector.reshape(-1).double().numpy()
-    return float(np.sqrt(np.add.reduce(values * values)))

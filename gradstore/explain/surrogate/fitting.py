@@ -110,7 +110,7 @@ class OneVsRestSolver:
 
     def __init__(self, gram: TrainingGram, data: TrainingData, settings: Settings) -> None:
         self._gram, self._settings = gram, settings
-        self._scale = 1.0 if data.kernel is not None and data.kernel.normalised else gram.mean_diagonal()
+        self._scale = 1.0 if data.phi is not None and data.phi.kernel.normalised else gram.mean_diagonal()
         self._labels = hard_labels(data, settings)
         self._class_weights = class_weights(data, settings)
 

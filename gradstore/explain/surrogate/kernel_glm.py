@@ -19,6 +19,7 @@ from gradstore.explain.surrogate.fitting import fit
 from gradstore.explain.surrogate.map_rows import ArrayRows, StoreRows, scores
 from gradstore.explain.surrogate.saved import load_fitted, save_fitted
 from gradstore.explain.surrogate.training_data import TrainingData, kernel_on, new_array, training_data
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.kernels.gram_file import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.rows import Rows
@@ -44,7 +45,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     fingerprint. An un-normalised kernel is divided by the mean of κ(x_i, x_i) while fitting.
 
     Args:
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0" on stores; "linear" or "cosine" on arrays [n, D];
+        kernel: on stores a name in `gradstore.kernels.definitions.PROJECTED`; "linear" or "cosine" on arrays [n, D];
             "precomputed", or the name of an exact kernel, on Gram matrices: files or arrays, [n, n] to fit and [m, n]
             to ask.
         backend: "multinomial" or "sgd".
@@ -70,6 +71,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         n_iter_: iterations or epochs.
         converged_: whether the tolerance was met; `reason_` says why it stopped, `loss_` where.
         logit_error_: multinomial: bound on the error of a logit from stopping early.
+        state_: what the kernel's feature map was fitted to, arrays by name; None of a kernel that fits nothing.
         n_features_in_: columns that queries must have: D, or n for a Gram matrix.
     """
 
@@ -120,6 +122,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         data = training_data(X, y, outputs, self.kernel, settings.target, settings.memory)
         fitted = fit(data, settings)
         self.classes_, self.n_features_in_, self.binding_ = data.classes, data.columns, data.binding
+        self.state_ = None if data.phi is None else data.phi.state
         for name, value in vars(fitted).items():
             setattr(self, f"{name}_", value)
         self._warn(data)
@@ -138,7 +141,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         if isinstance(X, Rows):
             self.binding_.require_queries(X)
-            rows = StoreRows(X, kernel_on(self.kernel), parse_bytes(self.memory))
+            rows = StoreRows(X, self.phi_on(X), parse_bytes(self.memory))
             return scores(rows, self.vectors_) + self.intercept_
         if isinstance(X, Gram):
             self.binding_.require_query_gram(X)
@@ -148,6 +151,10 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         if self.vectors_ is None:
             return values @ self.coef_.T + self.intercept_
         return scores(ArrayRows(values, normalised=self.kernel == "cosine"), self.vectors_) + self.intercept_
+
+    def phi_on(self, store: Rows) -> FeatureMap:
+        """The feature map of a surrogate fitted on a store, for rows like its own."""
+        return FeatureMap(kernel_on(self.kernel), store.schema.c, store.schema.K, state=self.state_)
 
     def decision_function(self, X: Data) -> np.ndarray:
         """Logits [m, classes]; for an array and two classes one number a row, above 0 for the second class.

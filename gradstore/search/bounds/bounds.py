@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradstore.arithmetic.choices import Choice
 from gradstore.errors import UsageError
-from gradstore.search.phi import Phi
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.rows import Rows
 
@@ -60,7 +60,7 @@ class Bounds(ABC):
 
     @classmethod
     @abstractmethod
-    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+    def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
         """What a scan takes.
 
         Args:
