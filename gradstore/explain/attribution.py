@@ -50,6 +50,9 @@ class Attribution:
     def contrast(self, a: int, b: int) -> np.ndarray:
         """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits.
 
+        Returns:
+            float64 [n].
+
         Raises:
             UsageError: there is no such class.
         """
@@ -60,6 +63,9 @@ class Attribution:
 
         Row c holds the means that, each times the training examples of its class, add up to logit c (eq. 22); NaN for a
         class without examples.
+
+        Returns:
+            float64 [classes, classes].
 
         Raises:
             UsageError: labels of the training examples are not known.
@@ -121,6 +127,9 @@ class Attribution:
             k: of each, at most; fewer where fewer have that sign.
             c: class; default the predicted one.
             rather_than: compare with this class instead of with nothing.
+
+        Returns:
+            Their rows, and the attributions float64 [n] by which they come.
 
         Raises:
             UsageError: k is below 1, there is no such class, or one is compared with itself.
@@ -219,6 +228,9 @@ def attribute(
 
 def class_index(names: Sequence[str], wanted: str) -> int:
     """Index of a class by name.
+
+    Returns:
+        Its place in `names`.
 
     Raises:
         UsageError: there is none of that name; lists those there are.

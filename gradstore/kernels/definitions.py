@@ -125,6 +125,9 @@ EXACT = {**JACOBIAN, **REPRESENTATION}
 def projected_kernel(name: str) -> Kernel:
     """The kernel of a name, on stored features.
 
+    Returns:
+        Its entry.
+
     Raises:
         UsageError: there is none; lists those there are.
     """
@@ -133,6 +136,9 @@ def projected_kernel(name: str) -> Kernel:
 
 def exact_kernel(name: str) -> Kernel:
     """The kernel of a name, computed exactly.
+
+    Returns:
+        Its entry.
 
     Raises:
         UsageError: there is none; lists those there are.

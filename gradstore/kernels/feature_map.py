@@ -118,7 +118,7 @@ class FeatureMap:
     # -- Φ -------------------------------------------------------------------------------------------------------
 
     def weights(self, columns: Columns) -> np.ndarray | None:
-        """W of Φ = Σ_c w_c φ^c for some rows, float64 [n, c]; None where classes stand side by side."""
+        """Class weights w of Φ = Σ_c w_c φ^c for some rows, float64 [n, c]; None where classes stand side by side."""
         if not self.sums:
             return None
         if self.asked is None and self.kernel.weights is not None:
@@ -197,6 +197,10 @@ class FeatureMap:
                 total += squares[:, c]
         placed = torch.from_numpy(factors).contiguous().to(features.device)
         return Scaled(self, features, placed, exponent, None if total is None else np.sqrt(total))
+
+    def unscaled(self, norms: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+        """float64 [n], what turns inner products of `scaled` rows into their part of a similarity."""
+        return 1 / norms if self.kernel.normalised else np.ldexp(1.0, exponent)
 
     def require_direction(self, norms: np.ndarray, rows: np.ndarray, where: object) -> None:
         """Refuse rows whose norm is not finite, or zero under a cosine.
@@ -330,6 +334,16 @@ class Scaled:
         for c in others:
             total.add_(self.features[i, c].to(torch.float32, copy=True).mul_(self.factors[i, c]))
         out[0] = total
+
+
+def not_finite(row: int, where: object) -> NonFiniteError:
+    """Features that hold NaN or infinity, in a row whose norm does not tell."""
+    return NonFiniteError(
+        f"the features of row {row} are not finite",
+        where=where,
+        expected="finite values",
+        hint="Run `gradstore verify` on the store",
+    )
 
 
 def vector_norm(vector: Tensor) -> float:

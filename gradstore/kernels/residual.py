@@ -161,6 +161,9 @@ def residual(
         memory: bytes that the exact kernel may take.
         device: for the exact kernel.
 
+    Returns:
+        Exact and projected values of every pair.
+
     Raises:
         UsageError: an unknown kernel, one that the layout cannot serve, or too few rows for two different ones.
         MismatchError: the stores are not of this project.

@@ -96,7 +96,7 @@ class ExactScore:
             values, factors = scaled.vectors()
             norms = scaled.exact_norms(values)
             group.phi.require_direction(norms, batch, self.train.where)
-            row_scale = 1 / norms if group.phi.kernel.normalised else np.ldexp(1.0, scaled.exponent)
+            row_scale = group.phi.unscaled(norms, scaled.exponent)
             places, at = self._place[queries[mine]], np.searchsorted(batch, rows[mine])
             products = inner_products(values, factors, group.pieces, at, places)
             scores[mine] = products * group.scale[places] * row_scale[at]

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import NonFiniteError
-from gradstore.kernels.feature_map import FeatureMap
+from gradstore.kernels.feature_map import FeatureMap, not_finite
 from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 
@@ -51,14 +50,15 @@ class QueryGroup:
     @property
     def scale(self) -> np.ndarray:
         """float64 [g], what turns an inner product of scaled vectors into the query's part of a similarity."""
-        return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
+        return self.phi.unscaled(self.norms, self.exponent)
 
 
-def load_queries(request: Request, workers: int = 1) -> list[QueryGroup]:
-    """Read the queries of a request.
+def load_queries(request: Request, part: slice = slice(None), workers: int = 1) -> list[QueryGroup]:
+    """Read queries of a request.
 
     Args:
-        request: says which.
+        request: says where they are.
+        part: which of them.
         workers: threads that read; each holds 4·D bytes and some rows as stored.
 
     Returns:
@@ -67,10 +67,10 @@ def load_queries(request: Request, workers: int = 1) -> list[QueryGroup]:
     Raises:
         NonFiniteError: a query has no direction; names the row.
     """
-    groups = []
-    for phi in request.maps:
-        members = np.array([i for i, other in enumerate(request.phis) if other == phi], dtype=np.int64)
-        groups.append(_load_group(request.queries, request.rows[members], members, phi, workers))
+    groups, rows, phis = [], request.rows[part], request.phis[part]
+    for phi in dict.fromkeys(phis):
+        members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
+        groups.append(_load_group(request.queries, rows[members], members, phi, workers))
     return groups
 
 
@@ -83,7 +83,9 @@ def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Feature
         scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
         for i, row in enumerate(range(*span)):
             norm = scaled.row(i, vector)
-            _require_finite(norm, vector, row, store, phi)
+            phi.require_direction(np.array([norm]), np.array([row]), store.where)
+            if not torch.isfinite(vector.sum(dtype=torch.float64)):
+                raise not_finite(row, store.where)
             for place in np.flatnonzero(rows == row):
                 pieces[:, place] = padded
                 norms[place], exponents[place] = norm, scaled.exponent[i]
@@ -96,17 +98,6 @@ def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Feature
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(load, spans))
     return QueryGroup(phi, members, pieces, norms, exponents)
-
-
-def _require_finite(norm: float, vector: Tensor, row: int, store: Rows, phi: FeatureMap) -> None:
-    phi.require_direction(np.array([norm]), np.array([row]), store.where)
-    if not torch.isfinite(vector.sum(dtype=torch.float64)):
-        raise NonFiniteError(
-            f"the features of row {row} are not finite",
-            where=store.where,
-            expected="finite values",
-            hint="Run `gradstore verify` on the store",
-        )
 
 
 def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:

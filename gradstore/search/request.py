@@ -58,7 +58,7 @@ class Request:
             memory: bytes that fitting the kernel may take, where it is fitted.
 
         Returns:
-            The request.
+            The request; its maps are fitted where the kernel is.
 
         Raises:
             UsageError: k does not fit the training rows.
@@ -74,17 +74,6 @@ class Request:
         phis = {weights: FeatureMap.of(kernel, train, memory, weights) for weights in dict.fromkeys(asked)}
         return cls(train, queries, wanted, tuple(phis[weights] for weights in asked), kernel, k)
 
-    @property
-    def maps(self) -> tuple[FeatureMap, ...]:
-        """The distinct feature maps."""
-        return tuple(dict.fromkeys(self.phis))
-
-    def part(self, places: slice | Sequence[int]) -> Request:
-        """The same of some queries."""
-        rows = self.rows[places]
-        some = range(len(self.phis))[places] if isinstance(places, slice) else places
-        return replace(self, rows=rows, phis=tuple(self.phis[place] for place in some))
-
-    def parts(self, size: int) -> list[Request]:
-        """The same of so many queries at a time."""
-        return [self.part(slice(at, at + size)) for at in range(0, len(self.rows), size)]
+    def part(self, places: Sequence[int]) -> Request:
+        """The same of some queries, at least one."""
+        return replace(self, rows=self.rows[places], phis=tuple(self.phis[place] for place in places))

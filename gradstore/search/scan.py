@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import NonFiniteError
+from gradstore.kernels.feature_map import not_finite
 from gradstore.machine.devices import full_float32
 from gradstore.machine.threads import single_threaded
 from gradstore.search.best import Best
@@ -47,7 +47,7 @@ class ExactSearch:
             request: what is searched for.
 
         Returns:
-            Them.
+            Rows and similarities, and how many rows were read.
 
         Raises:
             UsageError: an unknown engine, or one that this machine does not have; or too little memory.
@@ -57,10 +57,10 @@ class ExactSearch:
         train, k = request.train, request.k
         if not len(request.rows):
             return Answer.joined([], k, Search("exact", 0))
-        means, plan = choose_engine(self.engine, request, self.memory)
-        parts = request.parts(plan.batch)
+        means, plan = choose_engine(self.engine, train, request.phis, k, self.memory)
+        parts = [slice(at, at + plan.batch) for at in range(0, len(request.rows), plan.batch)]
         with single_threaded():
-            found = [_pass(train, load_queries(part, plan.workers), k, means, plan) for part in parts]
+            found = [_pass(train, load_queries(request, part, plan.workers), k, means, plan) for part in parts]
         return Answer.joined(found, k, Search("exact", len(train) * len(parts), means.choice.name))
 
 
@@ -121,9 +121,4 @@ class _Scan:
             return
         bad = torch.nonzero(~torch.isfinite(values).all(dim=0))
         if len(bad):
-            raise NonFiniteError(
-                f"the features of row {rows[int(bad[0])]} are not finite",
-                where=self.train.where,
-                expected="finite values",
-                hint="Run `gradstore verify` on the store",
-            )
+            raise not_finite(rows[int(bad[0])], self.train.where)

@@ -87,7 +87,8 @@ class Session:
             The neighbours, indices int64 [m, k] and similarity float64 [m, k].
 
         Raises:
-            UsageError, MismatchError, CorruptError, NonFiniteError: as `topk`.
+            UsageError: an unknown mode, or fewer candidates than k.
+            Others: as `topk`.
         """
         if mode not in ("certified", "approx"):
             raise UsageError("unknown mode", where="--mode", expected="certified or approx", got=repr(mode))

@@ -57,10 +57,7 @@ class Answer:
     @classmethod
     def joined(cls, parts: Sequence[Pairs], k: int, search: Search) -> Answer:
         """Of batches of queries one after another."""
-        indices, similarity = [np.empty((0, k), np.int64)], [np.empty((0, k))]
-        for part in parts:
-            indices.append(part[0])
-            similarity.append(part[1])
+        indices, similarity = zip((np.empty((0, k), np.int64), np.empty((0, k))), *parts, strict=True)
         return cls(np.concatenate(indices), np.concatenate(similarity), search)
 
 

@@ -46,6 +46,9 @@ class Solver(Protocol):
 def fit(data: TrainingData, settings: Settings) -> Fitted:
     """Fit a surrogate, choosing alpha first where that is asked for.
 
+    Returns:
+        W, b and how the fit went.
+
     Raises:
         UsageError: a setting is unusable, or memory too small.
     """

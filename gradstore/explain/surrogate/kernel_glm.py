@@ -113,6 +113,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             outputs: logits of the network [n, classes]; default those of the store. Needed where `target` is not
                 "labels", and to select alpha by τ.
 
+        Returns:
+            Itself.
+
         Raises:
             UsageError: labels are missing or all the same, or a setting is unusable.
             NonFiniteError: a row's cosine is undefined, or the Gram matrix is not positive semidefinite.
@@ -132,6 +135,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         """W κ(x, X) + b of each query, float64 [m, classes]; one pass over the queries.
 
         Of two classes fitted by "sgd", the first is the mirror of the second.
+
+        Returns:
+            float64 [m, classes].
 
         Raises:
             MismatchError: the queries are not of the same weights and settings, or of other training examples.
@@ -160,6 +166,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         """Logits [m, classes]; for an array and two classes one number a row, above 0 for the second class.
 
         The exception is scikit-learn's convention.
+
+        Returns:
+            float64 [m, classes], or [m].
         """
         logits = self.logits(X)
         if isinstance(X, (Rows, Gram)) or len(self.classes_) > 2:
@@ -171,6 +180,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
 
         The logits themselves, or for "sgd" the logarithms of the sigmoids. What compares probabilities compares these,
         for they do not saturate.
+
+        Returns:
+            float64 [m, classes].
         """
         logits = self.logits(X)
         return log_expit(logits) if self.backend == "sgd" else logits
@@ -187,6 +199,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file whose header holds the settings and what the surrogate is bound to, as JSON.
 
+        Returns:
+            The path.
+
         Raises:
             NoSpaceError: the disk is full.
             UsageError: nothing can be written there.
@@ -197,6 +212,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> KernelGLM:
         """Read what `save` wrote; it cannot name code.
+
+        Returns:
+            The surrogate.
 
         Raises:
             UsageError: there is no such file, or it is something else.

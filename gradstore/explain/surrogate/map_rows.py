@@ -124,6 +124,9 @@ def doubled(rows: PhiRows) -> Iterator[tuple[slice, Tensor]]:
     """Blocks in float64, small enough that the copies stay in cache.
 
     Sums in float32 would be too coarse: an objective that is only known to 1e-7 hides its minimum from L-BFGS.
+
+    Yields:
+        (rows, Φ float64 [rows, D]).
     """
     step = max(1, _COPY_BYTES // (8 * rows.length))
     for span, phi in rows.blocks():

@@ -83,6 +83,9 @@ class TrainingData:
 def kernel_on(name: str) -> Kernel:
     """The kernel on stores of a name.
 
+    Returns:
+        The kernel.
+
     Raises:
         UsageError: it is none.
     """
@@ -99,6 +102,9 @@ def kernel_on(name: str) -> Kernel:
 
 def training_data(X: Any, y: Any, outputs: Any, kernel: str, target: str, memory: int) -> TrainingData:
     """Check and gather what a fit needs; see `KernelGLM.fit` for the arguments.
+
+    Returns:
+        Everything that a fit needs.
 
     Raises:
         UsageError: labels are missing or all the same, or the kernel does not fit the data.

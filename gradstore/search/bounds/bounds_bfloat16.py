@@ -69,6 +69,9 @@ class PackedQueries:
             group: the queries.
             dtype: of the training store's features.
             workers: threads that pack.
+
+        Returns:
+            The queries, packed.
         """
 
         def pack_segment(s: int) -> tuple[Packed, np.ndarray]:
@@ -91,6 +94,9 @@ class PackedQueries:
 
         Args:
             row_rest: float64 [B], what first limbs leave of the rows, in units of their norms.
+
+        Returns:
+            float64 [g, B].
         """
         added = rounding_bound(self.packed[0].width, len(self.packed))
         if self.limbs == 2:

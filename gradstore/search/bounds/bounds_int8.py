@@ -166,7 +166,7 @@ def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
         high, low = rows.digits[:, s]
         add_integer_product(queries.digits[s], queries.steps[s], high, low, steps[s], total)
     sides = torch.from_numpy(np.concatenate([rounded.missed, rounded.norm, rounded.low]))
-    row_scale = 1 / rows.norms if phi.kernel.normalised else np.ldexp(1.0, rows.exponent)
+    row_scale = phi.unscaled(rows.norms, rows.exponent)
     query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)
     spread = (queries.sides @ sides).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
     center = total.double().mul_(query_side).mul_(row_side)

@@ -49,6 +49,9 @@ def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: i
         memory: bytes.
         means: says the bounds.
 
+    Returns:
+        The cut.
+
     Raises:
         UsageError: the budget does not hold one query, one row and what their product takes.
     """

@@ -37,7 +37,7 @@ class ApproximateSearch:
             request: what is searched for.
 
         Returns:
-            Them.
+            Rows and similarities, and which recall was measured.
         """
         recall = self._recall(self._count(request.k))
         return self._reranked(request, self._count(request.k), recall)

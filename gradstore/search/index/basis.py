@@ -97,6 +97,9 @@ def fit_basis(store: Rows, phi: FeatureMap, rows: np.ndarray, size: int) -> Basi
         size: r; fewer where the sample does not span as many.
 
     Holds D bytes a row of the sample and for each direction, 20·s² and 8·r·K bytes, and some rows as stored.
+
+    Returns:
+        The directions.
     """
     sample = _Sample.of(store, phi, rows)
     gram = sample.gram()

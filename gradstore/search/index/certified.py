@@ -37,7 +37,7 @@ class CertifiedSearch:
             request: what is searched for.
 
         Returns:
-            Them.
+            Rows and similarities, and how many rows were read.
         """
         m, k, n = len(request.rows), request.k, len(request.train)
         if m > MOST_QUERIES and _SCATTERED * m * k > n:
@@ -63,10 +63,13 @@ class CertifiedSearch:
         return replace(answer, search=replace(answer.search, rows_read=read, note=note))
 
     def _read(self, group: QueryGroup, k: int) -> tuple[Scored, np.ndarray]:
-        """The k best rows of each query, and bool [m], of which the bound leaves so many rows that a scan is cheaper.
+        """The k best rows of each query, or so many in question that a scan is cheaper.
 
         First the k most promising rows are read. Every other row whose upper bound reaches the k-th similarity so far
         is read too, the highest bounds first, until no bound does.
+
+        Returns:
+            (what was read, bool [m]: which queries are left to a scan).
         """
         m, n = len(group.members), len(self._rows.index.store)
         upper, promising = self._rows.upper_bounds(group, k)

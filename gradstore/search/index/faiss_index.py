@@ -40,6 +40,9 @@ _FULL_TRAINING = 512
 def require_faiss() -> ModuleType:
     """The faiss module.
 
+    Returns:
+        `faiss`.
+
     Raises:
         UsageError: neither wheel is installed, or both are and overwrite each other's files.
     """
@@ -118,6 +121,9 @@ def open_faiss(sketch: SketchIndex, factory: str, space: str, *, rebuild: bool =
         factory: a FAISS factory string, such as "Flat", "IVF256,Flat", "HNSW32" or "RaBitQ".
         space: "sketch" or "full".
         rebuild: even if there is a good one.
+
+    Returns:
+        The index.
 
     Raises:
         UsageError: FAISS is missing or refuses the string; a kind of index that is wrong at this dimension.

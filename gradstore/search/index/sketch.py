@@ -98,6 +98,9 @@ class SketchBlock:
     def sketch(self, start: int, stop: int) -> RowSketch:
         """The sketch of rows start:stop.
 
+        Returns:
+            Of each row its coordinates and what they leave out.
+
         Raises:
             NonFiniteError: a row has no direction; names it.
         """
