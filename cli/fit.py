@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, kernel_help, memory_option
+from .options import as_json, kernel_option, memory_option
 from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )
 @click.argument("train", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write, or to replace.")
-@click.option("--kernel", default="proj-trntk", show_default=True, help=kernel_help())
+@kernel_option
 @click.option(
     "--backend",
     default="multinomial",

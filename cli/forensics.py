@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import KERNELS, as_json, kernel_help, memory_option
+from gradstore.kernels.definitions import PROJECTED
+
+from .options import as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ SHOWN = 10
     "--kernel",
     "kernels",
     multiple=True,
-    default=[KERNELS[0]],
+    default=list(PROJECTED)[:1],
     show_default=True,
     help=kernel_help() + " May be repeated.",
 )

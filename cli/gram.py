@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from gradstore.arithmetic.choices import ARITHMETICS
+from gradstore.kernels.definitions import EXACT, PROJECTED
 
 from .options import as_json, assignments_option, choice_option, memory_option
 from .output import print_json, print_pairs, say
@@ -32,8 +33,8 @@ from .stopping import ON, keeping
 )
 @click.option(
     "--kernel",
-    help="From stores proj-trntk, proj-pntk, proj-trntk0; from a project trntk, trntk0, pntk, pntk-cosine, entk, ck, "
-    "embedding, embedding-layerwise.  [default: proj-trntk or trntk]",
+    help=f"From stores {', '.join(PROJECTED)}; from a project {', '.join(EXACT)}.  "
+    f"[default: {next(iter(PROJECTED))} or {next(iter(EXACT))}]",
 )
 @choice_option("--arithmetic", ARITHMETICS, "Products from stores:")
 @click.option("--layers", help="The final linear layer (ck), or a regular expression of module names (embedding).")
@@ -70,7 +71,7 @@ def gram(
                 project,
                 str(a),
                 b,
-                kernel or "trntk",
+                kernel or next(iter(EXACT)),
                 out=out,
                 memory=memory,
                 device=device,
@@ -83,7 +84,7 @@ def gram(
             made = gs.gram(
                 left,
                 right,
-                kernel or "proj-trntk",
+                kernel or next(iter(PROJECTED)),
                 out=out,
                 memory=memory,
                 arithmetic=arithmetic,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from gradstore.arithmetic.choices import Choice
+from gradstore.kernels.definitions import PROJECTED
 from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
 
@@ -17,7 +18,6 @@ from .output import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-KERNELS = ("proj-trntk", "proj-pntk", "proj-trntk0")
 _MOST_ROWS = 10**8  # that a list of spans may name
 
 
@@ -108,9 +108,16 @@ def choice_option(name: str, choices: Sequence[Choice], what: str) -> Callable[[
     return click.option(name, default=names[0], show_default=True, type=kind, metavar="NAME", help=text)
 
 
+def kernel_option(function: F) -> F:
+    """`--kernel`, of those on stored features; the first by default."""
+    default = next(iter(PROJECTED))
+    return click.option("--kernel", default=default, show_default=True, help=kernel_help())(function)
+
+
 def kernel_help() -> str:
     """The kernels on stored features."""
-    return "proj-trntk (eq. 8), proj-pntk (eq. 7) or proj-trntk0 (not normalised)."
+    *others, last = (f"{name} ({kernel.note})" if kernel.note else name for name, kernel in PROJECTED.items())
+    return f"{', '.join(others)} or {last}."
 
 
 def parse_rows(context: click.Context, parameter: click.Parameter, value: str | None) -> Sequence[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import as_json, kernel_help, memory_option, project_options
+from .options import as_json, kernel_option, memory_option, project_options
 from .output import print_json, print_pairs, say
 
 
@@ -19,7 +19,7 @@ from .output import print_json, print_pairs, say
 @project_options
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", required=False, type=click.Path(path_type=Path))
-@click.option("--kernel", default="proj-trntk", show_default=True, help=kernel_help())
+@kernel_option
 @click.option("--pairs", default=900, show_default=True, type=click.IntRange(1), help="Pairs of examples.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the sample.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write every pair to a file.")

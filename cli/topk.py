@@ -9,7 +9,7 @@ import click
 
 from gradstore.arithmetic.choices import ENGINES
 
-from .options import as_json, assignments_option, choice_option, kernel_help, memory_option, parse_rows
+from .options import as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SHOWN = 20
 @click.argument("train", type=click.Path(path_type=Path))
 @click.argument("queries", metavar="QUERIES|PROJECT.PY", type=click.Path(path_type=Path))
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
-@click.option("--kernel", default="proj-trntk", show_default=True, help=kernel_help())
+@kernel_option
 @click.option("--rows", callback=parse_rows, help="Query rows, e.g. 0:100 or 3,5,8.  [default: all]")
 @click.option("--split", default="test", show_default=True, help="With a project: split of the queries.")
 @assignments_option("With a project")

@@ -16,10 +16,10 @@ from gradstore.errors import UsageError
 from gradstore.explain.faithfulness import Faithfulness, faithfulness
 from gradstore.explain.linearisation import MAPS, Linearisation, class_logits, linearise
 from gradstore.explain.surrogate.training_data import two_logits
+from gradstore.kernels.definitions import PROJECTED
 from gradstore.kernels.gram_file import Gram
 
 KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
-PROJECTED = ("proj-trntk", "proj-pntk", "proj-trntk0")
 BACKENDS: Mapping[str, Mapping[str, object]] = {
     "sgd": {"backend": "sgd", "alpha": 1e-2, "max_iter": 300},
     "multinomial": {"backend": "multinomial", "alpha": 1e-4, "max_iter": 600},

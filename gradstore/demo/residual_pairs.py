@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians import JacobianEngine
-from gradstore.kernels.definitions import feature_map, projected_kernel
+from gradstore.kernels.definitions import PROJECTED, projected_kernel
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.model.parameters import parameter_blocks
 from gradstore.model.project import Project
 from gradstore.store.rows import Rows
 
-KERNELS = ("proj-trntk", "proj-pntk")
+KERNELS = tuple(name for name, kernel in PROJECTED.items() if kernel.normalised and kernel.exact)
+_FIT_BYTES = 1 << 30
 
 
 def residuals(project: Project, train: Rows, queries: Sequence[Rows], rows: int = 64) -> dict[str, Tensor]:
@@ -40,7 +42,8 @@ def residuals(project: Project, train: Rows, queries: Sequence[Rows], rows: int 
 
 def projected_cosines(kernel: str, stores: Sequence[Rows], rows: int) -> Tensor:
     """Cosines between the first rows of some stores, as top-k and forensics compute them; float64 [N, N]."""
-    maps = [feature_map(projected_kernel(kernel), store.read(0, min(rows, len(store)))) for store in stores]
+    phi_of = FeatureMap.of(projected_kernel(kernel), stores[0], _FIT_BYTES)
+    maps = [phi_of.rows(store.read(0, min(rows, len(store))), store.where) for store in stores]
     phi, norms = (torch.cat(part).double() for part in zip(*maps, strict=True))
     return phi @ phi.T / torch.outer(norms, norms)
 
@@ -63,7 +66,7 @@ def exact_cosines(project: Project, inputs: Tensor) -> dict[str, Tensor]:
         g = block.dense().double()
         trace += g.flatten(1) @ g.flatten(1).T
         summed += g.sum(1) @ g.sum(1).T
-    return {"proj-trntk": _cosine(trace), "proj-pntk": _cosine(summed)}
+    return {name: _cosine(summed if PROJECTED[name].sums_classes else trace) for name in KERNELS}
 
 
 def _cosine(gram: Tensor) -> Tensor:

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gradstore.errors import UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.map_rows import StoreRows, doubled
-from gradstore.explain.surrogate.training_data import kernel_on
 from gradstore.indices import chosen_row
-from gradstore.kernels.definitions import Kernel, feature_map
 from gradstore.kernels.gram_file import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
@@ -53,6 +50,9 @@ class Attribution:
     def contrast(self, a: int, b: int) -> np.ndarray:
         """Why class a rather than class b: A^a - A^b, float64 [n], whose sum is the difference of the logits.
 
+        Returns:
+            float64 [n].
+
         Raises:
             UsageError: there is no such class.
         """
@@ -63,6 +63,9 @@ class Attribution:
 
         Row c holds the means that, each times the training examples of its class, add up to logit c (eq. 22); NaN for a
         class without examples.
+
+        Returns:
+            float64 [classes, classes].
 
         Raises:
             UsageError: labels of the training examples are not known.
@@ -124,6 +127,9 @@ class Attribution:
             k: of each, at most; fewer where fewer have that sign.
             c: class; default the predicted one.
             rather_than: compare with this class instead of with nothing.
+
+        Returns:
+            Their rows, and the attributions float64 [n] by which they come.
 
         Raises:
             UsageError: k is below 1, there is no such class, or one is compared with itself.
@@ -228,6 +234,9 @@ def attribute(
 def class_index(names: Sequence[str], wanted: str) -> int:
     """Index of a class by name.
 
+    Returns:
+        Its place in `names`.
+
     Raises:
         UsageError: there is none of that name; lists those there are.
     """
@@ -240,10 +249,10 @@ def class_index(names: Sequence[str], wanted: str) -> int:
 def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows) -> np.ndarray:
     """κ(x, x_i) in float64, so that the attributions sum to the logit."""
     model.binding_.require_training_store(store)
-    kernel = kernel_on(model.kernel)
-    query = _unit(kernel, queries, row)
+    phi_of = model.phi_on(store)
+    query = phi_of.unit_rows(queries.read(row, row + 1), queries.where)[0].double()
     out = np.empty(len(store))
-    for span, phi in doubled(StoreRows(store, kernel, parse_bytes(model.memory))):
+    for span, phi in doubled(StoreRows(store, phi_of, parse_bytes(model.memory))):
         out[span] = (phi @ query).numpy()
     return out
 
@@ -260,12 +269,6 @@ def _remembered(source: str | list[str]) -> Rows:
                 hint="Name it with --train",
             )
     return concat([FeatureStore(path) for path in paths])
-
-
-def _unit(kernel: Kernel, store: Rows, row: int) -> torch.Tensor:
-    """Φ of one row, divided as `StoreRows` does it; float64 [D]."""
-    phi, norms = feature_map(kernel, store.read(row, row + 1))
-    return (phi / norms[:, None].float() if kernel.normalised else phi)[0].double()
 
 
 def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray:

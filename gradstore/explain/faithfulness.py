@@ -105,6 +105,9 @@ def evaluate(
         bootstrap: resamples of the queries for the errors; 0 for none.
         seed: of the resamples.
 
+    Returns:
+        The measures, with errors where there are resamples.
+
     Raises:
         UsageError: a query has no label.
         Others: as `KernelGLM.logits`.
@@ -130,6 +133,9 @@ def faithfulness(
         surrogate: numbers whose softmax is the surrogate's probabilities, [m, classes].
         bootstrap: resamples of the queries for the errors; 0 for none.
         seed: of the resamples.
+
+    Returns:
+        The measures, with errors where there are resamples.
 
     Raises:
         UsageError: there are no queries, shapes differ, logits are not known (NaN), or a label is missing or
@@ -248,6 +254,9 @@ def _correlation(a: np.ndarray, b: np.ndarray, compute: Callable[[], float], *, 
 
 def checked_labels(labels: np.ndarray, network: np.ndarray, surrogate: np.ndarray) -> np.ndarray:
     """Labels as int64 [m].
+
+    Returns:
+        int64 [m].
 
     Raises:
         UsageError: there are no queries, shapes differ, a query has no label, or one that is no whole number.

@@ -146,8 +146,11 @@ def forensics(
             knows.
         k: neighbours that vote.
         votes: votes from which a query is flagged.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED`.
         memory: bytes held beside the results.
+
+    Returns:
+        Votes, flags and, where the truth is known, how often they are right.
 
     Raises:
         UsageError: it is not known which training examples are poisoned, `poisoned` is neither a mask nor rows of
@@ -212,6 +215,9 @@ def confusion_dict(confusion: Confusion) -> dict[str, Any]:
 
 def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
     """Bool mask [n] from a file: one row index a line, or a `.npy` mask or index array (never unpickled).
+
+    Returns:
+        bool [n].
 
     Raises:
         UsageError: the file is missing, holds something else, or its rows are not rows of the training store.

@@ -65,6 +65,9 @@ class Linearisation:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """What the map expects of the network at the surrogate's logits x, of any shape.
 
+        Returns:
+            float64, of the shape of x.
+
         Raises:
             UsageError: there is no map, since nothing could be fitted; `r2.note` says why.
         """
@@ -97,6 +100,9 @@ def linearise(
         target: "logits" or "probabilities" of the network.
         bootstrap: resamples of the second half's queries for the errors of R²; 0 for none.
         seed: of the halves and the resamples.
+
+    Returns:
+        The map and its R².
 
     Raises:
         UsageError: there is no such map or target, shapes differ, or a query has no label.
@@ -148,6 +154,9 @@ def r_squared(x: np.ndarray, y: np.ndarray) -> Measure:
     """Coefficient of determination of observations y and what a model says of them, x (App. G).
 
     1 - Σ_i (y_i - x_i)² / Σ_i (y_i - ȳ)². It is not symmetric; y is the network here.
+
+    Returns:
+        R²; no value where it is undefined, and why.
     """
     if len(y) < 2:
         return Measure(None, None, len(y), "fewer than two values are left")
@@ -182,6 +191,9 @@ def _fitted(name: str, x: np.ndarray, y: np.ndarray) -> tuple[dict[str, float], 
 
     Given α and β, ν and μ are those of a line, so that only α and β are searched for (Golub and Pereyra, 1973), from
     several widths.
+
+    Returns:
+        (parameters, bool).
     """
     if name == "phi1":
         nu, mu = _line(x, y)

@@ -1,21 +1,30 @@
 """The kernels: each is a feature map Φ plus a normalisation, κ(x, x') = ⟨Φ(x), Φ(x')⟩ / (‖Φ(x)‖ ‖Φ(x')‖).
 
 A name means the same in Python, on the command line and in files. `proj-` kernels are computed from stores; the others
-exactly, from a project.
+exactly, from a project. Each is one entry here: options, help, errors and README name what is listed, and
+`gradstore.kernels.feature_map` does on stored rows what an entry of `PROJECTED` says. It imports no torch, so that help
+needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
+from gradstore.errors import UsageError
 
-from gradstore.errors import NonFiniteError, UsageError
-from gradstore.store.files.encoding import decode
-from gradstore.store.rows import Rows
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from gradstore.kernels.feature_map import FeatureMap
+    from gradstore.store.rows import Rows
+
+    Weights = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+    State = Mapping[str, np.ndarray]
+    Fit = Callable[[Rows, FeatureMap, int], State]
+    Apply = Callable[[Tensor, State], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,14 @@ class Kernel:
         normalised: the kernel is a cosine.
         averages: the value is divided by the number of classes.
         pairs_classes: there is one value for each pair of classes.
+        note: of a kernel on stored features, a few words for help.
+        exact: of a kernel on stored features, the exact one that it estimates; "" where there is none.
+        weights: w of Φ = Σ_c w_c φ^c as a function of what a store knows of some rows (`Rows.read` without the
+            features: label, logits, …), float64 [n, c]; None for 1. For kernels that sum classes.
+        fit: what Φ depends on beside the row, by name, from the training rows, their map without it, and a budget in
+            bytes; None where it depends on nothing. A surrogate keeps it in its file.
+        apply: with `fit`: Φ float32 [n, D], which it may overwrite, and what was fitted -> the kernel's Φ float32
+            [n, D], the same row whatever its company. Called from several threads at once.
     """
 
     name: str
@@ -37,16 +54,43 @@ class Kernel:
     normalised: bool
     averages: bool = False
     pairs_classes: bool = False
+    note: str = ""
+    exact: str = ""
+    weights: Weights | None = None
+    fit: Fit | None = None
+    apply: Apply | None = None
 
 
 PROJECTED = {
     kernel.name: kernel
     for kernel in (
-        Kernel("proj-trntk", "cosine of Σ_c ⟨P g_i^c, P g_j^c⟩ (eq. 8)", sums_classes=False, normalised=True),
-        Kernel("proj-pntk", "cosine of ⟨P Σ_c g_i^c, P Σ_c g_j^c⟩ (eq. 7)", sums_classes=True, normalised=True),
-        Kernel("proj-trntk0", "Σ_c ⟨P g_i^c, P g_j^c⟩, not normalised", sums_classes=False, normalised=False),
+        Kernel(
+            "proj-trntk",
+            "cosine of Σ_c ⟨P g_i^c, P g_j^c⟩ (eq. 8)",
+            sums_classes=False,
+            normalised=True,
+            note="eq. 8",
+            exact="trntk",
+        ),
+        Kernel(
+            "proj-pntk",
+            "cosine of ⟨P Σ_c g_i^c, P Σ_c g_j^c⟩ (eq. 7)",
+            sums_classes=True,
+            normalised=True,
+            note="eq. 7",
+            exact="pntk-cosine",
+        ),
+        Kernel(
+            "proj-trntk0",
+            "Σ_c ⟨P g_i^c, P g_j^c⟩, not normalised",
+            sums_classes=False,
+            normalised=False,
+            note="not normalised",
+            exact="trntk0",
+        ),
     )
 }
+"""On stored features; the first is the default."""
 
 
 JACOBIAN = {
@@ -74,24 +118,32 @@ REPRESENTATION = {
         ),
     )
 }
+EXACT = {**JACOBIAN, **REPRESENTATION}
+"""From a project; the first is the default."""
 
 
 def projected_kernel(name: str) -> Kernel:
     """The kernel of a name, on stored features.
 
+    Returns:
+        Its entry.
+
     Raises:
         UsageError: there is none; lists those there are.
     """
-    return _named(name, PROJECTED, {**JACOBIAN, **REPRESENTATION}, "needs a project, not a store")
+    return _named(name, PROJECTED, EXACT, "needs a project, not a store")
 
 
 def exact_kernel(name: str) -> Kernel:
     """The kernel of a name, computed exactly.
 
+    Returns:
+        Its entry.
+
     Raises:
         UsageError: there is none; lists those there are.
     """
-    return _named(name, {**JACOBIAN, **REPRESENTATION}, PROJECTED, "needs stores, not a project")
+    return _named(name, EXACT, PROJECTED, "needs stores, not a project")
 
 
 def _named(name: str, here: Mapping[str, Kernel], elsewhere: Mapping[str, Kernel], instead: str) -> Kernel:
@@ -99,83 +151,3 @@ def _named(name: str, here: Mapping[str, Kernel], elsewhere: Mapping[str, Kernel
         return here[name]
     what = f"{name} {instead}" if name in elsewhere else "unknown kernel"
     raise UsageError(what, where="--kernel", expected=f"one of {', '.join(here)}", got=repr(name))
-
-
-def require_served(kernel: Kernel, store: Rows) -> None:
-    """Refuse a kernel that the layout of some rows cannot serve.
-
-    Raises:
-        UsageError: per-class features are needed and there is only a sum over classes.
-    """
-    if store.identity["layout"] == "mixed" and store.schema.classes > 1 and kernel.sums_classes:
-        raise UsageError(
-            f"{kernel.name} needs P Σ_c g^c, and this store projects every class by a P of its own",
-            where=store.where,
-            expected="layout per-class or sum",
-            got="layout mixed",
-            hint="Use --kernel proj-trntk, or featurize with another --layout",
-        )
-    if store.identity["layout"] == "sum" and store.schema.classes > 1 and not kernel.sums_classes:
-        raise UsageError(
-            f"{kernel.name} needs the features of each class, and this store holds only P Σ_c g^c",
-            where=store.where,
-            expected="layout per-class",
-            got="layout sum",
-            hint="Use --kernel proj-pntk, or featurize with --layout per-class",
-        )
-
-
-def feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Φ of some rows of a store.
-
-    Args:
-        kernel: which kernel.
-        columns: what `Rows.read` returns: features [n, c, K] with their scale, norm and row.
-
-    Returns:
-        (Φ float32 [n, D], its norms float64 [n]); D is c·K, or K where classes are summed. The norms are 1 for a kernel
-        that is not normalised. Holds Φ and, where classes are summed, the features beside it.
-
-    Raises:
-        NonFiniteError: a row's Φ is zero or not finite, so that a cosine is undefined; names the row.
-    """
-    features = decode(columns["features"], columns["scale"])
-    phi = features.sum(dim=1) if kernel.sums_classes else features.flatten(1)
-    return phi, _norms(kernel, phi, columns)
-
-
-def stored_feature_map(kernel: Kernel, columns: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Φ of some rows, divided by its norm where the kernel is normalised, as values and the factors that they lack.
-
-    Returns:
-        (values [n, c, K], factors float64 [n, c]): the stored digits themselves, not copied, and what one of them is
-        worth; where classes are summed float32 with 1 in place of c. Holds the latter, and the features beside them.
-
-    Raises:
-        NonFiniteError: as `feature_map`.
-    """
-    if kernel.sums_classes:
-        phi, norms = feature_map(kernel, columns)
-        return phi[:, None], 1 / norms[:, None]
-    values = torch.from_numpy(columns["features"])
-    return values, torch.from_numpy(columns["scale"]).double() / _norms(kernel, values, columns)[:, None]
-
-
-def _norms(kernel: Kernel, phi: Tensor, columns: Mapping[str, np.ndarray]) -> Tensor:
-    """What rows are divided by, float64 [n]."""
-    if kernel.sums_classes:
-        norms = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64)
-    else:
-        norms = torch.linalg.vector_norm(torch.from_numpy(columns["norm"]), dim=1)
-    if not kernel.normalised:
-        norms = torch.where(torch.isfinite(norms), torch.ones_like(norms), norms)
-    bad = torch.nonzero(~(torch.isfinite(norms) & (norms > 0)))
-    if len(bad):
-        i = int(bad[0])
-        raise NonFiniteError(
-            f"the features of row {columns['row'][i]} have no direction, so {kernel.name} is undefined",
-            expected="a finite norm above zero",
-            got=f"norm {norms[i].item()}",
-            hint="Run `gradstore verify` on the store",
-        )
-    return norms

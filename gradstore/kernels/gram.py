@@ -15,7 +15,8 @@ import torch
 
 from gradstore.arithmetic.chooser import choose_arithmetic, runs_on_gpu
 from gradstore.arithmetic.product import Operand, multiply
-from gradstore.kernels.definitions import Kernel, projected_kernel, require_served, stored_feature_map
+from gradstore.kernels.definitions import Kernel, projected_kernel
+from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.gram_file import Gram, Report, write_tiles
 from gradstore.kernels.gram_tiles import Grid, Skip, Tile, nothing, plan_grid
 from gradstore.machine.byte_counts import parse_bytes
@@ -83,7 +84,7 @@ def gram(
     Args:
         a: rows of the matrix.
         b: its columns; None for `a` itself, which computes one half and mirrors it.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED`; one that is fitted is fitted on `b`.
         out: HDF5 file to write the matrix to. None returns an iterator of tiles, each on or above the diagonal where b
             is None. A run that was interrupted is continued by the same call.
         memory: bytes, or text like "2GB", that operands and tiles may take.
@@ -131,6 +132,7 @@ class StoreTiles:
     """The tiles of one kernel between two `Rows`.
 
     Attributes:
+        phi: the feature map.
         grid: how the matrix is cut.
         strip: rows that a worker reads at a time.
         in_place: they are read into the operand, and multiplied as they are.
@@ -156,21 +158,22 @@ class StoreTiles:
             require_served(kernel, store)
         require_comparable(self.a, self.b)
         n, c, K = self.a.shape
-        self.width = 1 if kernel.sums_classes else c
-        self.in_place = self.arithmetic.as_stored and not kernel.sums_classes and self.a.schema.dtype != "int8"
-        few_bits = self.a.schema.dtype != "float32" and not kernel.sums_classes
+        self.phi = FeatureMap.of(kernel, self.b, memory)
+        self.in_place = self.arithmetic.as_stored and self.phi.as_stored and self.a.schema.dtype != "int8"
+        few_bits = self.a.schema.dtype != "float32" and self.phi.as_stored
         self.dtype = torch.float16 if few_bits else torch.float32
         row = self.a.schema.row_bytes
         share = memory // 16 // worker_count()
         self.strip = max(1, min(_STRIP_BYTES, share) // row)
-        self.together = max(1, min(_CACHED_BYTES, share) // (_VALUE_BYTES * c * K))
+        converting = _VALUE_BYTES * c * K + self.phi.making
+        self.together = max(1, min(_CACHED_BYTES, share) // converting)
         always, each = self.arithmetic.workspace_bytes(K)
-        making = always + self.strip * row + self.together * _VALUE_BYTES * c * K
+        making = always + self.strip * row + self.together * converting
         self.grid: Grid = plan_grid(
             n,
             len(self.b),
             symmetric=self.symmetric,
-            held=self.arithmetic.bytes_a_row(self.width * K, self.dtype),
+            held=self.arithmetic.bytes_a_row(self.phi.length, self.dtype),
             loading=worker_count() * each,
             value=28,
             memory=_within(self.device, memory),
@@ -210,8 +213,8 @@ class StoreTiles:
         }
 
     def _empty(self, rows: int) -> Operand:
-        normalised = self.kernel.normalised
-        return self.arithmetic.empty(rows, self.width, self.a.schema.K, normalised=normalised, dtype=self.dtype)
+        shape, normalised = (rows, self.phi.segments, self.phi.K), self.kernel.normalised
+        return self.arithmetic.empty(*shape, normalised=normalised, dtype=self.dtype)
 
     def _readers(self, workers: Workers) -> tuple[Load, Load]:
         a = self._reader(self.a, workers)
@@ -251,11 +254,12 @@ class StoreTiles:
         store.read(rows.start, rows.stop, out=columns, check=check)
         for at in range(0, len(rows), self.together):
             some = slice(at, at + self.together)
-            phi, factors = stored_feature_map(self.kernel, {name: values[some] for name, values in columns.items()})
+            part = {name: column[some] for name, column in columns.items()}
+            values, factors = self.phi.stored(part, store.where)
             if self.in_place:
                 made.set_worth(place + at, factors)
             else:
-                made.fill(place + at, phi.float(), factors, rows[some])
+                made.fill(place + at, values.float(), factors, rows[some])
 
 
 Load = Callable[..., Operand]

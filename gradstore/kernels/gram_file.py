@@ -72,6 +72,9 @@ class Gram:
 def open_gram(path: str | os.PathLike[str]) -> Gram:
     """Open a Gram matrix that `gram` or `exact_gram` wrote.
 
+    Returns:
+        The matrix, of which values are read when it is indexed.
+
     Raises:
         UsageError: there is no such file, or it is something else.
         CorruptError: HDF5 cannot read it.
@@ -168,6 +171,9 @@ def open_gram_writer(
 ) -> Iterator[GramWriter]:
     """Begin or continue the matrix that `attributes` describe; it gets its name when the block ends without an error.
 
+    Yields:
+        What tiles are written to.
+
     Raises:
         UsageError: the directory does not exist.
         MismatchError: an unfinished matrix of that name is another one.
@@ -211,6 +217,9 @@ def finished_gram(
     path: Path, shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int], disk: Disk
 ) -> Gram | None:
     """The matrix at `path` if it is there and is the one described; None where nothing is there.
+
+    Returns:
+        The matrix, or None.
 
     Raises:
         MismatchError: something else is there.
@@ -310,6 +319,9 @@ def write_tiles(
         dtype: of the values on disk.
         progress: called after every tile.
         disk: where bytes go; for tests.
+
+    Returns:
+        The written matrix.
 
     Raises:
         Errors: those of `open_gram_writer` and `finished_gram`.

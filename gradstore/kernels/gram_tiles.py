@@ -92,6 +92,9 @@ class Grid:
             load_b: the same for columns that pass by.
             multiply: (operands of consecutive rows, operand of columns) -> their tile.
             skip: rectangles to leave out.
+
+        Yields:
+            Tiles, row by row.
         """
         for group in _cut(range(self.n), self.group):
             if self.symmetric:
@@ -177,6 +180,9 @@ def plan_grid(
         fixed: bytes that are taken whatever the cut.
         most: the largest block.
         ahead: operands are loaded in a thread, so that one is ready and one being made while one is in use.
+
+    Returns:
+        The cut.
 
     Raises:
         UsageError: not even the smallest cut fits.

@@ -15,9 +15,11 @@ import torch
 from gradstore.errors import UsageError
 from gradstore.featurization.fingerprint import data_identity, identity_of_model
 from gradstore.featurization.settings import Settings
-from gradstore.kernels.definitions import Kernel, feature_map, projected_kernel, require_served
+from gradstore.kernels.definitions import PROJECTED, projected_kernel
 from gradstore.kernels.exact.exact_gram import exact_gram
+from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.projection_error import effective_dimension, standard_errors
+from gradstore.machine.byte_counts import parse_bytes
 from gradstore.model.project import Project
 from gradstore.report import Fact, ResidualPage, write_residual
 from gradstore.report.csv_table import write_csv
@@ -25,7 +27,6 @@ from gradstore.report.shown_rows import provenance
 from gradstore.store.identity import require_same, without_data
 from gradstore.store.rows import Rows, require_comparable
 
-_EXACT = {"proj-trntk": "trntk", "proj-trntk0": "trntk0", "proj-pntk": "pntk-cosine"}
 _POINTS = 120
 
 
@@ -111,7 +112,7 @@ class Residuals:
             facts.append(Fact(f"{values['K_eff']:,.0f}", "effective dimension", f"K is {self.a.schema.K:,}"))
         return ResidualPage(
             kernel=self.kernel,
-            exact=_EXACT[self.kernel],
+            exact=projected_kernel(self.kernel).exact,
             pairs=len(self.exact),
             facts=tuple(facts),
             x=tuple(x.tolist()),
@@ -154,11 +155,14 @@ def residual(
         project: the project that the stores were made from.
         a: a store, or any `Rows`.
         b: another; None pairs rows of `a` with other rows of `a`.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED` that has an exact kin.
         pairs: how many pairs, at least.
         seed: of the sample.
         memory: bytes that the exact kernel may take.
         device: for the exact kernel.
+
+    Returns:
+        Exact and projected values of every pair.
 
     Raises:
         UsageError: an unknown kernel, one that the layout cannot serve, or too few rows for two different ones.
@@ -171,6 +175,11 @@ def residual(
         ((16,), True)
     """
     chosen = projected_kernel(kernel)
+    if not chosen.exact:
+        there = [name for name, other in PROJECTED.items() if other.exact]
+        raise UsageError(
+            "no exact kernel is its like", where="--kernel", expected=f"one of {', '.join(there)}", got=repr(kernel)
+        )
     other = a if b is None else b
     require_comparable(a, other)
     require_served(chosen, a)
@@ -179,11 +188,11 @@ def residual(
             _require_same_project(project, part)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
     (rows_a, splits_a), (rows_b, splits_b) = _by_part(a, rows_a), _by_part(other, rows_b)
-    exact_values = partial(exact_gram, project, kernel=_EXACT[kernel], memory=memory, device=device)
+    exact_values = partial(exact_gram, project, kernel=chosen.exact, memory=memory, device=device)
     exact = np.block(
         [[exact_values(x, y, rows_a=rows_x, rows_b=rows_y) for y, rows_y in splits_b] for x, rows_x in splits_a]
     )
-    projected, errors = _projected(chosen, a, other, rows_a, rows_b)
+    projected, errors = _projected(FeatureMap.of(chosen, a, parse_bytes(memory)), a, other, rows_a, rows_b)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), exact.ravel(), projected.ravel(), errors.ravel())
     return Residuals(kernel, *flat, a=a, b=other)
@@ -211,18 +220,18 @@ def _by_part(store: Rows, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[str,
 
 
 def _projected(
-    kernel: Kernel, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
+    phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel values and their standard errors, [n, m]; holds the features of rows_b and of one row of rows_a."""
     right = torch.from_numpy(b.features[rows_b])
-    maps = [feature_map(kernel, b.read(int(row), int(row) + 1)) for row in rows_b]
+    maps = [phi_of.rows(b.read(int(row), int(row) + 1), b.where) for row in rows_b]
     phi, norms = torch.cat([phi for phi, _ in maps]).double(), torch.cat([norm for _, norm in maps])
     values, errors = [], []
     for row in rows_a:
-        own, norm = feature_map(kernel, a.read(int(row), int(row) + 1))
+        own, norm = phi_of.rows(a.read(int(row), int(row) + 1), a.where)
         values.append((own.double() @ phi.T / (norm[:, None] * norms))[0])
         left = torch.from_numpy(a.features[int(row)])
-        errors.append(torch.cat([standard_errors(left[None], part[None], kernel) for part in right]))
+        errors.append(torch.cat([standard_errors(left[None], part[None], phi_of.kernel) for part in right]))
     return torch.stack(values).numpy(), torch.stack(errors).numpy()
 
 

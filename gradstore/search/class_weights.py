@@ -8,33 +8,32 @@ from collections.abc import Mapping
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.kernels.definitions import Kernel
 from gradstore.store.rows import Rows
 
 PREDICTED = "predicted"
 
-Classes = str | Mapping[str, float] | None
-"""None for the kernel's own; "predicted"; an expression such as "cat - 0.5 dog"; or a mapping name -> weight."""
+Asked = str | Mapping[str, float]
+""""predicted"; an expression such as "cat - 0.5 dog"; or a mapping name -> weight."""
+Classes = Asked | None
+"""None for the kernel's own."""
 
 
-def query_weights(
-    classes: Classes, kernel: Kernel, train: Rows, queries: Rows, rows: np.ndarray
-) -> list[tuple[float, ...] | None]:
-    """The class weights w of Φ = Σ_c w_c φ^c for each query; None where the classes stand side by side.
+def query_weights(classes: Asked, train: Rows, queries: Rows, rows: np.ndarray) -> list[tuple[float, ...]]:
+    """The class weights w of Φ = Σ_c w_c φ^c for each query.
 
     Args:
         classes: what the caller asked for.
-        kernel: without `classes`, decides between side by side (trNTK) and a sum with all weights 1 (pNTK).
         train: gives the names and number of classes.
         queries: gives the predicted class of each row.
         rows: int64 [m], rows of the query store.
+
+    Returns:
+        m tuples of c numbers.
 
     Raises:
         UsageError: no such class, no weight other than zero, or a layout that holds only the sum over classes.
     """
     c = train.schema.c
-    if classes is None:
-        return [(1.0,) * c if kernel.sums_classes else None] * len(rows)
     if c == 1 and train.schema.classes > 1:
         raise UsageError(
             "a combination of classes needs the features of each, and this store holds only their sum",
@@ -50,6 +49,9 @@ def query_weights(
 
 def parse_weights(text: str) -> dict[str, float]:
     """Weights of text such as "cat - dog", "0.5 cat + 2 bird" or "cat"; names with spaces or signs in double quotes.
+
+    Returns:
+        Name -> weight.
 
     Raises:
         UsageError: it is no such sum.

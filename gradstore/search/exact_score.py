@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gradstore.arithmetic import compiled_loops
 from gradstore.native import library
-from gradstore.search.phi import Phi, Scaled
-from gradstore.search.query_batch import QueryGroup, vector_norm
+from gradstore.search.query_batch import QueryGroup
 from gradstore.store.rows import Rows
 
 # Running sums of an inner product; `dot` in native/src/search_loops.h has as many.
@@ -51,8 +50,9 @@ class ExactScore:
             self._place[group.members] = np.arange(len(group.members))
         self.rows_read = 0
         schema = train.schema
-        summed = any(group.phi.weights is not None for group in groups)
+        summed = any(group.phi.sums for group in groups)
         decoded = 4 * schema.c * schema.K if schema.dtype == "int8" else 4 * schema.K * summed
+        decoded += max((group.phi.making for group in groups), default=0)
         self._most = int(np.clip(room // (schema.row_bytes + decoded), 1, 64))
         self._rooms = threading.local()
 
@@ -92,25 +92,14 @@ class ExactScore:
         groups = self._group[queries[pairs]]
         for g in np.unique(groups).tolist():
             mine, group = pairs[groups == g], self.groups[g]
-            scaled = Scaled.of(group.phi, columns, self.train.where)
-            values, factors, norms = _vectors(group.phi, features, scaled)
+            scaled = group.phi.scaled(features, columns, self.train.where)
+            values, factors = scaled.vectors()
+            norms = scaled.exact_norms(values)
             group.phi.require_direction(norms, batch, self.train.where)
-            row_scale = 1 / norms if group.phi.kernel.normalised else np.ldexp(1.0, scaled.exponent)
+            row_scale = group.phi.unscaled(norms, scaled.exponent)
             places, at = self._place[queries[mine]], np.searchsorted(batch, rows[mine])
             products = inner_products(values, factors, group.pieces, at, places)
             scores[mine] = products * group.scale[places] * row_scale[at]
-
-
-def _vectors(phi: Phi, features: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Values [B, segments, K] and factors float32 [B, segments], whose products are Φ · 2^-e, and their norms."""
-    if phi.weights is None:
-        assert scaled.norms is not None, "known where classes stand side by side"
-        values = features.float() if features.dtype == torch.int8 else features
-        return values, scaled.factors.contiguous(), scaled.norms
-    vectors = torch.empty(len(features), 1, phi.K)
-    for i in range(len(features)):
-        phi.write_row(features[i], scaled.factors[i], vectors[i])
-    return vectors, torch.ones(len(features), 1), np.array([vector_norm(vector) for vector in vectors])
 
 
 def inner_products(

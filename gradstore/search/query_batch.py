@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import NonFiniteError
-from gradstore.search.phi import Phi, Scaled
+from gradstore.kernels.feature_map import FeatureMap, not_finite
+from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 
 # Rows read together where wanted rows follow one another.
@@ -30,7 +30,7 @@ class QueryGroup:
         exponent: int [g].
     """
 
-    phi: Phi
+    phi: FeatureMap
     members: np.ndarray
     pieces: Tensor
     norms: np.ndarray
@@ -50,16 +50,15 @@ class QueryGroup:
     @property
     def scale(self) -> np.ndarray:
         """float64 [g], what turns an inner product of scaled vectors into the query's part of a similarity."""
-        return 1 / self.norms if self.phi.kernel.normalised else np.ldexp(1.0, self.exponent)
+        return self.phi.unscaled(self.norms, self.exponent)
 
 
-def load_queries(store: Rows, rows: np.ndarray, phis: Sequence[Phi], workers: int = 1) -> list[QueryGroup]:
-    """Read queries.
+def load_queries(request: Request, part: slice = slice(None), workers: int = 1) -> list[QueryGroup]:
+    """Read queries of a request.
 
     Args:
-        store: holds them.
-        rows: int64 [m], in any order, repeated or not.
-        phis: the feature map of each.
+        request: says where they are.
+        part: which of them.
         workers: threads that read; each holds 4·D bytes and some rows as stored.
 
     Returns:
@@ -68,24 +67,25 @@ def load_queries(store: Rows, rows: np.ndarray, phis: Sequence[Phi], workers: in
     Raises:
         NonFiniteError: a query has no direction; names the row.
     """
-    groups = []
+    groups, rows, phis = [], request.rows[part], request.phis[part]
     for phi in dict.fromkeys(phis):
         members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
-        groups.append(_load_group(store, rows[members], members, phi, workers))
+        groups.append(_load_group(request.queries, rows[members], members, phi, workers))
     return groups
 
 
-def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Phi, workers: int) -> QueryGroup:
+def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: FeatureMap, workers: int) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
 
     def load(span: tuple[int, int]) -> None:
         columns, (padded, vector) = store.read(*span), phi.padded()
-        scaled = Scaled.of(phi, columns, store.where)
+        scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
         for i, row in enumerate(range(*span)):
-            phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
-            norm = vector_norm(vector) if scaled.norms is None else float(scaled.norms[i])
-            _require_finite(norm, vector, row, store, phi)
+            norm = scaled.row(i, vector)
+            phi.require_direction(np.array([norm]), np.array([row]), store.where)
+            if not torch.isfinite(vector.sum(dtype=torch.float64)):
+                raise not_finite(row, store.where)
             for place in np.flatnonzero(rows == row):
                 pieces[:, place] = padded
                 norms[place], exponents[place] = norm, scaled.exponent[i]
@@ -100,17 +100,6 @@ def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Phi, wo
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 
-def _require_finite(norm: float, vector: Tensor, row: int, store: Rows, phi: Phi) -> None:
-    phi.require_direction(np.array([norm]), np.array([row]), store.where)
-    if not torch.isfinite(vector.sum(dtype=torch.float64)):
-        raise NonFiniteError(
-            f"the features of row {row} are not finite",
-            where=store.where,
-            expected="finite values",
-            hint="Run `gradstore verify` on the store",
-        )
-
-
 def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:
     """Half-open runs of consecutive numbers in ascending distinct `rows`, each of at most `most`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
@@ -118,9 +107,3 @@ def runs(rows: np.ndarray, most: int = _RUN) -> Iterator[tuple[int, int]]:
         for i in range(0, len(part), most):
             chunk = part[i : i + most]
             yield int(chunk[0]), int(chunk[-1]) + 1
-
-
-def vector_norm(vector: Tensor) -> float:
-    """‖·‖ in float64, summed pairwise, so that its bits depend on nothing but the vector."""
-    values = vector.reshape(-1).double().numpy()
-    return float(np.sqrt(np.add.reduce(values * values)))

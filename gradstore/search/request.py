@@ -1,40 +1,79 @@
-"""What a search is asked for, checked before anything is read."""
+"""What a search is asked for: checked once, before anything is searched, and then passed on as it is."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.indices import Choice, chosen_rows
-from gradstore.kernels.definitions import Kernel, require_served
+from gradstore.kernels.definitions import Kernel
+from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.search.class_weights import Classes, query_weights
-from gradstore.search.phi import Phi
 from gradstore.store.rows import Rows, require_comparable
 
 
-def check_request(
-    train: Rows,
-    queries: Rows,
-    k: int,
-    kernel: Kernel,
-    rows: Choice | None,
-    *,
-    by_class: bool,
-) -> np.ndarray:
-    """The wanted query rows int64 [m], once everything asked for is known to be possible.
+@dataclass(frozen=True)
+class Request:
+    """The k training rows that are most similar to each of m queries.
 
-    Raises:
-        UsageError, MismatchError: as `topk`.
+    Attributes:
+        train: the training rows.
+        queries: hold the queries.
+        rows: int64 [m], which of them, in any order, repeated or not.
+        phis: the feature map of each.
+        kernel: on stored features.
+        k: neighbours a query.
     """
-    require_comparable(train, queries)
-    if not by_class:
-        require_served(kernel, train)
-    if not 1 <= k <= len(train):
-        raise UsageError("k does not fit the training store", where="-k", expected=f"1 to {len(train)}", got=k)
-    return chosen_rows(rows, len(queries), where="--rows", what="query row")
 
+    train: Rows
+    queries: Rows
+    rows: np.ndarray
+    phis: tuple[FeatureMap, ...]
+    kernel: Kernel
+    k: int
 
-def query_phis(train: Rows, queries: Rows, kernel: Kernel, rows: np.ndarray, classes: Classes) -> list[Phi]:
-    """The feature map of each query."""
-    weights = query_weights(classes, kernel, train, queries, rows)
-    return [Phi(kernel, train.schema.c, train.schema.K, w) for w in weights]
+    @classmethod
+    def checked(
+        cls,
+        train: Rows,
+        queries: Rows,
+        k: int,
+        kernel: Kernel,
+        rows: Choice | None = None,
+        classes: Classes = None,
+        memory: int = 1 << 30,
+    ) -> Request:
+        """A request, once everything asked for is known to be possible.
+
+        Args:
+            train: the training rows.
+            queries: hold the queries.
+            k: neighbours a query.
+            kernel: on stored features.
+            rows: which queries; default all.
+            classes: class weights instead of the kernel's own.
+            memory: bytes that fitting the kernel may take, where it is fitted.
+
+        Returns:
+            The request; its maps are fitted where the kernel is.
+
+        Raises:
+            UsageError: k does not fit the training rows.
+            Others: as `topk`.
+        """
+        require_comparable(train, queries)
+        if classes is None:
+            require_served(kernel, train)
+        if not 1 <= k <= len(train):
+            raise UsageError("k does not fit the training store", where="-k", expected=f"1 to {len(train)}", got=k)
+        wanted = chosen_rows(rows, len(queries), where="--rows", what="query row")
+        asked = [None] * len(wanted) if classes is None else query_weights(classes, train, queries, wanted)
+        phis = {weights: FeatureMap.of(kernel, train, memory, weights) for weights in dict.fromkeys(asked)}
+        return cls(train, queries, wanted, tuple(phis[weights] for weights in asked), kernel, k)
+
+    def part(self, places: Sequence[int]) -> Request:
+        """The same of some queries, at least one."""
+        return replace(self, rows=self.rows[places], phis=tuple(self.phis[place] for place in places))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import NonFiniteError
+from gradstore.kernels.feature_map import not_finite
 from gradstore.machine.devices import full_float32
 from gradstore.machine.threads import single_threaded
 from gradstore.search.best import Best
@@ -23,60 +23,49 @@ from gradstore.search.bounds.bounds import BlockBounds, Bounds
 from gradstore.search.bounds.engines import choose_engine
 from gradstore.search.bounds.scan_plan import ScanPlan
 from gradstore.search.exact_score import ExactScore
-from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
-from gradstore.search.topk_result import Search
+from gradstore.search.request import Request
+from gradstore.search.topk_result import Answer, Pairs, Search
 from gradstore.store.rows import Rows
 
 
-def scan_all(
-    train: Rows,
-    queries: Rows,
-    rows: np.ndarray,
-    phis: Sequence[Phi],
-    k: int,
-    memory: int,
-    engine: str = "auto",
-) -> tuple[np.ndarray, np.ndarray, Search]:
-    """The k best rows int64 [m, k] of every query and their similarities float64 [m, k], as many passes as it takes.
+class ExactSearch:
+    """Mode "exact": every row of the training store is scored, in as many passes as it takes.
 
     Args:
-        train: the training store.
-        queries: the query store.
-        rows: int64 [m], rows of the query store.
-        phis: the feature map of each.
-        k: neighbours a query.
         memory: bytes held beside the result.
-        engine: as for `choose_engine`.
+        engine: one of `gradstore.arithmetic.choices.ENGINES`.
     """
-    if not len(rows):
-        return np.empty((0, k), np.int64), np.empty((0, k)), Search("exact", 0)
-    means, plan = choose_engine(engine, train, phis, k, memory)
-    parts = [slice(i, i + plan.batch) for i in range(0, len(rows), plan.batch)]
-    with single_threaded():
-        found = [
-            scan(train, load_queries(queries, rows[part], phis[part], plan.workers), k, means, plan) for part in parts
-        ]
-    search = Search("exact", len(train) * len(parts), means.choice.name)
-    return np.concatenate([rows for rows, _ in found]), np.concatenate([values for _, values in found]), search
+
+    def __init__(self, memory: int, engine: str = "auto") -> None:
+        self.memory, self.engine = memory, engine
+
+    def search(self, request: Request) -> Answer:
+        """The k best rows of every query.
+
+        Args:
+            request: what is searched for.
+
+        Returns:
+            Rows and similarities, and how many rows were read.
+
+        Raises:
+            UsageError: an unknown engine, or one that this machine does not have; or too little memory.
+            NonFiniteError: a row has no direction or is not finite; names it.
+            CorruptError: a row does not match its digest.
+        """
+        train, k = request.train, request.k
+        if not len(request.rows):
+            return Answer.joined([], k, Search("exact", 0))
+        means, plan = choose_engine(self.engine, train, request.phis, k, self.memory)
+        parts = [slice(at, at + plan.batch) for at in range(0, len(request.rows), plan.batch)]
+        with single_threaded():
+            found = [_pass(train, load_queries(request, part, plan.workers), k, means, plan) for part in parts]
+        return Answer.joined(found, k, Search("exact", len(train) * len(parts), means.choice.name))
 
 
-def scan(
-    train: Rows, groups: Sequence[QueryGroup], k: int, means: type[Bounds], plan: ScanPlan
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best rows of every query, over all rows, int64 [m, k], and their similarities float64 [m, k].
-
-    Args:
-        train: the training store.
-        groups: queries, one batch of them.
-        k: neighbours a query.
-        means: says the bounds.
-        plan: block size and workers.
-
-    Raises:
-        NonFiniteError: a row has no direction or is not finite; names it.
-        CorruptError: a row does not match its digest.
-    """
+def _pass(train: Rows, groups: Sequence[QueryGroup], k: int, means: type[Bounds], plan: ScanPlan) -> Pairs:
+    """The k best rows of one batch of queries, over all rows."""
     m = sum(len(group.members) for group in groups)
     best = Best(m, k, ExactScore(train, groups, plan.workers, plan.room))
     with full_float32(means.device):
@@ -132,9 +121,4 @@ class _Scan:
             return
         bad = torch.nonzero(~torch.isfinite(values).all(dim=0))
         if len(bad):
-            raise NonFiniteError(
-                f"the features of row {rows[int(bad[0])]} are not finite",
-                where=self.train.where,
-                expected="finite values",
-                hint="Run `gradstore verify` on the store",
-            )
+            raise not_finite(rows[int(bad[0])], self.train.where)

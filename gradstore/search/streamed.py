@@ -39,6 +39,9 @@ class Streamed:
     def pieces(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor, dict[str, np.ndarray]]]:
         """Rows start:stop: where some are in the block, their features as stored [r, c, K], and their other columns.
 
+        Yields:
+            (where, features, columns), views that the next replaces.
+
         Raises:
             CorruptError: a row does not match its digest; names it.
         """
@@ -52,8 +55,18 @@ def piece_rows(schema: Schema, most: int = _MOST) -> int:
     return int(np.clip(_PIECE_BYTES // schema.column("features").row_bytes, 1, most))
 
 
-def streamed_bytes(schema: Schema, block: int, piece: int = _MOST) -> int:
-    """Bytes that a `Streamed` of so many rows takes; small columns are copied to be hashed, a piece is decoded."""
+def streamed_bytes(schema: Schema, block: int, piece: int = _MOST, making: int = 0) -> int:
+    """Bytes that a `Streamed` of so many rows takes; small columns are copied to be hashed, a piece is decoded.
+
+    Args:
+        schema: of the store.
+        block: rows of a block.
+        piece: rows that are read together, at most.
+        making: bytes a row that a feature map takes beside.
+
+    Returns:
+        Bytes.
+    """
     features = schema.column("features").row_bytes
-    made = 4 * (schema.c if schema.dtype == "int8" else 1) * schema.K
-    return piece_rows(schema, piece) * (features + made) + 2 * block * (schema.row_bytes - features)
+    made, rows = 4 * (schema.c if schema.dtype == "int8" else 1) * schema.K, piece_rows(schema, piece)
+    return rows * (features + made) + min(rows, block) * making + 2 * block * (schema.row_bytes - features)

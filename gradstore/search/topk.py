@@ -8,8 +8,10 @@ from gradstore.kernels.definitions import projected_kernel
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.search.class_weights import Classes
 from gradstore.search.error_bars import with_error_bars
-from gradstore.search.request import check_request, query_phis
-from gradstore.search.scan import scan_all
+from gradstore.search.index.approximate import ApproximateSearch
+from gradstore.search.index.certified import CertifiedSearch
+from gradstore.search.request import Request
+from gradstore.search.scan import ExactSearch
 from gradstore.search.session import Session
 from gradstore.search.topk_result import Search, TopK
 from gradstore.store.rows import Rows
@@ -42,7 +44,7 @@ def topk(
         train: store of the training split, or any `Rows`.
         queries: store of another split, or any `Rows`, with the same fingerprint.
         k: neighbours a query.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED`.
         rows: rows of the query store, as indices in any order or a bool mask; default all.
         classes: compare Φ = Σ_c w_c φ^c instead: weights as a mapping or text ("cat - dog": why the one rather than the
             other), or "predicted" for the class that the network predicts for each query. The kernel then decides only
@@ -52,6 +54,9 @@ def topk(
         memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
         engine: of mode "exact", one of `gradstore.arithmetic.choices.ENGINES`; "auto" measures.
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
+
+    Returns:
+        The neighbours, indices int64 [m, k] and similarity float64 [m, k].
 
     Raises:
         UsageError: an unknown kernel, class or engine, k larger than the training store, a row that does not exist, too
@@ -65,16 +70,20 @@ def topk(
         >>> found.indices.shape, found.similarity.shape
         ((8, 5), (8, 5))
     """
-    chosen = projected_kernel(kernel)
-    wanted = check_request(train, queries, k, chosen, rows, by_class=classes is not None)
-    phis = query_phis(train, queries, chosen, wanted, classes)
-    if mode == "exact":
-        found, similarity, search = scan_all(train, queries, wanted, phis, k, parse_bytes(memory), engine)
-        result = TopK(found, similarity, wanted, kernel, train, queries, search)
-        return with_error_bars(result, phis) if error_bars else result
+    request = Request.checked(train, queries, k, projected_kernel(kernel), rows, classes, parse_bytes(memory))
+    searcher = _searcher(request, mode, memory, engine, weighted=classes is not None)
+    result = TopK.of(request, searcher.search(request))
+    return with_error_bars(result, request.phis) if error_bars else result
+
+
+def _searcher(
+    request: Request, mode: str, memory: int | str, engine: str, *, weighted: bool
+) -> ExactSearch | CertifiedSearch | ApproximateSearch:
+    """What answers the request in a mode."""
     if mode not in MODES:
         raise UsageError("unknown mode", where="--mode", expected=f"one of {', '.join(MODES)}", got=repr(mode))
-    if classes is not None:
+    if mode == "exact":
+        return ExactSearch(parse_bytes(memory), engine)
+    if weighted:
         raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
-    result = Session(train.require_stored("an index"), kernel, memory=memory).topk(queries, k, rows=wanted, mode=mode)
-    return with_error_bars(result, phis) if error_bars else result
+    return Session(request.train.require_stored("an index"), request.kernel.name, memory=memory).searcher(mode)

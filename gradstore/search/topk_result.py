@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
 from gradstore.report.csv_table import write_csv
 from gradstore.report.shown_rows import class_name, predicted_class, provenance, shown_example
+from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 
 
@@ -32,6 +34,31 @@ class Search:
     engine: str = ""
     recall: float = 1.0
     note: str = ""
+
+
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Rows of the training store int64 [m, k] and their similarities float64 [m, k], best first."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a mode finds.
+
+    Attributes:
+        indices: int64 [m, k], rows of the training store, best first.
+        similarity: float64 [m, k].
+        search: how they were found.
+    """
+
+    indices: np.ndarray
+    similarity: np.ndarray
+    search: Search
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs], k: int, search: Search) -> Answer:
+        """Of batches of queries one after another."""
+        indices, similarity = zip((np.empty((0, k), np.int64), np.empty((0, k))), *parts, strict=True)
+        return cls(np.concatenate(indices), np.concatenate(similarity), search)
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,12 @@ class TopK:
     queries: Rows
     search: Search = Search("exact", 0)
     standard_error: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, request: Request, answer: Answer) -> TopK:
+        """What was found for a request."""
+        found = (answer.indices, answer.similarity, request.rows, request.kernel.name)
+        return cls(*found, request.train, request.queries, answer.search)
 
     @property
     def k(self) -> int:

@@ -16,13 +16,13 @@ import gradstore as gs
 from gradstore.arithmetic.int8 import integer_product
 from gradstore.errors import NonFiniteError, NoSpaceError, UsageError
 from gradstore.kernels.definitions import projected_kernel
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.index.basis import fit_basis
 from gradstore.search.index.index_file import load_index
 from gradstore.search.index.sketch import SketchBlock, sketch_queries
 from gradstore.search.index.store_index import index_path, open_index
-from gradstore.search.phi import Phi
 from gradstore.search.query_batch import load_queries
-from gradstore.search.request import query_phis
+from gradstore.search.request import Request
 from gradstore.search.session import Session
 from gradstore.store.feature_store import FeatureStore
 
@@ -75,17 +75,17 @@ def test_bounds_hold_for_every_pair(
         features = np.concatenate([clustered(80, 2, 150, seed=seed + i, noise=noise) for i in (0, 1)])
     train = write_store(path / "a", features[:80], dtype=dtype)
     queries = write_store(path / "b", features[80:89], dtype=dtype)
-    phis = query_phis(train, queries, projected_kernel(kernel), np.arange(9), None)
-    basis = fit_basis(train, phis[0], np.arange(0, 80, 2), size)
-    rows = SketchBlock(train, phis[0], basis, 80).sketch(0, 80)
-    estimate, spread = sketch_queries(basis, load_queries(queries, np.arange(9), phis)[0]).bounds(rows)
+    request = Request.checked(train, queries, 1, projected_kernel(kernel))
+    basis = fit_basis(train, request.phis[0], np.arange(0, 80, 2), size)
+    rows = SketchBlock(train, request.phis[0], basis, 80).sketch(0, 80)
+    estimate, spread = sketch_queries(basis, load_queries(request)[0]).bounds(rows)
     error = np.abs(dense_similarity(train, queries, kernel) - estimate.numpy())
     assert (error <= spread.numpy()).all()
 
 
 def test_a_basis_of_the_whole_space_leaves_little(tmp_path: Path) -> None:
     train = write_store(tmp_path / "a", clustered(60, 1, 40, noise=0.5), dtype="float32")
-    phi = Phi(projected_kernel("proj-trntk"), 1, 40)
+    phi = FeatureMap(projected_kernel("proj-trntk"), 1, 40)
     basis = fit_basis(train, phi, np.arange(60), 40)
     rows = SketchBlock(train, phi, basis, 60).sketch(0, 60)
     assert basis.size == 40

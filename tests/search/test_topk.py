@@ -17,12 +17,11 @@ import gradstore.search.scan
 from gradstore.arithmetic.int8 import integer_products_are_exact
 from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.kernels.definitions import projected_kernel
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
 from gradstore.search.bounds.scan_plan import ScanPlan, plan_scan
 from gradstore.search.class_weights import parse_weights
-from gradstore.search.phi import Phi
 from gradstore.search.query_batch import QueryGroup, load_queries
-from gradstore.search.request import query_phis
 from gradstore.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.numerical
@@ -73,7 +72,7 @@ def test_every_dtype_and_width_of_piece(dtype: str, K: int, tmp_path: Path) -> N
 def test_bits_depend_on_nothing_but_the_stores(stores: tuple, kernel: str) -> None:
     train, queries = stores
     first = gs.topk(train, queries, 7, kernel)
-    phi = query_phis(train, queries, projected_kernel(kernel), np.arange(1), None)[0]
+    phi = FeatureMap.of(projected_kernel(kernel), train, 0)
     least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
     assert _planned(train, phi, least) != _planned(train, phi, 10**9)
     some = [11, 0, 29]
@@ -86,11 +85,11 @@ def test_bits_depend_on_nothing_but_the_stores(stores: tuple, kernel: str) -> No
         np.testing.assert_array_equal(other.similarity, first.similarity[some])
 
 
-def _planned(train: FeatureStore, phi: Phi, memory: int) -> ScanPlan:
+def _planned(train: FeatureStore, phi: FeatureMap, memory: int) -> ScanPlan:
     return plan_scan(train, [phi], 30, 7, memory, Float32Bounds)
 
 
-def _fits(train: FeatureStore, phi: Phi, memory: int) -> bool:
+def _fits(train: FeatureStore, phi: FeatureMap, memory: int) -> bool:
     try:
         _planned(train, phi, memory)
     except UsageError:
@@ -285,7 +284,7 @@ def test_layout_sum_serves_only_the_sum(tmp_path: Path) -> None:
 
 def test_queries_of_one_pass_are_gone_before_the_next_are_read(stores: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     train, queries = stores
-    phi = query_phis(train, queries, projected_kernel("proj-trntk"), np.arange(1), None)[0]
+    phi = FeatureMap.of(projected_kernel("proj-trntk"), train, 0)
     least = next(b for b in range(20_000, 2_000_000, 2_000) if _fits(train, phi, b))
     assert _planned(train, phi, least).batch < 15
     seen: list[weakref.ref[object]] = []

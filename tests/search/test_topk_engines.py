@@ -20,6 +20,7 @@ from gradstore.arithmetic.int8 import integer_product, integer_products_are_exac
 from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.native import library
 from gradstore.search.bounds import engines
 from gradstore.search.bounds.bounds import Bounds
@@ -27,9 +28,8 @@ from gradstore.search.bounds.bounds_bfloat16 import LimbBounds, PackedQueries
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
 from gradstore.search.bounds.bounds_int8 import IntegerBounds
 from gradstore.search.exact_score import inner_products
-from gradstore.search.phi import Phi
 from gradstore.search.query_batch import load_queries
-from gradstore.search.request import query_phis
+from gradstore.search.request import Request
 from gradstore.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.numerical
@@ -149,9 +149,7 @@ def test_bounds_hold_for_every_pair(
     features = (features * scale).astype(np.float32).reshape(50, 2, K) + np.float32(1e-3 * scale)
     train = write_store(path / "a", features, dtype=dtype, shard_rows=20)
     queries = write_store(path / "b", features[::7], dtype=dtype)
-    groups = load_queries(
-        queries, np.arange(8), query_phis(train, queries, projected_kernel(kernel), np.arange(8), None)
-    )
+    groups = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
     exact = dense_similarity(train, queries, kernel)
     bounds = MEANS[engine.split()[0]](train, groups)
     if engine.endswith("refined"):
@@ -279,7 +277,9 @@ def test_where_packed_queries_do_not_fit_other_engines_are_used(stores: tuple, m
 def test_an_engine_that_reads_the_store_much_more_often_is_not_taken(
     stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half_as_many(train: FeatureStore, phis: list[Phi], m: int, k: int, memory: int, means: type[Bounds]) -> object:
+    def half_as_many(
+        train: FeatureStore, phis: list[FeatureMap], m: int, k: int, memory: int, means: type[Bounds]
+    ) -> object:
         plan = plan_scan(train, phis, m, k, memory, means)
         return plan if means is Float32Bounds else dataclasses.replace(plan, batch=plan.batch // 2 - 1)
 

@@ -28,6 +28,9 @@ def choose_alpha(
     By τ: Kendall's τ between the surrogate's and the network's log-odds of the labelled class. The rows held out are
     ones that the network was trained on; the surrogate was not. By likelihood, or where the network's outputs are not
     known: mean log-likelihood of the labels.
+
+    Returns:
+        (alpha, alpha -> its score).
     """
     keep = _kept(data, settings.seed)
     scores = {}
@@ -43,6 +46,9 @@ def log_odds(basis: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Args:
         basis: [n, classes].
         labels: y, int64 [n].
+
+    Returns:
+        float64 [n].
     """
     at = np.arange(len(labels))
     others = np.array(basis, np.float64)

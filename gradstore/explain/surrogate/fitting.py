@@ -46,6 +46,9 @@ class Solver(Protocol):
 def fit(data: TrainingData, settings: Settings) -> Fitted:
     """Fit a surrogate, choosing alpha first where that is asked for.
 
+    Returns:
+        W, b and how the fit went.
+
     Raises:
         UsageError: a setting is unusable, or memory too small.
     """
@@ -110,7 +113,7 @@ class OneVsRestSolver:
 
     def __init__(self, gram: TrainingGram, data: TrainingData, settings: Settings) -> None:
         self._gram, self._settings = gram, settings
-        self._scale = 1.0 if data.kernel is not None and data.kernel.normalised else gram.mean_diagonal()
+        self._scale = 1.0 if data.phi is not None and data.phi.kernel.normalised else gram.mean_diagonal()
         self._labels = hard_labels(data, settings)
         self._class_weights = class_weights(data, settings)
 

@@ -19,6 +19,7 @@ from gradstore.explain.surrogate.fitting import fit
 from gradstore.explain.surrogate.map_rows import ArrayRows, StoreRows, scores
 from gradstore.explain.surrogate.saved import load_fitted, save_fitted
 from gradstore.explain.surrogate.training_data import TrainingData, kernel_on, new_array, training_data
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.kernels.gram_file import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.rows import Rows
@@ -44,7 +45,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     fingerprint. An un-normalised kernel is divided by the mean of κ(x_i, x_i) while fitting.
 
     Args:
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0" on stores; "linear" or "cosine" on arrays [n, D];
+        kernel: on stores a name in `gradstore.kernels.definitions.PROJECTED`; "linear" or "cosine" on arrays [n, D];
             "precomputed", or the name of an exact kernel, on Gram matrices: files or arrays, [n, n] to fit and [m, n]
             to ask.
         backend: "multinomial" or "sgd".
@@ -70,6 +71,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         n_iter_: iterations or epochs.
         converged_: whether the tolerance was met; `reason_` says why it stopped, `loss_` where.
         logit_error_: multinomial: bound on the error of a logit from stopping early.
+        state_: what the kernel's feature map was fitted to, arrays by name; None of a kernel that fits nothing.
         n_features_in_: columns that queries must have: D, or n for a Gram matrix.
 
     Example:
@@ -116,6 +118,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             outputs: logits of the network [n, classes]; default those of the store. Needed where `target` is not
                 "labels", and to select alpha by τ.
 
+        Returns:
+            Itself.
+
         Raises:
             UsageError: labels are missing or all the same, or a setting is unusable.
             NonFiniteError: a row's cosine is undefined, or the Gram matrix is not positive semidefinite.
@@ -125,6 +130,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         data = training_data(X, y, outputs, self.kernel, settings.target, settings.memory)
         fitted = fit(data, settings)
         self.classes_, self.n_features_in_, self.binding_ = data.classes, data.columns, data.binding
+        self.state_ = None if data.phi is None else data.phi.state
         for name, value in vars(fitted).items():
             setattr(self, f"{name}_", value)
         self._warn(data)
@@ -135,6 +141,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
 
         Of two classes fitted by "sgd", the first is the mirror of the second.
 
+        Returns:
+            float64 [m, classes].
+
         Raises:
             MismatchError: the queries are not of the same weights and settings, or of other training examples.
             UsageError: they are of another kind than what the surrogate was fitted on.
@@ -143,7 +152,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         if isinstance(X, Rows):
             self.binding_.require_queries(X)
-            rows = StoreRows(X, kernel_on(self.kernel), parse_bytes(self.memory))
+            rows = StoreRows(X, self.phi_on(X), parse_bytes(self.memory))
             return scores(rows, self.vectors_) + self.intercept_
         if isinstance(X, Gram):
             self.binding_.require_query_gram(X)
@@ -154,10 +163,17 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             return values @ self.coef_.T + self.intercept_
         return scores(ArrayRows(values, normalised=self.kernel == "cosine"), self.vectors_) + self.intercept_
 
+    def phi_on(self, store: Rows) -> FeatureMap:
+        """The feature map of a surrogate fitted on a store, for rows like its own."""
+        return FeatureMap(kernel_on(self.kernel), store.schema.c, store.schema.K, state=self.state_)
+
     def decision_function(self, X: Data) -> np.ndarray:
         """Logits [m, classes]; for an array and two classes one number a row, above 0 for the second class.
 
         The exception is scikit-learn's convention.
+
+        Returns:
+            float64 [m, classes], or [m].
         """
         logits = self.logits(X)
         if isinstance(X, (Rows, Gram)) or len(self.classes_) > 2:
@@ -169,6 +185,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
 
         The logits themselves, or for "sgd" the logarithms of the sigmoids. What compares probabilities compares these,
         for they do not saturate.
+
+        Returns:
+            float64 [m, classes].
         """
         logits = self.logits(X)
         return log_expit(logits) if self.backend == "sgd" else logits
@@ -185,6 +204,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file whose header holds the settings and what the surrogate is bound to, as JSON.
 
+        Returns:
+            The path.
+
         Raises:
             NoSpaceError: the disk is full.
             UsageError: nothing can be written there.
@@ -195,6 +217,9 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> KernelGLM:
         """Read what `save` wrote; it cannot name code.
+
+        Returns:
+            The surrogate.
 
         Raises:
             UsageError: there is no such file, or it is something else.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import UsageError
-from gradstore.kernels.definitions import Kernel, feature_map
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.machine.prefetch import prefetched
 from gradstore.store.rows import Rows
@@ -71,7 +71,7 @@ class StoreRows:
 
     Args:
         store: complete rows.
-        kernel: which Φ.
+        phi: which Φ.
         memory: bytes.
         share: the blocks may take one part in `share` of them.
 
@@ -79,14 +79,14 @@ class StoreRows:
         UsageError: not even one row fits the memory.
     """
 
-    def __init__(self, store: Rows, kernel: Kernel, memory: int, share: int = 1) -> None:
+    def __init__(self, store: Rows, phi: FeatureMap, memory: int, share: int = 1) -> None:
         n, c, K = store.shape
-        self.n, self.length = n, K if kernel.sums_classes else c * K
+        self.n, self.length = n, phi.length
         self.bytes = 4 * n * self.length
-        self._store, self._kernel = store, kernel
+        self._store, self._phi = store, phi
         self._checked = False
         # As read, decoded and normalised, three times: one block in use, one ready, one being made.
-        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length)
+        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length + phi.making)
         if share * row > memory:
             raise UsageError(
                 "too little memory",
@@ -117,14 +117,16 @@ class StoreRows:
 
     def _load(self, span: slice) -> Tensor:
         columns = self._store.read(span.start, span.stop, check=not self._checked)
-        phi, norms = feature_map(self._kernel, columns)
-        return phi.div_(norms[:, None].float()) if self._kernel.normalised else phi
+        return self._phi.unit_rows(columns, self._store.where)
 
 
 def doubled(rows: PhiRows) -> Iterator[tuple[slice, Tensor]]:
     """Blocks in float64, small enough that the copies stay in cache.
 
     Sums in float32 would be too coarse: an objective that is only known to 1e-7 hides its minimum from L-BFGS.
+
+    Yields:
+        (rows, Φ float64 [rows, D]).
     """
     step = max(1, _COPY_BYTES // (8 * rows.length))
     for span, phi in rows.blocks():

@@ -39,6 +39,9 @@ def epoch_orders(n: int, block: int, seed: int, *, shuffle: bool) -> Iterator[li
     """For every epoch the rows of each block in the order in which they are learnt.
 
     Blocks of consecutive rows come in random order, and so do the rows of a block, so that a block is one read.
+
+    Yields:
+        For each block int64 [rows]; without end.
     """
     rng = np.random.default_rng(seed)
     spans = [np.arange(at, min(at + block, n)) for at in range(0, n, block)]
@@ -77,6 +80,9 @@ def fit_one_vs_rest(
         max_iter: epochs at most.
         seed: of the order.
         shuffle: False learns rows in their own order.
+
+    Returns:
+        W, b and how the fit went.
     """
     model = SGDClassifier(
         loss="log_loss",

@@ -17,6 +17,7 @@ from gradstore.store.files.disk import Disk, MissingFileError
 
 FORMAT = "gradstore-surrogate"
 VERSION = 1
+_STATE = "state."  # begins the names of what the kernel's feature map fitted
 _TENSORS = ("coef_", "intercept_", "vectors_", "classes_")
 _REPORT = ("alpha_", "n_iter_", "loss_", "converged_", "reason_", "logit_error_", "n_features_in_")
 _MOST_BYTES = 64 << 30
@@ -25,6 +26,7 @@ _MOST_BYTES = 64 << 30
 def save_fitted(model: Any, path: Path) -> Path:
     """Write a fitted `KernelGLM`; a reader sees the old file or the new."""
     tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _TENSORS if _kept(model, name)}
+    tensors |= {_STATE + name: np.ascontiguousarray(value) for name, value in (model.state_ or {}).items()}
     described = {
         "format": FORMAT,
         "version": VERSION,
@@ -59,6 +61,8 @@ def load_fitted(cls: type, path: Path) -> Any:
         model.binding_ = Binding(**described["binding"])
         for name in _TENSORS:
             setattr(model, name, tensors.get(name))
+        state = {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
+        model.state_ = state or None
         if model.classes_ is None:
             model.classes_ = np.array(described["classes"])
     except (SafetensorError, TypeError, KeyError, ValueError) as error:

@@ -117,6 +117,9 @@ def fit_softmax(
         tolerance: stop where the surrogate's logits are certain to this.
         max_iter: iterations at most.
 
+    Returns:
+        W, b and how the fit went.
+
     Raises:
         NonFiniteError: the objective is not finite.
     """

@@ -15,7 +15,8 @@ from gradstore.explain.surrogate.binding import Binding
 from gradstore.explain.surrogate.map_rows import ArrayRows, PhiRows, StoreRows
 from gradstore.explain.surrogate.training_gram import assembled, store_gram
 from gradstore.indices import class_indices
-from gradstore.kernels.definitions import PROJECTED, Kernel, require_served
+from gradstore.kernels.definitions import PROJECTED, Kernel
+from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.gram_file import Gram
 from gradstore.store.rows import Rows
 
@@ -32,7 +33,7 @@ class TrainingData:
 
     Attributes:
         source: `Rows`, an array [n, D] of features, or a Gram matrix [n, n].
-        kernel: on stores; None otherwise.
+        phi: the feature map on stores; None otherwise.
         rows: Φ of the examples; None for Gram matrices.
         labels: indices into `classes`, int64 [n].
         classes: the labels' values.
@@ -43,7 +44,7 @@ class TrainingData:
     """
 
     source: Rows | Gram | np.ndarray
-    kernel: Kernel | None
+    phi: FeatureMap | None
     rows: PhiRows | None
     labels: np.ndarray
     classes: np.ndarray
@@ -60,15 +61,15 @@ class TrainingData:
     def gram(self, memory: int, scratch: Any) -> AbstractContextManager[np.ndarray | Gram]:
         """The Gram matrix while the context lasts, in memory or in a file."""
         if isinstance(self.source, Rows):
-            assert self.kernel is not None
-            return store_gram(self.source, self.kernel, memory, scratch)
+            assert self.phi is not None
+            return store_gram(self.source, self.phi.kernel, memory, scratch)
         return nullcontext(self._given_gram())
 
     def gram_in_memory(self, memory: int) -> np.ndarray:
         """The Gram matrix, float64 [n, n], the caller's own."""
         if isinstance(self.source, Rows):
-            assert self.kernel is not None
-            return assembled(self.source, self.kernel, memory, np.float64)
+            assert self.phi is not None
+            return assembled(self.source, self.phi.kernel, memory, np.float64)
         return np.array(self._given_gram()[:], np.float64)
 
     def _given_gram(self) -> np.ndarray | Gram:
@@ -81,6 +82,9 @@ class TrainingData:
 
 def kernel_on(name: str) -> Kernel:
     """The kernel on stores of a name.
+
+    Returns:
+        The kernel.
 
     Raises:
         UsageError: it is none.
@@ -98,6 +102,9 @@ def kernel_on(name: str) -> Kernel:
 
 def training_data(X: Any, y: Any, outputs: Any, kernel: str, target: str, memory: int) -> TrainingData:
     """Check and gather what a fit needs; see `KernelGLM.fit` for the arguments.
+
+    Returns:
+        Everything that a fit needs.
 
     Raises:
         UsageError: labels are missing or all the same, or the kernel does not fit the data.
@@ -117,15 +124,16 @@ def _from_store(store: Rows, y: Any, outputs: Any, kernel: Kernel, target: str, 
     if y is None and target != "labels" and logits is not None and (store.labels < 0).any():
         y = logits.argmax(axis=1)  # nothing but the network's outputs is learnt
     labels = _stored_labels(store, y, classes)
+    phi = FeatureMap.of(kernel, store, memory)
     return TrainingData(
         source=store,
-        kernel=kernel,
-        rows=StoreRows(store, kernel, memory, share=2),
+        phi=phi,
+        rows=StoreRows(store, phi, memory, share=2),
         labels=labels,
         classes=np.arange(classes),
         outputs=logits,
         binding=Binding.of_store(store),
-        columns=store.schema.K if kernel.sums_classes else store.schema.c * store.schema.K,
+        columns=phi.length,
         name=store.where,
     )
 

@@ -88,6 +88,9 @@ def store_gram(
         memory: bytes.
         scratch: directory of the file; None for the system's temporary one.
 
+    Yields:
+        float32 [n, n], or the file.
+
     Raises:
         NoSpaceError: the file does not fit the disk.
         Others: as `gradstore.kernels.gram`.

@@ -116,6 +116,9 @@ def slices(blocks: Sequence[Sequence[Held]], room: int, *, joined: bool) -> Iter
         blocks: for each block of parameters, its batches.
         room: columns, times classes, that a slice may have, unless the least there can be has more.
         joined: a slice may have columns of several blocks.
+
+    Yields:
+        The pieces of a slice.
     """
     slice_, width = list[Piece](), 0
     for i, batches in enumerate(blocks):
@@ -146,6 +149,9 @@ def formed(
         batches: which of the batches.
         workers: share them.
         squares: for each block float64 [n, c], to which the squared norms of rows are added; None where not wanted.
+
+    Returns:
+        float32 [n, w].
     """
     first = blocks[pieces[0].block]
     starts = [0]

@@ -34,6 +34,9 @@ class Selection:
     def of(cls, project: Project, split: str, rows: Choice | None, where: str) -> Selection:
         """All rows of a split, or those given by the argument `where`.
 
+        Returns:
+            The selection.
+
         Raises:
             UsageError: there is no such split or row, or no row is chosen.
         """

@@ -72,6 +72,9 @@ def joined_batches(batches: Sequence[list[Held]]) -> list[list[Held]]:
 
     Args:
         batches: their blocks, which are dropped one after another: what one block takes is held twice meanwhile.
+
+    Returns:
+        The batches, or one.
     """
     if len(batches) < 2 or not all(map(_joinable, zip(*batches, strict=True))) or any(map(_shares_memory, batches)):
         return list(batches)
@@ -115,6 +118,9 @@ def joined_rows(blocks: Iterable[Held], room: int) -> list[Held]:
     Args:
         blocks: of one batch, in order.
         room: columns that the smallest slice of a joined weight may have; a wider weight stays cut.
+
+    Returns:
+        The blocks, in order.
     """
     found: list[Held] = []
     for _, same in groupby(blocks, key=_weight):
@@ -161,6 +167,9 @@ def column_slices(blocks: Sequence[Held], room: int) -> Iterator[slice]:
     """Parts of a block's columns, so that all examples' values in one number at most `room`, or the least there can be.
 
     The slices number input channels of a weight, rows of an embedding, and columns of anything else.
+
+    Yields:
+        One part after another.
     """
     block = blocks[0]
     each, units = _unit(block)

@@ -72,6 +72,9 @@ def plan_jacobians(
         computing: (examples, classes) -> bytes that computing theirs takes.
         memory: the budget.
 
+    Returns:
+        The cut.
+
     Raises:
         UsageError: not even the smallest cut fits.
     """

@@ -161,6 +161,9 @@ class JacobianTiles:
 
         Patches of a slice, of theirs for every worker, may take a sixth of the scratch; their blocks, which in small
         pieces are held twice meanwhile, three quarters.
+
+        Returns:
+            Their number.
         """
         scratch = self.plan.scratch
         columns = scratch // (6 * self.plan.group * self.plan.classes)

@@ -41,6 +41,9 @@ class Layered:
 def multiply_layered(a: Sequence[Layered], b: Layered) -> np.ndarray:
     """E between the rows of several operands and those of one, float32 [Σ n_a, n_b]; see `multiply`.
 
+    Returns:
+        float32 [Σ n_a, n_b].
+
     Raises:
         NonFiniteError: two examples share no layer in which both have a direction.
     """

@@ -122,6 +122,9 @@ def capture(project: Project, inputs: Inputs, layers: Sequence[str], *, of_input
 
     Modules that are called several times give their calls side by side.
 
+    Returns:
+        Name -> [n, width].
+
     Raises:
         ProjectError: a module is not called, or what it is given or gives is not one tensor with a row an example.
     """
@@ -148,8 +151,12 @@ def capture(project: Project, inputs: Inputs, layers: Sequence[str], *, of_input
 def final_linear(project: Project, inputs: Inputs, name: str | None) -> list[str]:
     """The linear layer whose output is the logits.
 
+    Returns:
+        Its name, or the one that was given.
+
     Raises:
-        ProjectError: no linear layer gives the logits, or the one named is none.
+        UsageError: the model has no module of that name.
+        ProjectError: no linear layer gives the logits.
     """
     modules = dict(project.model.named_modules())
     if name is not None:
@@ -181,6 +188,9 @@ def modules_matching(project: Project, inputs: Inputs, pattern: str | None) -> l
     By default those without submodules that give a tensor with a row an example: embeddings of positions, which are the
     same for all examples, are left out.
 
+    Returns:
+        Their names.
+
     Raises:
         UsageError: the pattern is no regular expression, or matches no module; or no module gives such a tensor.
     """
@@ -204,6 +214,12 @@ def _with_a_row_an_example(project: Project, inputs: Inputs, names: list[str]) -
 
     Others are left out: what is unused, tuples, batches on another axis, and what is the same for all examples, such as
     the embeddings of positions.
+
+    Returns:
+        Their names.
+
+    Raises:
+        UsageError: there is none.
     """
     pair = take(inputs, torch.arange(2) % length(inputs))
     found = set(names)

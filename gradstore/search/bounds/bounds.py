@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradstore.arithmetic.choices import Choice
 from gradstore.errors import UsageError
-from gradstore.search.phi import Phi
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.rows import Rows
 
@@ -60,7 +60,7 @@ class Bounds(ABC):
 
     @classmethod
     @abstractmethod
-    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+    def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
         """What a scan takes.
 
         Args:
@@ -115,9 +115,11 @@ def bounds_within(
         norms: float64 [B], of the rows' scaled vectors.
         exponent: int [B], of the rows.
         error: of the inner products, in units of ‖q‖ ‖t‖; one for all, or [g, B].
+
+    Returns:
+        (similarities, errors).
     """
-    normalised = group.phi.kernel.normalised
-    row_scale = torch.from_numpy(1 / norms if normalised else np.ldexp(1.0, exponent))
+    row_scale = torch.from_numpy(group.phi.unscaled(norms, exponent))
     query_scale = torch.from_numpy(group.scale)
     center.mul_(query_scale[:, None]).mul_(row_scale)
     sizes = torch.outer(query_scale * torch.from_numpy(group.norms), row_scale * torch.from_numpy(norms))
@@ -134,6 +136,9 @@ def most_rows(train: Rows, held: int, row: int) -> int:
         train: the training store.
         held: bytes from which a block gains nothing by more.
         row: bytes of a row of it.
+
+    Returns:
+        At least 1.
     """
     return int(np.clip(held // row, 1, min(BLOCK_ROWS, max(1, len(train)))))
 

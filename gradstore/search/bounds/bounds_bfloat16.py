@@ -12,7 +12,7 @@ and lets more rows through to exact scoring; so one is taken until too many get 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -26,8 +26,8 @@ from gradstore.arithmetic.bfloat16_limbs import LIMB, limb_error, relative_rests
 from gradstore.arithmetic.choices import BFLOAT16
 from gradstore.arithmetic.matrix_unit import Packed, Strips, aligned, pack
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.streamed import Streamed, streamed_bytes
 from gradstore.store.rows import Rows
@@ -69,6 +69,9 @@ class PackedQueries:
             group: the queries.
             dtype: of the training store's features.
             workers: threads that pack.
+
+        Returns:
+            The queries, packed.
         """
 
         def pack_segment(s: int) -> tuple[Packed, np.ndarray]:
@@ -78,7 +81,7 @@ class PackedQueries:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = list(pool.map(pack_segment, range(group.phi.segments)))
         squares = np.add.accumulate([squares for _, squares in found])[-1]
-        exact = dtype != "float32" and group.phi.weights is None
+        exact = dtype != "float32" and group.phi.as_stored
         return cls(group, tuple(packed for packed, _ in found), relative_rests(squares, group.norms), exact)
 
     def refined(self) -> PackedQueries:
@@ -91,6 +94,9 @@ class PackedQueries:
 
         Args:
             row_rest: float64 [B], what first limbs leave of the rows, in units of their norms.
+
+        Returns:
+            float64 [g, B].
         """
         added = rounding_bound(self.packed[0].width, len(self.packed))
         if self.limbs == 2:
@@ -117,7 +123,7 @@ class LimbBounds(Bounds):
         return matrix_unit.refusal(cls.choice.name, "--engine")
 
     @classmethod
-    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+    def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
         """See `Bounds`: queries in float32 and in two limbs, which follow one limb, and whole strips of rows."""
         query, preparing = max(10 * phi.pieces * phi.width for phi in phis), max(8 * phi.K for phi in phis)
         fixed = sum(31 * 6 * phi.length for phi in phis)  # queries of a feature map are rounded up to 32
@@ -169,14 +175,13 @@ class _LimbBlock(BlockBounds):
         ]
 
     def _bounds(self, parts: Sequence[PackedQueries], start: int, stop: int) -> Found:
-        limbs = max(part.limbs for part in parts)
-        placed = {phi: _Placed(phi, self._rows // limbs, limbs, room) for phi, room in self._rooms.items()}
+        limbs, where = max(part.limbs for part in parts), self.train.where
+        sizes = self._rows // limbs, stop - start, limbs
+        placed = {phi: _Placed(phi, *sizes, room) for phi, room in self._rooms.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
-            for rows in placed.values():
-                rows.place(at.start, features, columns, self.train.where)
-        columns = {name: column[: stop - start] for name, column in self._streamed.columns.items()}
-        for rows in placed.values():
-            rows.finish(columns, self.train.where)
+            for phi, rows in placed.items():
+                rows.place(at, phi.scaled(features, columns, where))
+                phi.require_direction(rows.norms[at], columns["row"], where)
         return [(part.group, *placed[part.group.phi].bounds(part)) for part in parts]
 
 
@@ -186,46 +191,32 @@ class _Placed:
     Args:
         phi: the feature map.
         capacity: rows.
+        count: of them there are.
         limbs: of a value.
         room: memory for them.
     """
 
-    def __init__(self, phi: Phi, capacity: int, limbs: int, room: np.ndarray) -> None:
-        self.phi, self._strips = phi, Strips(phi.segments, phi.K, capacity, limbs, room)
-        self._norms = np.zeros(capacity)
+    def __init__(self, phi: FeatureMap, capacity: int, count: int, limbs: int, room: np.ndarray) -> None:
+        self._strips = Strips(phi.segments, phi.K, capacity, limbs, room)
+        self.norms, self._exponent = np.empty(count), np.empty(count, np.int64)
+        self._factors = torch.empty(phi.segments, count)
 
-    def place(self, at: int, features: Tensor, columns: Mapping[str, np.ndarray], where: object) -> None:
-        """Some rows from place `at` on, as stored."""
-        if self.phi.weights is None:  # factors are applied to products
-            self._strips.place(at, features.float() if features.dtype == torch.int8 else features)
-            return
-        scaled, vectors = Scaled.of(self.phi, columns, where), torch.empty(len(features), 1, self.phi.K)
-        for i in range(len(features)):
-            self.phi.write_row(features[i], scaled.factors[i], vectors[i])
-        norms = torch.linalg.vector_norm(vectors[:, 0], dim=1, dtype=torch.float64)
-        self._norms[at : at + len(features)] = norms.numpy()
-        self._strips.place(at, vectors)
-
-    def finish(self, columns: Mapping[str, np.ndarray], where: object) -> None:
-        """All rows are placed; `columns` are theirs."""
-        scaled = Scaled.of(self.phi, columns, where)
-        self._exponent, self._factors = scaled.exponent, scaled.factors.T.contiguous()
-        if scaled.norms is not None:
-            self._norms = scaled.norms
-        self._norms = self._norms[: len(self._exponent)]
-        self.phi.require_direction(self._norms, columns["row"], where)
+    def place(self, at: slice, scaled: Scaled) -> None:
+        """Some rows."""
+        values, factors = scaled.vectors()  # factors are applied to products
+        self._strips.place(at.start, values)
+        self.norms[at], self._exponent[at], self._factors[:, at] = scaled.norms(values), scaled.exponent, factors.T
 
     def bounds(self, queries: PackedQueries) -> tuple[Tensor, Tensor]:
         """Similarities float64 [g, B] and their largest errors."""
-        group, count = queries.group, len(self._norms)
+        group, count = queries.group, len(self.norms)
         out, squares = torch.zeros(count, len(group.members)), torch.zeros(count, dtype=torch.float64)
         for s, packed in enumerate(queries.packed):
-            factors = self._factors[s] if self.phi.weights is None else None
+            factors = self._factors[s]
             self._strips.add_product(s, count, packed, out, left_factors=factors)
-            rests = self._strips.rests[s, :count]
-            squares += rests if factors is None else rests * factors.double().square()
-        error = queries.error(relative_rests(squares.numpy(), self._norms))
-        return bounds_within(group, out.T.double(), self._norms, self._exponent, error)
+            squares += self._strips.rests[s, :count] * factors.double().square()
+        error = queries.error(relative_rests(squares.numpy(), self.norms))
+        return bounds_within(group, out.T.double(), self.norms, self._exponent, error)
 
 
 def _strip_rows(block: int) -> int:
@@ -233,7 +224,10 @@ def _strip_rows(block: int) -> int:
     return -(-block // _STRIPS) * _STRIPS
 
 
-def _block_bytes(train: Rows, phis: Sequence[Phi], block: int) -> int:
+def _block_bytes(train: Rows, phis: Sequence[FeatureMap], block: int) -> int:
     """Bytes that a worker holds for a block, beside those a row and query."""
     rows = _strip_rows(block)
-    return streamed_bytes(train.schema, rows) + sum(Strips.bytes_needed(phi.segments, phi.K, rows, 1) for phi in phis)
+    making = max(phi.making for phi in phis)
+    return streamed_bytes(train.schema, rows, making=making) + sum(
+        Strips.bytes_needed(phi.segments, phi.K, rows, 1) for phi in phis
+    )

@@ -11,8 +11,8 @@ from torch import Tensor
 from gradstore.arithmetic.choices import CUDA, FLOAT32
 from gradstore.arithmetic.float32 import error_bound, sample_product
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.rows import Rows
 
@@ -27,12 +27,12 @@ class Float32Bounds(Bounds):
     sample_product = staticmethod(sample_product)
 
     @classmethod
-    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+    def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
         """See `Bounds`: a block as stored, and two pieces of it in float32."""
         query, width = (max(getattr(phi, name) for phi in phis) for name in ("pieces", "width"))
-        row = train.schema.row_bytes
+        row, making = train.schema.row_bytes, max(phi.making for phi in phis)
         sizes = range(most_rows(train, _BLOCK_BYTES, row), 0, -1)
-        return Needs(4 * query * width, 0, 0, [(size, size * (row + 8 * width)) for size in sizes])
+        return Needs(4 * query * width, 0, 0, [(size, size * (row + 8 * width + making)) for size in sizes])
 
     def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
         self.train, self.groups = train, groups
@@ -65,7 +65,7 @@ class _FloatBlock(BlockBounds):
     def __init__(self, queries: Float32Bounds, rows: int) -> None:
         self._queries, self._device = queries, queries.device
         width = max(group.phi.width for group in queries.groups)
-        summed = any(group.phi.weights is not None for group in queries.groups)
+        summed = any(group.phi.sums for group in queries.groups)
         self._columns = queries.train.schema.empty(rows)
         self._piece = torch.empty(rows * width, device=self._device)
         self._spare = torch.empty(rows * width if summed else 0, device=self._device)
@@ -77,22 +77,22 @@ class _FloatBlock(BlockBounds):
         features = torch.from_numpy(columns["features"]).to(self._device)
         found = []
         for group, pieces in zip(self._queries.groups, self._queries.pieces, strict=True):
-            scaled = Scaled.of(group.phi, columns, train.where)
-            center, norms = self._product(group.phi, pieces, features, scaled)
+            scaled = group.phi.scaled(features, columns, train.where)
+            center, norms = self._product(pieces, scaled)
             group.phi.require_direction(norms, columns["row"], train.where)
             error = error_bound(group.phi.width, group.phi.pieces)
             found.append((group, *bounds_within(group, center, norms, scaled.exponent, error)))
         return found
 
-    def _product(self, phi: Phi, pieces: Tensor, features: Tensor, scaled: Scaled) -> tuple[Tensor, np.ndarray]:
+    def _product(self, pieces: Tensor, scaled: Scaled) -> tuple[Tensor, np.ndarray]:
         """Inner products float64 [g, B] of scaled vectors, and the norms of the rows' float64 [B]."""
-        factors = scaled.factors.to(features.device)
-        out = torch.zeros(pieces.shape[1], len(features), device=features.device)
-        squares = torch.zeros(len(features), dtype=torch.float64, device=features.device)
-        for j in range(phi.pieces):
-            piece = phi.write_piece(j, features, factors, self._piece, self._spare)
+        count = len(scaled.features)
+        out = torch.zeros(pieces.shape[1], count, device=self._device)
+        squares = torch.zeros(count, dtype=torch.float64, device=self._device)
+        for j in range(scaled.phi.pieces):
+            piece = scaled.piece(j, self._piece, self._spare)
             out.addmm_(pieces[j, :, : piece.shape[1]], piece.T)
-            if scaled.norms is None:
+            if scaled.known is None:
                 squares += torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64).square_()
-        norms = squares.sqrt_().cpu().numpy() if scaled.norms is None else scaled.norms
+        norms = squares.sqrt_().cpu().numpy() if scaled.known is None else scaled.known
         return out.double().cpu(), norms

@@ -28,10 +28,9 @@ from gradstore.arithmetic.int8_digits import (
     sample_product,
 )
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, most_rows
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
-from gradstore.search.rounded_phi import round_phi
 from gradstore.search.streamed import Streamed, streamed_bytes
 from gradstore.store.rows import Rows
 
@@ -90,12 +89,13 @@ class IntegerBounds(Bounds):
         )
 
     @classmethod
-    def bytes_for(cls, train: Rows, phis: Sequence[Phi]) -> Needs:
+    def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
         """See `Bounds`: two digits of a block for each feature map, and some rows as stored."""
         schema, digits = train.schema, sum(2 * phi.length for phi in phis)
         query = max(6 * phi.pieces * phi.width + 8 * phi.K for phi in phis)
         sizes = range(most_rows(train, _BLOCK_BYTES, schema.row_bytes), 0, -1)
-        held = [(size, size * digits + streamed_bytes(schema, size, _together(size))) for size in sizes]
+        making = max(phi.making for phi in phis)
+        held = [(size, size * digits + streamed_bytes(schema, size, _together(size), making)) for size in sizes]
         return Needs(query, 0, 0, held)
 
     def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
@@ -125,8 +125,7 @@ class _IntegerBlock(BlockBounds):
         rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._digits.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
             for phi, block in rows.items():
-                scaled = Scaled.of(phi, columns, self._train.where)
-                block.write(at, phi, features, scaled)
+                block.write(at, phi.scaled(features, columns, self._train.where))
                 phi.require_direction(block.norms[at], columns["row"], self._train.where)
         return [(part.group, *_bounds(part, rows[part.group.phi])) for part in self._queries]
 
@@ -148,14 +147,14 @@ class _Rows:
     exponent: np.ndarray
 
     @classmethod
-    def empty(cls, phi: Phi, room: Tensor, count: int) -> _Rows:
+    def empty(cls, phi: FeatureMap, room: Tensor, count: int) -> _Rows:
         digits = room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
         return cls(digits, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
 
-    def write(self, at: slice, phi: Phi, features: Tensor, scaled: Scaled) -> None:
-        high, low = self.digits[:, :, at]
-        self.norms[at] = round_phi(phi, features, scaled, high, low, self.found[:, at])
-        self.exponent[at] = scaled.exponent
+    def write(self, at: slice, scaled: Scaled) -> None:
+        (values, factors), (high, low) = scaled.vectors(), self.digits[:, :, at]
+        round_stretches(values, factors, high, low, self.found[:, at])
+        self.norms[at], self.exponent[at] = scaled.norms(values), scaled.exponent
 
 
 def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -167,7 +166,7 @@ def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
         high, low = rows.digits[:, s]
         add_integer_product(queries.digits[s], queries.steps[s], high, low, steps[s], total)
     sides = torch.from_numpy(np.concatenate([rounded.missed, rounded.norm, rounded.low]))
-    row_scale = 1 / rows.norms if phi.kernel.normalised else np.ldexp(1.0, rows.exponent)
+    row_scale = phi.unscaled(rows.norms, rows.exponent)
     query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)
     spread = (queries.sides @ sides).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
     center = total.double().mul_(query_side).mul_(row_side)

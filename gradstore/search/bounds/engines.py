@@ -10,13 +10,13 @@ import torch
 from gradstore.arithmetic import chooser
 from gradstore.arithmetic.choices import ENGINES, require_one_of
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.machine.threads import single_threaded
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds
 from gradstore.search.bounds.bounds_float32 import CudaBounds, Float32Bounds
 from gradstore.search.bounds.bounds_int8 import IntegerBounds
 from gradstore.search.bounds.scan_plan import ScanPlan, plan_scan
-from gradstore.search.phi import Phi
 from gradstore.store.rows import Rows
 
 _BY_NAME: dict[str, type[Bounds]] = {
@@ -28,7 +28,9 @@ _WORTH_MEASURING = 2e10
 _READING = 20
 
 
-def choose_engine(name: str, train: Rows, phis: Sequence[Phi], k: int, memory: int) -> tuple[type[Bounds], ScanPlan]:
+def choose_engine(
+    name: str, train: Rows, phis: Sequence[FeatureMap], k: int, memory: int
+) -> tuple[type[Bounds], ScanPlan]:
     """The engine of a name, and how it cuts a scan.
 
     Args:
@@ -38,6 +40,9 @@ def choose_engine(name: str, train: Rows, phis: Sequence[Phi], k: int, memory: i
         phis: the feature map of each query.
         k: neighbours a query.
         memory: bytes.
+
+    Returns:
+        (the engine, the cut).
 
     Raises:
         UsageError: an unknown engine, or one that this machine does not have; or too little memory.
@@ -62,7 +67,7 @@ def choose_engine(name: str, train: Rows, phis: Sequence[Phi], k: int, memory: i
     return means, plans[means]
 
 
-def _plans(train: Rows, maps: Sequence[Phi], m: int, k: int, memory: int) -> dict[type[Bounds], ScanPlan]:
+def _plans(train: Rows, maps: Sequence[FeatureMap], m: int, k: int, memory: int) -> dict[type[Bounds], ScanPlan]:
     """Of every engine that can be used here, in this memory."""
     plans: dict[type[Bounds], ScanPlan] = {}
     for means in _BY_NAME.values():

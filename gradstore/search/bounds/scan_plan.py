@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.search.best import pending_limit
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.exact_score import ROOM
-from gradstore.search.phi import Phi
 from gradstore.store.rows import Rows
 
 _BATCH = 512
@@ -38,7 +38,7 @@ class ScanPlan:
     room: int
 
 
-def plan_scan(train: Rows, phis: Sequence[Phi], m: int, k: int, memory: int, means: type[Bounds]) -> ScanPlan:
+def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: int, means: type[Bounds]) -> ScanPlan:
     """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
 
     Args:
@@ -48,6 +48,9 @@ def plan_scan(train: Rows, phis: Sequence[Phi], m: int, k: int, memory: int, mea
         k: neighbours a query.
         memory: bytes.
         means: says the bounds.
+
+    Returns:
+        The cut.
 
     Raises:
         UsageError: the budget does not hold one query, one row and what their product takes.

@@ -17,11 +17,10 @@ from scipy.linalg import eigh, solve_triangular
 from torch import Tensor
 
 from gradstore.arithmetic.int8 import integer_product
-from gradstore.arithmetic.int8_digits import Rounded, round_rows
+from gradstore.arithmetic.int8_digits import Rounded, round_rows, round_stretches
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.machine.threads import single_threaded
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
-from gradstore.search.rounded_phi import round_phi
 from gradstore.search.streamed import piece_rows
 from gradstore.store.rows import Rows
 
@@ -88,7 +87,7 @@ class Basis:
         return coordinates, float(missed.max(initial=0)) + _ROUNDED
 
 
-def fit_basis(store: Rows, phi: Phi, rows: np.ndarray, size: int) -> Basis:
+def fit_basis(store: Rows, phi: FeatureMap, rows: np.ndarray, size: int) -> Basis:
     """Principal directions of some rows, from the Gram matrix of their unit features.
 
     Args:
@@ -98,6 +97,9 @@ def fit_basis(store: Rows, phi: Phi, rows: np.ndarray, size: int) -> Basis:
         size: r; fewer where the sample does not span as many.
 
     Holds D bytes a row of the sample and for each direction, 20·s² and 8·r·K bytes, and some rows as stored.
+
+    Returns:
+        The directions.
     """
     sample = _Sample.of(store, phi, rows)
     gram = sample.gram()
@@ -118,7 +120,7 @@ class _Sample:
     steps: np.ndarray
 
     @classmethod
-    def of(cls, store: Rows, phi: Phi, rows: np.ndarray) -> _Sample:
+    def of(cls, store: Rows, phi: FeatureMap, rows: np.ndarray) -> _Sample:
         digits = torch.empty(phi.segments, len(rows), phi.K, dtype=torch.int8)
         found = np.empty((phi.segments, len(rows), 4))
         workers, piece = min(torch.get_num_threads(), 16), piece_rows(store.schema)
@@ -128,8 +130,8 @@ class _Sample:
             for low in range(0, len(places), piece):
                 at = slice(places[low], places[low : low + piece][-1] + 1)
                 columns = store.gather(rows[at], room)
-                scaled = Scaled.of(phi, columns, store.where)
-                round_phi(phi, torch.from_numpy(columns["features"]), scaled, digits[:, at], None, found[:, at])
+                scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
+                round_stretches(*scaled.vectors(), digits[:, at], None, found[:, at])
 
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(read, np.array_split(np.arange(len(rows)), workers)))

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from gradstore.errors import UsageError
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.index.basis import Basis
 from gradstore.search.index.index_file import shard_digests
 from gradstore.search.index.store_index import SketchIndex
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.files.disk import Disk
 from gradstore.store.rows import Rows
@@ -39,6 +39,9 @@ _FULL_TRAINING = 512
 
 def require_faiss() -> ModuleType:
     """The faiss module.
+
+    Returns:
+        `faiss`.
 
     Raises:
         UsageError: neither wheel is installed, or both are and overwrite each other's files.
@@ -119,6 +122,9 @@ def open_faiss(sketch: SketchIndex, factory: str, space: str, *, rebuild: bool =
         space: "sketch" or "full".
         rebuild: even if there is a good one.
 
+    Returns:
+        The index.
+
     Raises:
         UsageError: FAISS is missing or refuses the string; a kind of index that is wrong at this dimension.
     """
@@ -176,13 +182,13 @@ def _add(index: Any, sketch: SketchIndex, space: str, start: int) -> None:
             index.add(_unit_rows(sketch.store, sketch.phi, low, high))
 
 
-def _unit_rows(store: Rows, phi: Phi, start: int, stop: int) -> np.ndarray:
+def _unit_rows(store: Rows, phi: FeatureMap, start: int, stop: int) -> np.ndarray:
     """Φ/‖Φ‖ of some rows, float32 [rows, D]."""
     columns = store.read(start, stop)
-    scaled = Scaled.of(phi, columns, store.where)
+    scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
     out, vector = np.empty((stop - start, phi.length), np.float32), torch.empty(phi.segments, phi.K)
     for i in range(stop - start):
-        phi.write_row(torch.from_numpy(columns["features"][i]), scaled.factors[i], vector)
+        scaled.row(i, vector)
         out[i] = vector.flatten() / torch.linalg.vector_norm(vector)
     return out
 

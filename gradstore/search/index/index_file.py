@@ -113,6 +113,9 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
     """Metadata and arrays of a safetensors file, which are views of its bytes: read once, and copied nowhere.
 
     Nothing is believed that `_digest` does not confirm.
+
+    Returns:
+        (metadata, arrays by name).
     """
     content = np.fromfile(path, np.uint8)
     start = 8 + min(int.from_bytes(content[:8].tobytes(), "little"), _LONGEST_HEADER)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.int8_digits import Rounded
+from gradstore.arithmetic.int8_digits import Rounded, round_stretches
+from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.index.basis import Basis
-from gradstore.search.phi import Phi, Scaled
 from gradstore.search.query_batch import QueryGroup
-from gradstore.search.rounded_phi import round_phi
 from gradstore.search.streamed import Streamed
 from gradstore.store.rows import Rows
 
@@ -91,13 +90,16 @@ class SketchBlock:
     Holds D + 40·r bytes a row, and four megabytes of rows as stored.
     """
 
-    def __init__(self, store: Rows, phi: Phi, basis: Basis, block: int) -> None:
+    def __init__(self, store: Rows, phi: FeatureMap, basis: Basis, block: int) -> None:
         self.store, self.phi, self.basis = store, phi, basis
         self._streamed = Streamed(store, block, max(1, block // 2))
         self._digits = torch.empty(phi.segments * block * phi.K, dtype=torch.int8)
 
     def sketch(self, start: int, stop: int) -> RowSketch:
         """The sketch of rows start:stop.
+
+        Returns:
+            Of each row its coordinates and what they leave out.
 
         Raises:
             NonFiniteError: a row has no direction; names it.
@@ -106,9 +108,10 @@ class SketchBlock:
         digits = self._digits[: phi.segments * count * phi.K].view(phi.segments, count, phi.K)
         found, norms, rows = np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64)
         for at, features, columns in self._streamed.pieces(start, stop):
-            scaled = Scaled.of(phi, columns, self.store.where)
-            norms[at] = round_phi(phi, features, scaled, digits[:, at], None, found[:, at])
-            rows[at] = columns["row"]
+            scaled = phi.scaled(features, columns, self.store.where)
+            values, factors = scaled.vectors()
+            round_stretches(values, factors, digits[:, at], None, found[:, at])
+            norms[at], rows[at] = scaled.norms(values), columns["row"]
         rounded = Rounded.of(found, phi.K, two=False)
         finite = np.isfinite(rounded.step).all(axis=0)
         phi.require_direction(np.where(finite, norms, np.nan), rows, self.store.where)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from gradstore.errors import UsageError
-from gradstore.kernels.definitions import Kernel, projected_kernel, require_served
+from gradstore.kernels.definitions import Kernel, projected_kernel
+from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.machine.threads import single_threaded
 from gradstore.search.index.basis import Basis, fit_basis
 from gradstore.search.index.index_file import Saved, load_index, save_index
 from gradstore.search.index.sketch import RowSketch, SketchBlock
-from gradstore.search.phi import Phi
 from gradstore.store.feature_store import FeatureStore
 
 MAX_SIZE = 512
@@ -49,7 +49,7 @@ class SketchIndex:
     """
 
     store: FeatureStore
-    phi: Phi
+    phi: FeatureMap
     basis: Basis
     sketch: RowSketch
     fitted: int
@@ -111,11 +111,14 @@ def open_index(
 
     Args:
         store: a finished store.
-        kernel: "proj-trntk", "proj-pntk" or "proj-trntk0".
+        kernel: a name in `gradstore.kernels.definitions.PROJECTED`.
         size: directions r, at most 512; default as many as make the index about a hundredth of the store, at least 64.
         rebuild: even if there is a good one.
         memory: bytes held while building, beside the index itself.
         progress: called with (rows done, rows).
+
+    Returns:
+        The index; saved where it changed.
 
     Raises:
         UsageError: an unfinished store, rows that are not stored, a kernel that the layout cannot serve, or too little
@@ -126,10 +129,16 @@ def open_index(
     chosen = projected_kernel(kernel)
     store.require_complete().require_stored("an index")
     require_served(chosen, store)
+    if chosen.weights or chosen.fit or (chosen.sums_classes and not chosen.normalised):
+        raise UsageError(
+            "an index serves no Φ that is weighted or fitted, and sums over classes only as cosines",
+            where="--kernel",
+            got=repr(kernel),
+            hint="Search in mode exact, which needs none",
+        )
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise UsageError("unusable number of directions", where="--size", expected=f"1 to {MAX_SIZE}", got=size)
-    c, K = store.schema.c, store.schema.K
-    phi = Phi(chosen, c, K, (1.0,) * c if chosen.sums_classes else None)
+    phi = FeatureMap(chosen, store.schema.c, store.schema.K)
     saved = "it was asked for" if rebuild else load_index(index_path(store, chosen), store)
     if isinstance(saved, Saved):
         found = _reuse(store, phi, saved, size, parse_bytes(memory), progress)
@@ -143,7 +152,7 @@ Progress = Callable[[int, int], None] | None
 
 
 def _reuse(
-    store: FeatureStore, phi: Phi, saved: Saved, size: int | None, memory: int, progress: Progress
+    store: FeatureStore, phi: FeatureMap, saved: Saved, size: int | None, memory: int, progress: Progress
 ) -> SketchIndex | str:
     """The saved index brought up to date, or why it is of no use."""
     arrays, covered = saved.arrays, saved.covered(store)
@@ -167,7 +176,9 @@ def _reuse(
     return index
 
 
-def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: str, progress: Progress) -> SketchIndex:
+def _build(
+    store: FeatureStore, phi: FeatureMap, size: int | None, memory: int, event: str, progress: Progress
+) -> SketchIndex:
     n, D = len(store), phi.length
     mixing = 8 * phi.K * min(torch.get_num_threads(), 16)  # of a direction, in every worker
     row = D + mixing + 3 * store.schema.row_bytes
@@ -185,11 +196,13 @@ def _build(store: FeatureStore, phi: Phi, size: int | None, memory: int, event: 
     return index
 
 
-def _sketch(store: FeatureStore, phi: Phi, basis: Basis, start: int, memory: int, progress: Progress) -> RowSketch:
+def _sketch(
+    store: FeatureStore, phi: FeatureMap, basis: Basis, start: int, memory: int, progress: Progress
+) -> RowSketch:
     """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
     workers = min(torch.get_num_threads(), 16)
-    per_row = store.schema.row_bytes // 2 + phi.length + 4 * phi.K * (phi.weights is not None) + 48 * r
+    per_row = store.schema.row_bytes // 2 + phi.length + 4 * phi.K * phi.sums + 48 * r
     block = int(np.clip(min(memory // (2 * workers), _BLOCK_BYTES) // per_row, 1, 4096))
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
