@@ -58,7 +58,7 @@ def test_classes(folder: Path) -> None:
         (
             "topk train test --engine gpu",
             2,
-            "--engine: unknown engine (expected auto, numpy, torch, int8, bfloat16, cuda, got 'gpu')",
+            "Invalid value for '--engine': 'gpu' is not one of 'auto', 'float32', 'int8', 'bfloat16', 'cuda'.",
         ),
         ("topk train test --classes lynx", 2, "--classes: no such class (expected one of cat, dog, bird, got 'lynx')"),
         ("topk train project.py --rows 8:12", 2, "--rows: no such query row (expected 0 to 9, got 10)"),

@@ -148,7 +148,7 @@ def test_the_kernel_is_the_sum_over_parameter_tensors(cnn: gs.Project) -> None:
     summed = sum((gs.exact_gram(part, kernel="trntk0") for part in parts), np.zeros((60, 60)))
     np.testing.assert_allclose(summed, gs.exact_gram(cnn, kernel="trntk0"), rtol=1e-5, atol=1e-5 * summed.max())
     root = np.diag(1 / np.sqrt(np.diag(summed)))
-    np.testing.assert_allclose(root @ summed @ root, gs.exact_gram(cnn, kernel="trntk"), atol=1e-6)
+    np.testing.assert_allclose(root @ summed @ root, gs.exact_gram(cnn, kernel="trntk"), atol=5e-6)
 
 
 def test_the_identities_between_kernels(cnn: gs.Project) -> None:

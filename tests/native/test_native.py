@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradstore.matrix_unit import product
 
+from gradstore.arithmetic import matrix_unit
 from gradstore.errors import UsageError
 from gradstore.native import library
 from gradstore.projection import Projection
@@ -36,7 +36,7 @@ def test_status_names_the_level_and_the_variable_forces_it(monkeypatch: pytest.M
     assert (library.status().hint == "") == (len(LEVELS) == 1)
     monkeypatch.setenv("GRADSTORE_SIMD", "mmx")
     said = r"GRADSTORE_SIMD: SIMD level not available \(expected one of .*, got 'mmx'\)\."
-    for ask in (library.status, library.level, product.available):
+    for ask in (library.status, library.level, matrix_unit.available):
         with pytest.raises(UsageError, match=said):
             ask()
 
@@ -46,7 +46,7 @@ def test_the_variable_forbids_compiled_code(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("GRADSTORE_SIMD", "none")
     why, hint = "GRADSTORE_SIMD=none forbids it", "unset GRADSTORE_SIMD"
     assert library.status() == library.Status(why=why, hint=hint)
-    assert (library.levels(), library.level(), product.levels(), product.available()) == ((), "", (), False)
+    assert (library.levels(), library.level(), matrix_unit.levels(), matrix_unit.available()) == ((), "", (), False)
     assert Projection().backend != "native"
     with pytest.raises(UsageError, match=rf"backend: no compiled code \(got {why}\)\. .*{hint}"):
         accumulate(Entries("rademacher", 0, 0), torch.zeros(1, 1), torch.ones(1, 1), 0, 0)

@@ -122,7 +122,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch):
     def missing():
         raise ImportError("No module named 'cuda'")
 
-    monkeypatch.setattr(driver.source, "nvrtc_version", missing)
+    monkeypatch.setattr(driver.cuda_source, "nvrtc_version", missing)
     wanted = "the compiler NVRTC cannot be used (No module named 'cuda'); pip install 'gradstore[cuda]'"
     assert PATHS[0].missing(0) == PATHS[1].missing(0) == wanted
 
@@ -150,7 +150,8 @@ def test_verdicts_depend_on_the_source_and_its_compiler(card, monkeypatch):
     monkeypatch.setattr("gradstore.projection.cuda.nvrtc_version", lambda: (13, 0))
     assert PATHS[0].versions() == {"nvrtc": "13.0"}
     names = {path.name for path in PATHS[0].sources()}
-    assert names >= {"wgmma.cuh", "mma.cuh", "project.cu", "product.py", "geometry.py", "driver.py", "source.py"}
+    assert names >= {"wgmma.cuh", "mma.cuh", "project.cu", "geometry.py", "driver.py", "cuda_source.py"}
+    assert "fused_product.py" in names
     assert {path.name for path in PATHS[2].sources()} == {"by_triton.py", "triton_kernels.py"}
 
 
