@@ -14,7 +14,7 @@ from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
     from gradstore.explain.forensics import Forensics
-    from gradstore.report import Interval
+    from gradstore.report.views import Interval
 
 SHOWN = 10
 
@@ -62,7 +62,7 @@ def forensics(
     """
     import gradstore as gs
     from gradstore.explain.forensics import forensics_page, read_poisoned
-    from gradstore.report import write_forensics
+    from gradstore.report.page import write_forensics
 
     store = gs.open(train)
     stores = [gs.open(path) for path in queries]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.report import Confusion, Interval
+from gradstore.report.views import Confusion, Interval
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gradstore.demo.story import demo_page
 from gradstore.explain.forensics import Forensics, forensics
 from gradstore.featurization.featurize import featurize
 from gradstore.projection import Projection
-from gradstore.report import write_demo
+from gradstore.report.page import write_demo
 from gradstore.search.topk import topk
 from gradstore.store.feature_store import FeatureStore
 

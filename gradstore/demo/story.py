@@ -13,7 +13,7 @@ import torch
 from gradstore.demo.demo_result import DemoResult
 from gradstore.demo.digits import TARGET
 from gradstore.explain.forensics import Forensics
-from gradstore.report import DemoPage, Fact, ForensicsPage
+from gradstore.report.views import DemoPage, Fact, ForensicsPage
 from gradstore.search.topk import TopK
 
 

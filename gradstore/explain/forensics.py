@@ -12,16 +12,9 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.indices import Choice, row_mask
-from gradstore.report import (
-    Confusion,
-    Culprit,
-    ForensicsPage,
-    Interval,
-    Verdict,
-    VoteCount,
-    write_forensics,
-)
+from gradstore.report.page import write_forensics
 from gradstore.report.shown_rows import provenance, shown_example
+from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
 from gradstore.search.topk import TopK, topk
 from gradstore.store.rows import Rows
 

@@ -19,7 +19,7 @@ from gradstore.errors import GradstoreError, MismatchError
 from gradstore.native import library
 from gradstore.projection import Projection, trust
 from gradstore.store.files.disk import Disk
-from gradstore.store.hashing import NAMES, NEWEST
+from gradstore.store.schema import NAMES, NEWEST
 
 _LOG_BYTES = 256 << 20
 # What can move the last bits of a feature.

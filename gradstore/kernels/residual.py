@@ -21,9 +21,10 @@ from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.projection_error import effective_dimension, standard_errors
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.model.project import Project
-from gradstore.report import Fact, ResidualPage, write_residual
 from gradstore.report.csv_table import write_csv
+from gradstore.report.page import write_residual
 from gradstore.report.shown_rows import provenance
+from gradstore.report.views import Fact, ResidualPage
 from gradstore.store.identity import require_same, without_data
 from gradstore.store.rows import Rows, require_comparable
 

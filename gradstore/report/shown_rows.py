@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradstore.report import Example
+from gradstore.report.views import Example
 from gradstore.store.rows import Rows
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.report import Explanation, Neighbour, TopKPage, write_topk
 from gradstore.report.csv_table import write_csv
+from gradstore.report.page import write_topk
 from gradstore.report.shown_rows import class_name, predicted_class, provenance, shown_example
+from gradstore.report.views import Explanation, Neighbour, TopKPage
 from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 

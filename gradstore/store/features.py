@@ -1,4 +1,4 @@
-"""`Features`: what a store holds as an array [n, c, K] that is read when it is indexed.
+"""`Features`: what a store holds as an array [n, c, K] that is read when it is indexed; and as a torch Dataset.
 
 NumPy itself decides what an index means: it is tried on an array of the same shape that takes no memory, then applied
 to the rows that it touches.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset
 
 from gradstore.store.files.encoding import decode
 
@@ -151,6 +152,23 @@ class Features:
                 columns = self._store.gather(piece, room)
             out[at : at + len(piece)] = decode(columns["features"], columns["scale"]).numpy()[path]
         return out
+
+
+class FeatureDataset(Dataset):
+    """Rows as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
+
+    def __init__(self, store: Rows) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        """Rows that can be read."""
+        return len(self.store)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        """One row, its digest checked."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return torch.from_numpy(self.store.features[row]), int(self.store.labels[row])
 
 
 def _blank(shape: tuple[int, ...]) -> np.ndarray:

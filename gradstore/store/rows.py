@@ -16,9 +16,8 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.features import Features
-from gradstore.store.hashing import NAMES
 from gradstore.store.identity import require_same
-from gradstore.store.schema import Schema
+from gradstore.store.schema import NAMES, Schema
 
 if TYPE_CHECKING:
     import torch
@@ -246,7 +245,7 @@ class Rows(ABC):
 
     def dataset(self) -> torch.utils.data.Dataset:
         """A torch Dataset of (features float32 [c, K], label)."""
-        from gradstore.store.torch_dataset import FeatureDataset
+        from gradstore.store.features import FeatureDataset
 
         return FeatureDataset(self)
 

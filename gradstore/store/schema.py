@@ -1,14 +1,21 @@
-"""What a feature file contains: every dataset with its shape, dtype and meaning."""
+"""What a feature file contains: every dataset with its shape, dtype and meaning, and what it is hashed with.
+
+Version 2 of the format hashes rows with BLAKE3, which took a third of SHA-256's time where both were measured; version
+1 with SHA-256. Both versions mean the same rows, so stores of either may be compared, and an old store is continued as
+it began.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
-
-from gradstore.store.hashing import NAMES, NEWEST
+from blake3 import blake3
 
 FORMAT = "gradstore"
 MEANING = 1  # version of what rows mean, part of a store's identity; how their bytes are kept is `Schema.version`
@@ -16,6 +23,11 @@ DTYPES = ("float16", "float32", "int8")
 LAYOUTS = ("per-class", "sum", "mixed")
 ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
 BULK = ("features", "preview")  # datasets too large to be held for all rows at once
+
+VERSIONS = (1, 2)
+NEWEST = 2
+"""The format version that new stores are written in."""
+NAMES = {1: "SHA-256", 2: "BLAKE3"}
 
 
 @dataclass(frozen=True)
@@ -94,3 +106,21 @@ class Schema:
 def raw(array: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, not copied."""
     return array.data.cast("B")
+
+
+class Hash(Protocol):
+    """What the hash objects of hashlib and of blake3 have in common."""
+
+    def update(self, data: Any, /) -> Any:
+        """Hash more bytes."""
+
+    def digest(self) -> bytes:
+        """The digest so far, 32 bytes."""
+
+    def hexdigest(self) -> str:
+        """The same as 64 hexadecimal digits."""
+
+
+def hash_of(version: int) -> Callable[..., Hash]:
+    """Makes hash objects, of the bytes given, for rows and columns of a format version."""
+    return hashlib.sha256 if version == 1 else blake3

@@ -9,12 +9,11 @@ import torch
 from gradstore.demo import DemoResult, run
 from gradstore.demo.demo_run import SPLITS
 from gradstore.demo.digits import TARGET, SmallCNN, stamp
-from gradstore.demo.preparation import project_text
+from gradstore.demo.preparation import project_text, train
 from gradstore.demo.residual_pairs import exact_cosines
-from gradstore.demo.training import train
 from gradstore.errors import UsageError
 from gradstore.model.project import load_project
-from gradstore.report import Confusion, Interval
+from gradstore.report.views import Confusion, Interval
 from gradstore.store.feature_store import FeatureStore
 
 KERNELS = ["proj-trntk", "proj-pntk"]

@@ -17,8 +17,8 @@ import torch
 from gradstore.errors import UsageError
 from gradstore.projection import Projection, cuda
 from gradstore.projection.cuda import cuda_source, driver
+from gradstore.projection.cuda.driver import Job
 from gradstore.projection.cuda.geometry import variant_for
-from gradstore.projection.cuda.jobs import Job
 from gradstore.projection.device_paths import PATHS
 
 CODE = enum.IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": 720})

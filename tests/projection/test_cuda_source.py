@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from gradstore.projection.cuda import cuda_source, fused_product
+from gradstore.projection.cuda.driver import Job, Pack
 from gradstore.projection.cuda.geometry import SPAN, Variant, variant_for
-from gradstore.projection.cuda.jobs import Job, Pack
 from gradstore.projection.entries import Entries
 
 HERE = Path(__file__).parents[1]

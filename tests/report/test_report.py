@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gradstore import report
 from gradstore.errors import UsageError
 from gradstore.report import page as page_module
-from gradstore.report import pictures, wording
+from gradstore.report import pictures, views, wording
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -54,42 +53,42 @@ def pixels(seed, shape=(8, 8)):
 
 def topk_page(shown=pixels, label="7"):
     neighbours = tuple(
-        report.Neighbour(report.Example("train", 10 + i, label, label, i == 1, shown(i)), 0.9 - i / 4, 0.004)
+        views.Neighbour(views.Example("train", 10 + i, label, label, i == 1, shown(i)), 0.9 - i / 4, 0.004)
         for i in range(3)
     )
-    query = report.Example("test", 42, label, "3", False, shown(9))
-    return report.TopKPage(
-        "proj-trntk", "train", 1347, "test", 450, (report.Explanation(query, neighbours),), (("seed", "0"),)
+    query = views.Example("test", 42, label, "3", False, shown(9))
+    return views.TopKPage(
+        "proj-trntk", "train", 1347, "test", 450, (views.Explanation(query, neighbours),), (("seed", "0"),)
     )
 
 
 def forensics_page():
     item = topk_page().explanations[0]
-    verdict = report.Verdict(
+    verdict = views.Verdict(
         kernel="proj-pntk",
         k=3,
         threshold=2,
         queries=90,
         flagged=31,
         histogram=(
-            report.VoteCount(0, 50, 4),
-            report.VoteCount(1, 3, 2),
-            report.VoteCount(2, 1, 0),
-            report.VoteCount(3, 0, 30),
+            views.VoteCount(0, 50, 4),
+            views.VoteCount(1, 3, 2),
+            views.VoteCount(2, 1, 0),
+            views.VoteCount(3, 0, 30),
         ),
-        confusion=report.Confusion(
-            30, 1, 6, 53, report.Interval(0.968, 0.838, 0.994), report.Interval(0.833, 0.681, 0.921)
+        confusion=views.Confusion(
+            30, 1, 6, 53, views.Interval(0.968, 0.838, 0.994), views.Interval(0.833, 0.681, 0.921)
         ),
         cases=(replace(item, votes=2),),
-        culprits=(report.Culprit(item.neighbours[1].example, 17),),
+        culprits=(views.Culprit(item.neighbours[1].example, 17),),
     )
-    return report.ForensicsPage("train", 1347, 135, ("test", "stamped"), (verdict,))
+    return views.ForensicsPage("train", 1347, 135, ("test", "stamped"), (verdict,))
 
 
 def demo_page():
-    return report.DemoPage(
+    return views.DemoPage(
         "What was done.",
-        (report.Fact("98.9 %", "clean accuracy", "445 of 450"),),
+        (views.Fact("98.9 %", "clean accuracy", "445 of 450"),),
         forensics_page(),
         topk_page(),
         (("date", "today"),),
@@ -97,9 +96,9 @@ def demo_page():
 
 
 PAGES = [
-    ("topk.html", topk_page, report.write_topk),
-    ("forensics.html", forensics_page, report.write_forensics),
-    ("demo.html", demo_page, report.write_demo),
+    ("topk.html", topk_page, page_module.write_topk),
+    ("forensics.html", forensics_page, page_module.write_forensics),
+    ("demo.html", demo_page, page_module.write_demo),
 ]
 
 
@@ -168,7 +167,7 @@ def test_without_known_truth_there_is_no_confusion():
 
 def test_an_undefined_score_reads_not_available():
     page = forensics_page()
-    nothing = report.Confusion(0, 0, 0, 90, None, None)
+    nothing = views.Confusion(0, 0, 0, 90, None, None)
     text = Document(
         page_module.render("forensics.html", replace(page, verdicts=(replace(page.verdicts[0], confusion=nothing),)))
     ).text
@@ -218,7 +217,7 @@ def test_foreign_text_stays_text(hostile, tmp_path):
     page = replace(
         topk_page(lambda i: hostile, hostile), title=hostile, train=hostile, provenance=((hostile, hostile),)
     )
-    html = report.write_topk(page, tmp_path / "r.html").read_text(encoding="utf-8")
+    html = page_module.write_topk(page, tmp_path / "r.html").read_text(encoding="utf-8")
     document = Document(html)
     assert [tag for tag, _ in document.tags] == [tag for tag, _ in harmless.tags]
     assert [sorted(attributes) for _, attributes in document.tags] == [
@@ -266,7 +265,7 @@ def test_similarities_are_readable_whatever_the_kernel(value, words):
 
 def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
-    report.write_topk(topk_page(), path)
+    page_module.write_topk(topk_page(), path)
     before = path.read_text(encoding="utf-8")
 
     def full(source, target):
@@ -274,7 +273,7 @@ def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(page_module.NoSpaceError, match="cannot write the page: No space left on device"):
-        report.write_demo(demo_page(), path)
+        page_module.write_demo(demo_page(), path)
     assert path.read_text(encoding="utf-8") == before
     assert os.listdir(tmp_path) == ["report.html"]
 
@@ -282,7 +281,7 @@ def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path, monkeypatch):
 def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"file/report\.html: cannot write the page: "):
-        report.write_topk(topk_page(), tmp_path / "file" / "report.html")
+        page_module.write_topk(topk_page(), tmp_path / "file" / "report.html")
 
 
 def test_no_queries_is_said(tmp_path):
@@ -292,4 +291,4 @@ def test_no_queries_is_said(tmp_path):
 def test_views_are_plain_values():
     assert topk_page() == topk_page()
     assert "array" not in repr(topk_page())
-    assert [field.name for field in fields(report.Fact)] == ["value", "name", "note"]
+    assert [field.name for field in fields(views.Fact)] == ["value", "name", "note"]

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradstore.store.files.digests import PartedDigests, row_digests
-from gradstore.store.hashing import hash_of
-from gradstore.store.schema import Schema
+from gradstore.store.schema import Schema, hash_of
 
 pytestmark = pytest.mark.numerical
 

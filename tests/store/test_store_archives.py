@@ -15,8 +15,8 @@ from gradstore.featurization.settings import Settings
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest_file import read_manifest
-from gradstore.store.hashing import VERSIONS
 from gradstore.store.identity import fingerprint_of
+from gradstore.store.schema import VERSIONS
 from gradstore.store.verify import verify
 
 pytestmark = pytest.mark.numerical

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import log_softmax
@@ -11,11 +10,8 @@ from scipy.stats import kendalltau
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from gradstore.errors import UsageError
-from gradstore.explain.surrogate.fit_settings import Settings
+from gradstore.explain.surrogate.fit_settings import Settings, Solver
 from gradstore.explain.surrogate.training_data import TrainingData
-
-if TYPE_CHECKING:
-    from gradstore.explain.surrogate.fitting import Solver
 
 HELD_OUT = 0.2
 

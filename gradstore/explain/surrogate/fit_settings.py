@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.special import softmax
@@ -97,3 +97,13 @@ def require_usable(data: TrainingData, settings: Settings) -> None:
         raise UsageError("the network's outputs are not known", where=data.name, hint="Give fit(…, outputs=logits)")
     if settings.backend == "sgd" and settings.target == "probabilities":
         raise UsageError("sgd learns classes", where="--target", expected="labels or predictions", got="probabilities")
+
+
+class Solver(Protocol):
+    """One way to fit, for any strength of the penalty and any selection of rows."""
+
+    def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
+        """Fit on the rows in `keep` (bool [n]); None for all."""
+
+    def held_out(self, fitted: Fitted, keep: np.ndarray) -> np.ndarray:
+        """Numbers whose softmax is the probabilities of the other rows, after `fit(…, keep)`."""

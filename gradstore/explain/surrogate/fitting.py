@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from scipy.special import log_expit
@@ -15,6 +14,7 @@ from gradstore.explain.surrogate.alpha import choose_alpha
 from gradstore.explain.surrogate.fit_settings import (
     Fitted,
     Settings,
+    Solver,
     class_weights,
     hard_labels,
     require_usable,
@@ -31,16 +31,6 @@ ALPHAS = {"multinomial": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), "sgd": (1e-1, 1e-2, 1e-
 
 FACTOR_COPIES = 3
 """Float64 matrices [n, n] that factoring a Gram matrix holds."""
-
-
-class Solver(Protocol):
-    """One way to fit, for any strength of the penalty and any selection of rows."""
-
-    def fit(self, alpha: float, keep: np.ndarray | None) -> Fitted:
-        """Fit on the rows in `keep` (bool [n]); None for all."""
-
-    def held_out(self, fitted: Fitted, keep: np.ndarray) -> np.ndarray:
-        """Numbers whose softmax is the probabilities of the other rows, after `fit(…, keep)`."""
 
 
 def fit(data: TrainingData, settings: Settings) -> Fitted:

@@ -11,13 +11,40 @@ import torch
 
 from gradstore.projection.cuda import cuda_source
 from gradstore.projection.cuda.geometry import Variant
-from gradstore.projection.cuda.jobs import Job, Pack
 
 OLDEST = (8, 0)  # the first with asynchronous copies
 _HOPPER = (9, 0)
 _PACK_THREADS = 256
 # What the product waited for when it gave up; the numbers stand in src/waiting.cuh.
 _GAVE_UP = {1: "gradients", 2: "room for gradients", 3: "its turn to add to the output"}
+
+
+def _many(names: str, kind: type) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names.split())
+
+
+class Pack(ctypes.Structure):
+    """Gradients to scaled 16-bit limbs: ``struct Pack`` in ``src/pack.cuh``."""
+
+    _fields_ = (
+        *_many("block packed undo turns", ctypes.c_void_p),
+        *_many("rows columns row_stride", ctypes.c_int64),
+        *_many("start first_group", ctypes.c_uint64),
+        *_many("groups tile_rows padded_rows", ctypes.c_int32),
+        ("turn_count", ctypes.c_uint32),
+    )
+
+
+class Job(ctypes.Structure):
+    """The product with P: ``struct Job`` in ``src/fold.cuh``."""
+
+    _fields_ = (
+        *_many("packed undo out turns trouble", ctypes.c_void_p),
+        *_many("rows count out_stride", ctypes.c_int64),
+        ("first_group", ctypes.c_uint64),
+        *_many("first_k key0 key1 domain", ctypes.c_uint32),
+        *_many("groups spans padded_rows row_tiles k_tiles", ctypes.c_int32),
+    )
 
 
 def missing() -> str:

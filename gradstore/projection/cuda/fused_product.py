@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradstore.projection.cuda.driver import Job, Pack
 from gradstore.projection.cuda.geometry import GROUP, STAGE, Launch, Variant, launches, slabs, variant_for
-from gradstore.projection.cuda.jobs import Job, Pack
 from gradstore.projection.entries import Entries
 
 WORKSPACE_BYTES = 80 << 20  # for the packed gradients of a launch; two are under way at a time

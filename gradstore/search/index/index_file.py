@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 from gradstore.errors import NoSpaceError, UsageError
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
-from gradstore.store.hashing import NEWEST, hash_of
-from gradstore.store.schema import raw
+from gradstore.store.schema import NEWEST, hash_of, raw
 
 VERSION = 3
 _DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "F64": np.float64}

@@ -9,8 +9,7 @@ from itertools import groupby, starmap
 
 import numpy as np
 
-from gradstore.store.hashing import hash_of
-from gradstore.store.schema import BULK, Schema
+from gradstore.store.schema import BULK, Schema, hash_of
 
 THREADS = min(os.cpu_count() or 1, 8)
 BYTES = 16

@@ -14,9 +14,8 @@ from gradstore.errors import CorruptError, UsageError
 from gradstore.store.files.disk import Disk, MissingFileError
 from gradstore.store.files.layout import gaps
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard
-from gradstore.store.hashing import VERSIONS
 from gradstore.store.identity import fingerprint_of
-from gradstore.store.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, Schema
+from gradstore.store.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, VERSIONS, Schema
 
 # Bounds on what one manifest may make gradstore hold: some hundred megabytes at worst.
 _FILE_BYTES = 48 << 20

@@ -15,8 +15,7 @@ from gradstore.store.files.disk import Disk
 from gradstore.store.files.foreign_header import require_plain_hdf5
 from gradstore.store.files.layout import gaps
 from gradstore.store.files.manifest import Manifest, Shard
-from gradstore.store.hashing import hash_of
-from gradstore.store.schema import BULK, raw
+from gradstore.store.schema import BULK, hash_of, raw
 
 # Bytes of a small column between two rows that are read with them, and of one such read: beyond, another costs less.
 _NEAR, _TOGETHER = 8 << 10, 256 << 10

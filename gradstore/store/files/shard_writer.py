@@ -11,8 +11,7 @@ import numpy as np
 from gradstore.store.files.digests import row_digests
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest import Manifest, Shard
-from gradstore.store.hashing import hash_of
-from gradstore.store.schema import BULK, raw
+from gradstore.store.schema import BULK, hash_of, raw
 
 _UNHURRIED = 8 << 20  # bytes written before the system is asked to begin moving them to the medium
 
