@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gradstore.arithmetic.choices import ARITHMETICS
+from gradstore.arithmetic.names import ARITHMETICS
 from gradstore.kernels.definitions import EXACT, PROJECTED
 
 from .options import as_json, assignments_option, choice_option, memory_option

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gradstore.arithmetic.choices import Choice
+from gradstore.arithmetic.names import Choice
 from gradstore.kernels.definitions import PROJECTED
 from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS

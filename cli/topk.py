@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradstore.arithmetic.choices import ENGINES
+from gradstore.arithmetic.names import ENGINES
 
 from .options import as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
 from .output import print_json, print_table, say

@@ -16,12 +16,12 @@ import torch
 
 from gradstore.errors import GradstoreError, UsageError
 
-Choice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
+RowChoice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
 """Some of n rows."""
 
 
 def chosen_rows(
-    rows: Choice | None,
+    rows: RowChoice | None,
     n: int,
     *,
     where: str,
@@ -100,7 +100,7 @@ def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> 
 
 
 def row_mask(
-    rows: Choice,
+    rows: RowChoice,
     n: int,
     *,
     where: str,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradstore.arithmetic import matrix_unit
-from gradstore.arithmetic.choices import BFLOAT16X2
+from gradstore.arithmetic.names import BFLOAT16X2
 from gradstore.arithmetic.product import Operand, equal_shares
 from gradstore.errors import UsageError
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gradstore.arithmetic.bfloat16_limbs import LimbOperand
-from gradstore.arithmetic.choices import ARITHMETICS, require_one_of
 from gradstore.arithmetic.float32 import Float32Operand
 from gradstore.arithmetic.int8 import IntegerOperand
+from gradstore.arithmetic.names import ARITHMETICS, require_one_of
 from gradstore.arithmetic.product import Operand
 from gradstore.errors import UsageError
 

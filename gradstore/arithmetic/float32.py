@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import FLOAT32
+from gradstore.arithmetic.names import FLOAT32
 from gradstore.arithmetic.product import Operand
 
 _UNIT = 2.0**-24

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import INT8_ROWS
+from gradstore.arithmetic.names import INT8_ROWS
 from gradstore.arithmetic.product import Operand
 from gradstore.errors import UsageError
 

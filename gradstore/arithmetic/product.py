@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import Choice
+from gradstore.arithmetic.names import Choice
 from gradstore.errors import UsageError
 from gradstore.machine.threads import Workers
 

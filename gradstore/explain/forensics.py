@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.indices import Choice, row_mask
+from gradstore.indices import RowChoice, row_mask
 from gradstore.report.page import write_forensics
 from gradstore.report.shown_rows import provenance, shown_example
 from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
@@ -122,7 +122,7 @@ def forensics(
     train: Rows,
     queries: Rows | Sequence[Rows],
     *,
-    poisoned: Choice | None = None,
+    poisoned: RowChoice | None = None,
     k: int = 5,
     votes: int = 3,
     kernel: str = "proj-trntk",
@@ -235,7 +235,7 @@ def _read_lines(path: Path) -> np.ndarray:
     return np.loadtxt(text.splitlines(), dtype=np.int64, ndmin=1) if text.strip() else np.empty(0, np.int64)
 
 
-def _poisoned_mask(train: Rows, poisoned: Choice | None) -> np.ndarray:
+def _poisoned_mask(train: Rows, poisoned: RowChoice | None) -> np.ndarray:
     if poisoned is not None:
         return row_mask(poisoned, len(train), where="--poisoned", what="training row")
     if train.poisoned is None:

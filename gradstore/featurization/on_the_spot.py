@@ -12,7 +12,7 @@ from gradstore.errors import UsageError
 from gradstore.featurization.batch import row_columns
 from gradstore.featurization.plan import Plan
 from gradstore.featurization.settings import Settings
-from gradstore.indices import Choice, chosen_rows
+from gradstore.indices import RowChoice, chosen_rows
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.model.project import Project
 from gradstore.store.files.digests import row_digests
@@ -98,7 +98,7 @@ def featurize_queries(
     train: Rows,
     *,
     split: str,
-    rows: Choice | None = None,
+    rows: RowChoice | None = None,
     device: str = "auto",
     memory: int | str = "2GB",
 ) -> FreshRows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.indices import Choice, chosen_rows
+from gradstore.indices import RowChoice, chosen_rows
 from gradstore.kernels.definitions import Kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.search.class_weights import Classes, query_weights
@@ -42,7 +42,7 @@ class Request:
         queries: Rows,
         k: int,
         kernel: Kernel,
-        rows: Choice | None = None,
+        rows: RowChoice | None = None,
         classes: Classes = None,
         memory: int = 1 << 30,
     ) -> Request:

@@ -34,7 +34,7 @@ class ExactSearch:
 
     Args:
         memory: bytes held beside the result.
-        engine: one of `gradstore.arithmetic.choices.ENGINES`.
+        engine: one of `gradstore.arithmetic.names.ENGINES`.
     """
 
     def __init__(self, memory: int, engine: str = "auto") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.indices import Choice
+from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.search.index.approximate import ApproximateSearch
@@ -71,7 +71,7 @@ class Session:
         queries: Rows,
         k: int = 5,
         *,
-        rows: Choice | None = None,
+        rows: RowChoice | None = None,
         mode: str = "certified",
         candidates: int | None = None,
     ) -> TopK:

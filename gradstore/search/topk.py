@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradstore.errors import UsageError
-from gradstore.indices import Choice
+from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.search.class_weights import Classes
@@ -27,7 +27,7 @@ def topk(
     k: int = 5,
     kernel: str = "proj-trntk",
     *,
-    rows: Choice | None = None,
+    rows: RowChoice | None = None,
     classes: Classes = None,
     mode: str = "exact",
     memory: int | str = "1GB",
@@ -52,7 +52,7 @@ def topk(
         mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
             none; "approx" re-ranks the candidates of that index and says which recall was measured.
         memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
-        engine: of mode "exact", one of `gradstore.arithmetic.choices.ENGINES`; "auto" measures.
+        engine: of mode "exact", one of `gradstore.arithmetic.names.ENGINES`; "auto" measures.
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
     Returns:

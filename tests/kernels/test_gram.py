@@ -22,10 +22,10 @@ from synthetic import clustered, dense_similarity, write_store
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
 from gradstore.arithmetic.bfloat16_limbs import error_bound
-from gradstore.arithmetic.choices import BFLOAT16X2
 from gradstore.arithmetic.chooser import choose_arithmetic
 from gradstore.arithmetic.float32 import Float32Operand
 from gradstore.arithmetic.int8 import MOST_COLUMNS, STEPS, IntegerOperand, integer_products_are_exact
+from gradstore.arithmetic.names import BFLOAT16X2
 from gradstore.arithmetic.product import multiply
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
 from gradstore.kernels.definitions import projected_kernel

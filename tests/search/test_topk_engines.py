@@ -15,9 +15,9 @@ from synthetic import clustered, dense_similarity, rows_of_every_kind, write_sto
 
 import gradstore as gs
 from gradstore.arithmetic import chooser, matrix_unit
-from gradstore.arithmetic.choices import ENGINES
 from gradstore.arithmetic.int8 import integer_product, integer_products_are_exact
 from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
+from gradstore.arithmetic.names import ENGINES
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.kernels.feature_map import FeatureMap

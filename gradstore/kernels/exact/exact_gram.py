@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.indices import Choice
+from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import REPRESENTATION, exact_kernel
 from gradstore.kernels.exact.example_selection import Selection
 from gradstore.kernels.exact.jacobian_tiles import JacobianTiles
@@ -29,8 +29,8 @@ def exact_gram(
     b: str | None = ...,
     kernel: str = ...,
     *,
-    rows_a: Choice | None = ...,
-    rows_b: Choice | None = ...,
+    rows_a: RowChoice | None = ...,
+    rows_b: RowChoice | None = ...,
     out: None = ...,
     memory: int | str = ...,
     device: str = ...,
@@ -47,8 +47,8 @@ def exact_gram(
     b: str | None = ...,
     kernel: str = ...,
     *,
-    rows_a: Choice | None = ...,
-    rows_b: Choice | None = ...,
+    rows_a: RowChoice | None = ...,
+    rows_b: RowChoice | None = ...,
     out: str | os.PathLike[str],
     memory: int | str = ...,
     device: str = ...,
@@ -64,8 +64,8 @@ def exact_gram(
     b: str | None = None,
     kernel: str = "trntk",
     *,
-    rows_a: Choice | None = None,
-    rows_b: Choice | None = None,
+    rows_a: RowChoice | None = None,
+    rows_b: RowChoice | None = None,
     out: str | os.PathLike[str] | None = None,
     memory: int | str = "2GB",
     device: str = "auto",

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.featurization.fingerprint import data_identity
-from gradstore.indices import Choice, chosen_rows
+from gradstore.indices import RowChoice, chosen_rows
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.project import Project
 
@@ -31,7 +31,7 @@ class Selection:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, project: Project, split: str, rows: Choice | None, where: str) -> Selection:
+    def of(cls, project: Project, split: str, rows: RowChoice | None, where: str) -> Selection:
         """All rows of a split, or those given by the argument `where`.
 
         Returns:

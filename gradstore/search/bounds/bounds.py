@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import Choice
+from gradstore.arithmetic.names import Choice
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.query_batch import QueryGroup

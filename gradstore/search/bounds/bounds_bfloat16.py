@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gradstore.arithmetic import matrix_unit
 from gradstore.arithmetic.bfloat16_limbs import LIMB, limb_error, relative_rests, rounding_bound, sample_product
-from gradstore.arithmetic.choices import BFLOAT16
 from gradstore.arithmetic.matrix_unit import Packed, Strips, aligned, pack
+from gradstore.arithmetic.names import BFLOAT16
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows

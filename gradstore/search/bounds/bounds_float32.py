@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import CUDA, FLOAT32
 from gradstore.arithmetic.float32 import error_bound, sample_product
+from gradstore.arithmetic.names import CUDA, FLOAT32
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows

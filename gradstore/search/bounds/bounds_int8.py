@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.arithmetic.choices import INT8_DIGITS
 from gradstore.arithmetic.int8 import refusal
 from gradstore.arithmetic.int8_digits import (
     MAX_WIDTH,
@@ -27,6 +26,7 @@ from gradstore.arithmetic.int8_digits import (
     round_stretches,
     sample_product,
 )
+from gradstore.arithmetic.names import INT8_DIGITS
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap, Scaled
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, most_rows

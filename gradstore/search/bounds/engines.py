@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from gradstore.arithmetic import chooser
-from gradstore.arithmetic.choices import ENGINES, require_one_of
+from gradstore.arithmetic.names import ENGINES, require_one_of
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.machine.threads import single_threaded
