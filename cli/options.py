@@ -142,8 +142,8 @@ def _promised(context: click.Context, parameter: click.Parameter, value: str) ->
     """A budget; of one that is too small to be promised, the user is told so."""
     if parse_bytes(value) < PROMISED:
         say(
-            f"note: --memory is kept from {format_bytes(PROMISED)} up; with {value} tens of megabytes more may be "
-            "taken, for the C library keeps some of what is freed"
+            f"note: --memory is kept from {format_bytes(PROMISED)} up; with {value}, tens of megabytes more may "
+            "be taken, for the C library keeps some of what is freed"
         )
     return value
 

@@ -16,6 +16,7 @@ from gradstore.store.rows import Rows
 
 # Rows read together where wanted rows follow one another.
 _RUN = 16
+_ROOM = 8 << 20  # bytes of rows that suffice for that
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class QueryGroup:
         return self.phi.unscaled(self.norms, self.exponent)
 
 
-def load_queries(request: Request, part: slice = slice(None), workers: int = 1) -> list[QueryGroup]:
+def load_queries(request: Request, part: slice = slice(None), workers: int = 1, room: int = _ROOM) -> list[QueryGroup]:
     """Read queries of a request.
 
     Args:
         request: says where they are.
         part: which of them.
-        workers: threads that read; each holds 4·D bytes and some rows as stored.
+        workers: threads that read; each holds 4·D bytes, and rows as stored.
+        room: bytes of these rows that each of them holds; or one row.
 
     Returns:
         One group for each distinct feature map. Holds 4·D bytes a query.
@@ -70,11 +72,13 @@ def load_queries(request: Request, part: slice = slice(None), workers: int = 1) 
     groups, rows, phis = [], request.rows[part], request.phis[part]
     for phi in dict.fromkeys(phis):
         members = np.array([i for i, other in enumerate(phis) if other == phi], dtype=np.int64)
-        groups.append(_load_group(request.queries, rows[members], members, phi, workers))
+        groups.append(_load_group(request.queries, rows[members], members, phi, workers, room))
     return groups
 
 
-def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: FeatureMap, workers: int) -> QueryGroup:
+def _load_group(
+    store: Rows, rows: np.ndarray, members: np.ndarray, phi: FeatureMap, workers: int, room: int
+) -> QueryGroup:
     pieces = torch.zeros(phi.pieces, len(rows), phi.width)
     norms, exponents = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
 
@@ -90,7 +94,7 @@ def _load_group(store: Rows, rows: np.ndarray, members: np.ndarray, phi: Feature
                 pieces[:, place] = padded
                 norms[place], exponents[place] = norm, scaled.exponent[i]
 
-    spans = list(runs(np.unique(rows)))
+    spans = list(runs(np.unique(rows), int(np.clip(room // store.schema.row_bytes, 1, _RUN))))
     if len(spans) < 2 or workers < 2:
         for span in spans:
             load(span)

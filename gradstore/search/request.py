@@ -67,7 +67,7 @@ class Request:
         require_comparable(train, queries)
         if classes is None:
             require_served(kernel, train)
-        if not 1 <= k <= len(train):
+        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 1 <= k <= len(train):
             raise UsageError("k does not fit the training store", where="-k", expected=f"1 to {len(train)}", got=k)
         wanted = chosen_rows(rows, len(queries), where="--rows", what="query row")
         asked = [None] * len(wanted) if classes is None else query_weights(classes, train, queries, wanted)

@@ -60,7 +60,9 @@ class ExactSearch:
         means, plan = choose_engine(self.engine, train, request.phis, k, self.memory)
         parts = [slice(at, at + plan.batch) for at in range(0, len(request.rows), plan.batch)]
         with single_threaded():
-            found = [_pass(train, load_queries(request, part, plan.workers), k, means, plan) for part in parts]
+            found = [
+                _pass(train, load_queries(request, part, plan.workers, plan.room), k, means, plan) for part in parts
+            ]
         return Answer.joined(found, k, Search("exact", len(train) * len(parts), means.choice.name))
 
 

@@ -18,7 +18,7 @@ _SPARE_BYTES = 8 << 20
 _NAMED = 4
 
 
-def concat(parts: Sequence[Rows]) -> Rows:
+def concat(parts: Iterable[Rows]) -> Rows:
     """The rows of several stores, one after another (`gradstore.store.concatenated`).
 
     Whatever takes a store takes them, and answers as for one store with all the rows, to the last bit: `gram`, `topk`,
@@ -44,11 +44,12 @@ def concat(parts: Sequence[Rows]) -> Rows:
         >>> len(both), both.part(25)[0].where, both.part(25)[1]
         (32, 'stores/extra', 1)
     """
-    wrong = next((part for part in parts if not isinstance(part, Rows)), None)
-    if wrong is not None or not len(parts):
+    stores = [] if isinstance(parts, Rows) else list(parts)
+    wrong = parts if isinstance(parts, Rows) else next((part for part in stores if not isinstance(part, Rows)), None)
+    if wrong is not None or not stores:
         got = "none" if wrong is None else type(wrong).__name__
-        raise UsageError("nothing to concatenate", where="concat", expected="stores, such as gradstore.open", got=got)
-    flat = [own for part in parts for own in part.parts]
+        raise UsageError("nothing to concatenate", where="concat", expected="a list of stores", got=got)
+    flat = [own for part in stores for own in part.parts]
     for part in flat:
         require_comparable(flat[0], part)
     return flat[0] if len(flat) == 1 else Concatenated(flat)

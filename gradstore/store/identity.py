@@ -81,7 +81,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, s
 
 
 def require_same(
-    a: Mapping[str, Any], b: Mapping[str, Any], *, where: str | Path, theirs: str, ours: str, data: bool = True
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    where: str | Path,
+    theirs: str,
+    ours: str,
+    data: bool = True,
+    hint: str = "",
 ) -> None:
     """Refuse to mix two identities that differ.
 
@@ -92,6 +99,7 @@ def require_same(
         theirs: heading of the first column.
         ours: heading of the second column.
         data: whether the data must agree too; not so for a query store.
+        hint: what to do about it, where that is not to featurize otherwise.
 
     Raises:
         MismatchError: lists every field that differs, in two columns.
@@ -101,7 +109,7 @@ def require_same(
         found = [row for row in found if not row[0].startswith("data.")]
     if not found:
         return
-    hint = (
+    hint = hint or (
         "Choose another --out, or the settings of the store"
         if data
         else "Featurize both with the same weights and settings"

@@ -172,7 +172,15 @@ class Rows(ABC):
         return (self,)
 
     def part(self, row: int) -> tuple[Rows, int]:
-        """The part that a row is from, and its position there."""
+        """The part that a row is from, and its position there.
+
+        Returns:
+            Both.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        self._require_range(row, row + 1)
         return self, row
 
     # -- derived -------------------------------------------------------------------------------------------------

@@ -189,6 +189,8 @@ def test_combinations_as_text() -> None:
     [
         ({"k": 301}, "-k: k does not fit the training store (expected 1 to 300, got 301)."),
         ({"k": 0}, "-k: k does not fit the training store (expected 1 to 300, got 0)."),
+        ({"k": 2.0}, "-k: k does not fit the training store (expected 1 to 300, got 2.0)."),
+        ({"k": True}, "-k: k does not fit the training store (expected 1 to 300, got True)."),
         ({"rows": [30]}, "--rows: no such query row (expected 0 to 29, got 30)."),
         ({"rows": [-1]}, "--rows: no such query row (expected 0 to 29, got -1)."),
         (

@@ -92,3 +92,30 @@ def test_the_reference_in_parts_is_the_reference(tmp_path: Path) -> None:
     write_store(tmp_path / "test", clustered(60, 2, 30, seed=1))
     whole = dense_similarity(FeatureStore(tmp_path / "train"), FeatureStore(tmp_path / "test"), "proj-trntk")
     np.testing.assert_allclose(dense_similarity_in_parts(tmp_path), whole, rtol=0, atol=1e-12)
+
+
+WIDE = """
+import sys, torch, gradstore as gs
+torch.set_num_threads(4)
+rows, memory = gs.open(sys.argv[1]), int(sys.argv[2])
+gs.topk(gs.open(sys.argv[3]), gs.open(sys.argv[3]), 2, "proj-pntk")  # loads every library and starts every pool
+
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+gs.topk(rows, rows, 2, "proj-pntk", memory=memory)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read as Linux gives them")
+def test_rows_of_many_classes_are_read_within_the_budget(tmp_path: Path) -> None:
+    """Where classes are summed a row as stored is far larger than its Φ; four threads with sixteen each hold 512 MB."""
+    write_store(tmp_path / "wide", clustered(64, 2000, 1000), dtype="float32", shard_rows=16)
+    write_store(tmp_path / "small", clustered(8, 4, 1000), dtype="float32")
+    command = [sys.executable, "-c", WIDE, str(tmp_path / "wide"), str(256 * 10**6), str(tmp_path / "small")]
+    taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert taken < 256 * 10**6

@@ -320,6 +320,9 @@ def test_what_cannot_be_concatenated(made: dict, tmp_path: Path) -> None:
     unfinished = write_store(tmp_path / "unfinished", clustered(64, 2, 16), n=100)
     with pytest.raises(UsageError, match="the store is unfinished"):
         gs.concat([unfinished])
-    for nothing, got in (([], "none"), (["stores/a"], "str")):
-        with pytest.raises(UsageError, match=rf"nothing to concatenate \(expected stores.*, got {got}\)"):
+    for nothing, got in (([], "none"), (["stores/a"], "str"), (names[0], "FeatureStore")):
+        with pytest.raises(UsageError, match=rf"nothing to concatenate \(expected a list of stores, got {got}\)"):
             gs.concat(nothing)
+    assert len(gs.concat(store for store in (names[0], names[0]))) == 8
+    with pytest.raises(UsageError, match="rows out of range"):
+        names[0].part(4)

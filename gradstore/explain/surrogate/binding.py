@@ -60,7 +60,14 @@ class Binding:
             MismatchError: lists every field that differs.
         """
         self.require_kind("store", store)
-        require_same(self._known(), named_identity(store), where=store.where, theirs="surrogate", ours=store.where)
+        require_same(
+            self._known(),
+            named_identity(store),
+            where=store.where,
+            theirs="surrogate",
+            ours=store.where,
+            hint="Name the store that it was fitted on; several, in the same order",
+        )
         store.require_complete()
 
     def require_query_gram(self, gram: Gram) -> None:

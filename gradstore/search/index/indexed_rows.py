@@ -64,8 +64,9 @@ class IndexedRows:
                 got=format_bytes(self.memory),
             )
         size = min(MOST_QUERIES, self.memory // need)
+        room = self.memory // (16 * self.workers)
         for start in range(0, len(request.rows), size):
-            yield start, load_queries(request, slice(start, start + size), self.workers)[0]
+            yield start, load_queries(request, slice(start, start + size), self.workers, room)[0]
 
     def upper_bounds(self, group: QueryGroup, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Upper bounds float64 [m, n] on the similarities, and the `count` rows that look best for each query."""
