@@ -18,8 +18,6 @@ from gradstore.arithmetic.int8 import integer_products_are_exact
 from gradstore.errors import CorruptError, MismatchError, UsageError
 from gradstore.store.export import export
 
-pytestmark = pytest.mark.numerical
-
 N, HALF, M = 48, 16, 12
 KERNELS = ["proj-trntk", "proj-pntk", "proj-trntk0"]
 SOURCES = ["one store", "in memory", "two stores", "three, one of them in memory"]
