@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from gradstore.errors import UsageError
+from gradstore.machine.threads import one_torch_thread
 from gradstore.model.project import Project, load_project
 
 
@@ -92,7 +92,7 @@ def train(
         The state dict of the trained model.
     """
     inputs, labels = dataset.tensors
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_torch_thread():
         torch.manual_seed(seed)
         model = build().train()
         optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
@@ -109,16 +109,6 @@ def train(
 def _batches(n: int, batch: int, epochs: int) -> Iterator[Tensor]:
     for _ in range(epochs):
         yield from torch.randperm(n)[: n - n % batch].split(batch)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write(path: Path, content: bytes) -> None:
