@@ -136,7 +136,7 @@ def test_bad_input_is_one_clear_line(folder: Path, command: str, status: int, me
 
 def test_a_budget_that_is_less_than_is_promised_is_said_and_used(folder: Path) -> None:
     small, usual = (run(folder, f"topk train test -k 3 --json --memory {memory}") for memory in ("255MB", "256MB"))
-    said = "note: --memory is kept from 256.0 MB up; with 255MB tens of megabytes more may be taken, for the C library"
+    said = "note: --memory is kept from 256.0 MB up; with 255MB, tens of megabytes more may be taken, for the C library"
     assert (small.status, usual.status) == (0, 0)
     assert small.err.count("note:") == 1
     assert said in small.err
