@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradstore.arithmetic.names import Choice
 from gradstore.errors import UsageError
-from gradstore.machine.threads import Workers
+from gradstore.machine.threads import Workers, one_torch_thread
 
 Rows = TypeVar("Rows", bound="Operand")
 
@@ -176,8 +176,9 @@ def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -
             jobs.append(partial(rows.part(low, high).write_product, b, out[at + low : at + high], first))
         at += count
     if workers is None or out.numel() * b.values.shape[1] < _SMALL:
-        for job in jobs:
-            job()
+        with one_torch_thread():  # as a worker would: with some libraries the number of threads decides the last bit
+            for job in jobs:
+                job()
     else:
         workers.map(lambda job: job(), jobs)
     if square is not None:

@@ -19,15 +19,20 @@ _MAX_WORKERS = 16
 
 
 class Workers:
-    """A pool of as many threads as torch computes with, at most 16; use as a context.
+    """A pool of threads that compute with one thread each; use as a context.
 
-    Jobs are begun in the order in which they are handed in, whoever hands them in. Inside the context MKL uses one
-    thread in the whole process; leaving it restores what was set.
+    Jobs are begun in the order in which they are handed in, whoever hands them in. A thread that sets its own number of
+    threads sets that of threads which start later too, and with some builds of MKL the whole process's; leaving the
+    context sets back what was.
+
+    Attributes:
+        count: how many threads there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int | None = None) -> None:
+        """So many, or as many as torch computes with, at most 16."""
         self._threads = torch.get_num_threads()
-        self.count = worker_count()
+        self.count = count or worker_count()
 
     def map(self, work: Callable[[S], T], jobs: Iterable[S]) -> list[T]:
         """The results in order; of several errors, the one of the earliest job is raised."""
@@ -35,7 +40,7 @@ class Workers:
 
     def __enter__(self) -> Workers:
         """Start the pool; its threads start with their first job."""
-        single = partial(torch.set_num_threads, 1)  # counts for the calling thread, and for MKL everywhere
+        single = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(self.count, "gradstore-worker", initializer=single)
         return self
 
@@ -48,7 +53,7 @@ class Workers:
 
 
 def worker_count() -> int:
-    """How many threads `Workers` has."""
+    """How many threads `Workers` has where no other number is asked for."""
     return min(torch.get_num_threads(), _MAX_WORKERS)
 
 
@@ -66,5 +71,5 @@ def one_torch_thread() -> Iterator[None]:
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """Linear algebra libraries use one thread each, where a worker a core is used: none waits for another."""
-    with threadpool_limits(1), one_torch_thread():
+    with one_torch_thread(), threadpool_limits(1):  # the limits hold for torch too, so it is asked before them
         yield

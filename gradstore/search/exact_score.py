@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradstore.arithmetic import compiled_loops
+from gradstore.machine.threads import Workers
 from gradstore.native import library
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.rows import Rows
@@ -73,8 +73,8 @@ class ExactScore:
             for batch in batches:
                 score(batch)
         else:
-            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(score, batches))
+            with Workers(self.workers) as pool:
+                pool.map(score, batches)
         return scores
 
     def _read(self, batch: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstore.kernels.feature_map import FeatureMap, not_finite
+from gradstore.machine.threads import Workers
 from gradstore.search.request import Request
 from gradstore.store.rows import Rows
 
@@ -99,8 +99,8 @@ def _load_group(
         for span in spans:
             load(span)
     else:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(load, spans))
+        with Workers(workers) as pool:
+            pool.map(load, spans)
     return QueryGroup(phi, members, pieces, norms, exponents)
 
 

@@ -7,7 +7,6 @@ one waits for the disk or hashes, another multiplies, and no core waits at a bar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from threading import Lock
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from gradstore.kernels.feature_map import not_finite
 from gradstore.machine.devices import full_float32
-from gradstore.machine.threads import single_threaded
+from gradstore.machine.threads import Workers, single_threaded
 from gradstore.search.best import Best
 from gradstore.search.bounds.bounds import BlockBounds, Bounds
 from gradstore.search.bounds.engines import choose_engine
@@ -87,18 +86,16 @@ class _Scan:
         self._stopped = False
 
     def run(self) -> None:
-        with ThreadPoolExecutor(self.plan.workers) as pool:
+        with Workers(self.plan.workers) as pool:
             try:
-                for future in [pool.submit(self._work) for _ in range(self.plan.workers)]:
-                    future.result()
+                pool.map(self._work, range(self.plan.workers))
             except BaseException:  # such as Ctrl-C, which arrives here and not in a worker
                 self._stopped = True
                 raise
         if self._errors:
             raise min(self._errors, key=lambda found: found[0])[1]
 
-    def _work(self) -> None:
-        torch.set_num_threads(1)  # counts for this thread only
+    def _work(self, _: int) -> None:
         block = self.bounds.block(self.plan.block)
         while not self._errors and not self._stopped:
             start = next(self._starts)

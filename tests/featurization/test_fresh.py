@@ -17,6 +17,8 @@ from gradstore.explain.linearisation import linearise_store
 from gradstore.featurization.on_the_spot import featurize_queries
 from gradstore.store.export import export
 
+pytestmark = pytest.mark.numerical
+
 
 def make_project(seed: int = 0) -> gs.Project:
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,6 @@ and lets more rows through to exact scoring; so one is taken until too many get 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -27,6 +26,7 @@ from gradstore.arithmetic.matrix_unit import Packed, Strips, aligned, pack
 from gradstore.arithmetic.names import BFLOAT16
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap, Scaled
+from gradstore.machine.threads import Workers
 from gradstore.search.bounds.bounds import BlockBounds, Bounds, Found, Needs, bounds_within, most_rows
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.streamed import Streamed, streamed_bytes
@@ -78,8 +78,8 @@ class PackedQueries:
             part = group.segment(s)
             return pack(part, 1), np.concatenate([_left_out(rows) for rows in part.split(_TOGETHER)])
 
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(pool.map(pack_segment, range(group.phi.segments)))
+        with Workers(workers) as pool:
+            found = pool.map(pack_segment, range(group.phi.segments))
         squares = np.add.accumulate([squares for _, squares in found])[-1]
         exact = dtype != "float32" and group.phi.as_stored
         return cls(group, tuple(packed for packed, _ in found), relative_rests(squares, group.norms), exact)

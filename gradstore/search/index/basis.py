@@ -8,7 +8,6 @@ roundings, and B^T t for a row t rounded to 8 bits.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from gradstore.arithmetic.int8 import integer_product
 from gradstore.arithmetic.int8_digits import Rounded, round_rows, round_stretches
 from gradstore.kernels.feature_map import FeatureMap
-from gradstore.machine.threads import single_threaded
+from gradstore.machine.threads import Workers, single_threaded, worker_count
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.streamed import piece_rows
 from gradstore.store.rows import Rows
@@ -123,7 +122,7 @@ class _Sample:
     def of(cls, store: Rows, phi: FeatureMap, rows: np.ndarray) -> _Sample:
         digits = torch.empty(phi.segments, len(rows), phi.K, dtype=torch.int8)
         found = np.empty((phi.segments, len(rows), 4))
-        workers, piece = min(torch.get_num_threads(), 16), piece_rows(store.schema)
+        workers, piece = worker_count(), piece_rows(store.schema)
 
         def read(places: np.ndarray) -> None:
             room = store.schema.empty(min(piece, len(places)))
@@ -133,8 +132,8 @@ class _Sample:
                 scaled = phi.scaled(torch.from_numpy(columns["features"]), columns, store.where)
                 round_stretches(*scaled.vectors(), digits[:, at], None, found[:, at])
 
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(read, np.array_split(np.arange(len(rows)), workers)))
+        with Workers(workers) as pool:
+            pool.map(read, np.array_split(np.arange(len(rows)), workers))
         return cls(digits, Rounded.of(found, phi.K, two=False).step)
 
     def gram(self) -> np.ndarray:
@@ -148,14 +147,14 @@ class _Sample:
         """The basis whose columns are Φ^T times weights float64 [s, r], both rounded."""
         r, K = weights.shape[1], self.digits.shape[2]
         directions, scales = torch.empty(len(self.digits), r, K, dtype=torch.int8), np.empty((len(self.digits), r))
-        with single_threaded(), ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:
 
-            def combine(s: int) -> None:
-                mixed, found = _rounded(weights.T * self.steps[s])
-                values = integer_product(mixed, self.digits[s]).float()
-                scales[s] = round_rows(values, torch.ones(r), directions[s]).step * found.step
+        def combine(s: int) -> None:
+            mixed, found = _rounded(weights.T * self.steps[s])
+            values = integer_product(mixed, self.digits[s]).float()
+            scales[s] = round_rows(values, torch.ones(r), directions[s]).step * found.step
 
-            list(pool.map(combine, range(len(self.digits))))
+        with Workers() as pool, single_threaded():
+            pool.map(combine, range(len(self.digits)))
         return Basis.of(directions.numpy(), scales)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import format_bytes
+from gradstore.machine.threads import worker_count
 from gradstore.search.best import Best
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.index.sketch import sketch_queries
@@ -35,7 +35,7 @@ class IndexedRows:
 
     def __init__(self, index: SketchIndex, memory: int) -> None:
         self.index, self.memory = index, memory
-        self.workers = min(torch.get_num_threads(), 16)
+        self.workers = worker_count()
         self._norms: np.ndarray | None = None
 
     @property

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import Kernel, projected_kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
-from gradstore.machine.threads import single_threaded
+from gradstore.machine.threads import Workers, single_threaded, worker_count
 from gradstore.search.index.basis import Basis, fit_basis
 from gradstore.search.index.index_file import Saved, load_index, save_index
 from gradstore.search.index.sketch import RowSketch, SketchBlock
@@ -180,7 +178,7 @@ def _build(
     store: FeatureStore, phi: FeatureMap, size: int | None, memory: int, event: str, progress: Progress
 ) -> SketchIndex:
     n, D = len(store), phi.length
-    mixing = 8 * phi.K * min(torch.get_num_threads(), 16)  # of a direction, in every worker
+    mixing = 8 * phi.K * worker_count()  # of a direction, in every worker
     row = D + mixing + 3 * store.schema.row_bytes
     sample = int(min(_SAMPLE, n, memory // 2 // (D + 20 * _SAMPLE)))
     fits = (memory - sample * (D + 20 * sample)) // (2 * D + mixing)
@@ -201,16 +199,15 @@ def _sketch(
 ) -> RowSketch:
     """Sketch the rows from `start` on, a worker a core; each worker's buffers are allocated once."""
     n, r = len(store), basis.size
-    workers = min(torch.get_num_threads(), 16)
+    workers = Workers()
     per_row = store.schema.row_bytes // 2 + phi.length + 4 * phi.K * phi.sums + 48 * r
-    block = int(np.clip(min(memory // (2 * workers), _BLOCK_BYTES) // per_row, 1, 4096))
+    block = int(np.clip(min(memory // (2 * workers.count), _BLOCK_BYTES) // per_row, 1, 4096))
     out = RowSketch(
         np.empty((n - start, r), np.float16), np.empty(n - start, np.float32), np.empty(n - start, np.float32)
     )
     starts, done = count(start, block), count(block, block)
 
-    def work() -> None:
-        torch.set_num_threads(1)
+    def work(_: int) -> None:
         rows = SketchBlock(store, phi, basis, block)
         while (low := next(starts)) < n:
             high = min(low + block, n)
@@ -220,9 +217,8 @@ def _sketch(
             if progress is not None:
                 progress(min(start + next(done), n), n)
 
-    with single_threaded(), ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work) for _ in range(workers)]:
-            future.result()
+    with workers, single_threaded():
+        workers.map(work, range(workers.count))
     return out
 
 
