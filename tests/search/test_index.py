@@ -129,6 +129,15 @@ def test_duplicates_are_all_listed_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.indices[0], np.arange(30))
 
 
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_recall_of_a_few_rows_is_a_number(n: int, tmp_path: Path) -> None:
+    """All of them were fitted, so that none is held out; the mean of no recall was NaN."""
+    train = write_store(tmp_path / "train", clustered(n, 2, 60))
+    found = gs.topk(train, train, 1, mode="approx")
+    assert found.search.recall == 1
+    assert found.indices[:, 0].tolist() == list(range(n))
+
+
 def test_approximate_search_reports_the_recall_it_measured(stores: tuple) -> None:
     train, queries = stores
     session = Session(train)

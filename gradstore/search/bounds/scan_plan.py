@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
-from gradstore.machine.byte_counts import format_bytes
+from gradstore.machine.byte_counts import budget_for, format_bytes, spendable
+from gradstore.machine.threads import worker_count
 from gradstore.search.best import pending_limit
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.exact_score import ROOM
 from gradstore.store.rows import Rows
 
 _BATCH = 512
-_MAX_WORKERS = 16
 # Bytes a row of a block and query: a product in float32, bounds in float64 and what making them takes.
 _PAIR = 48
 
@@ -58,9 +56,10 @@ def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: i
     needs, row = means.bytes_for(train, phis), train.schema.row_bytes
     vectors = 4 * max(phi.length for phi in phis) + 2 * row  # of one worker as it scores exactly, beside the rows
     kept = needs.query + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
-    for workers in range(min(torch.get_num_threads(), _MAX_WORKERS), 0, -1):
-        per_query, room = kept + needs.preparing * workers, max(row, min(ROOM, memory // (16 * workers)))
-        left = memory - workers * (vectors + room) - needs.fixed
+    for workers in range(worker_count(), 0, -1):
+        mine = spendable(memory, workers)
+        per_query, room = kept + needs.preparing * workers, max(row, min(ROOM, mine // (16 * workers)))
+        left = mine - workers * (vectors + room) - needs.fixed
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
         if batch < 1:
             continue
@@ -70,7 +69,7 @@ def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: i
             return ScanPlan(batch, block, workers, room)
     size, held = needs.blocks[-1]
     rest = vectors + needs.fixed + 2 * max(kept + needs.preparing, held + _PAIR * size)
-    need = max(rest + row, rest * 16 // 15 + 1)
+    need = budget_for(max(rest + row, rest * 16 // 15 + 1), 1)
     raise UsageError(
         "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
     )

@@ -58,13 +58,16 @@ class ApproximateSearch:
         key = str(count) if self._faiss is None else f"{count} {self._faiss.name}"
         if key in index.recall:
             return index.recall[key]
+        if len(train) == 1:
+            return 1.0
         held = self._held_out(queries)
         k = min(_MEASURED_K + 1, len(train))
         request = Request(train, train, held, (index.phi,) * len(held), index.phi.kernel, k)
-        truth, found = ExactSearch(self._rows.memory).search(request), self._reranked(request, count, 1.0)
+        scan = ExactSearch(self._rows.memory // 2)  # since the C library keeps some of it while candidates are scored
+        truth, found = scan.search(request), self._reranked(request, count, 1.0)
         pairs = zip(truth.indices, found.indices, held, strict=True)
         hits = [np.isin(_others(a, row), _others(b, row)).mean() for a, b, row in pairs]
-        value = float(np.mean(hits)) if k > 1 else 1.0
+        value = float(np.mean(hits))
         self._rows.index = index.with_recall({key: value})
         return value
 
@@ -75,6 +78,7 @@ class ApproximateSearch:
                 scored = Scored(self._rows, group, request.k, self._propose(group, request.k, count))
                 parts.append((scored.best.rows, scored.best.similarity))
                 read += scored.rows_read
+                del group, scored  # before the next are read
         name = self._faiss.name if self._faiss else self._rows.name
         return Answer.joined(parts, request.k, Search("approx", read, name, recall))
 
@@ -91,7 +95,7 @@ class ApproximateSearch:
         """Rows that the basis was not fitted to, while there are enough of them."""
         n = len(self._rows.index.store)
         free = np.setdiff1d(np.arange(n), self._rows.index.fitted_rows())
-        pool = free if len(free) >= min(count, n // 10) else np.arange(n)
+        pool = free if len(free) >= max(1, min(count, n // 10)) else np.arange(n)
         return np.sort(np.random.default_rng(1).choice(pool, min(count, len(pool)), replace=False))
 
     def _count(self, k: int) -> int:

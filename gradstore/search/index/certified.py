@@ -51,6 +51,7 @@ class CertifiedSearch:
                 parts.append((scored.best.rows, scored.best.similarity))
                 left += (start + np.flatnonzero(unfinished)).tolist()
                 read += scored.rows_read
+                del group, scored  # before the next are read
         answer = Answer.joined(parts, k, Search("certified", read, self._rows.name))
         return self._finished(answer, request, left) if left else answer
 

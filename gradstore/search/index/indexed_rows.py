@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.machine.threads import worker_count
 from gradstore.search.best import Best
-from gradstore.search.exact_score import ExactScore
+from gradstore.search.exact_score import ROOM, ExactScore
 from gradstore.search.index.sketch import sketch_queries
 from gradstore.search.index.store_index import SketchIndex
 from gradstore.search.query_batch import QueryGroup, load_queries
@@ -19,6 +21,15 @@ from gradstore.search.request import Request
 _ROWS = 8192
 MOST_QUERIES = 64
 """Of a batch."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Queries a batch, threads, and bytes of rows that each of these has beside the row that it works on."""
+
+    queries: int
+    workers: int
+    room: int
 
 
 class IndexedRows:
@@ -35,8 +46,30 @@ class IndexedRows:
 
     def __init__(self, index: SketchIndex, memory: int) -> None:
         self.index, self.memory = index, memory
-        self.workers = worker_count()
         self._norms: np.ndarray | None = None
+
+    @cached_property
+    def cut(self) -> _Cut:
+        """How a search stays within its memory; prefers many workers, then many queries a batch.
+
+        Raises:
+            UsageError: too little memory for one query.
+        """
+        phi, row = self.index.phi, self.index.store.schema.row_bytes
+        query = 40 * len(self.index.store) + 6 * phi.length  # its bounds, and Φ in float32 and in two digits
+        reading = 4 * phi.length + 2 * row  # by one worker, of a query or of a row that is scored
+        most = self.memory // 2  # the C library keeps the rest: of what building, a scan and every batch have freed
+        workers = next((w for w in range(worker_count(), 1, -1) if 2 * w * reading <= most), 1)
+        left = most - workers * reading
+        if left < query:
+            raise UsageError(
+                "too little memory",
+                where="--memory",
+                expected=f"at least {format_bytes(2.12 * (query + reading))}",  # as it is rounded there
+                got=format_bytes(self.memory),
+            )
+        queries = min(MOST_QUERIES, left // query)
+        return _Cut(queries, workers, min(ROOM, (left - queries * query) // workers))
 
     @property
     def name(self) -> str:
@@ -55,18 +88,9 @@ class IndexedRows:
         Raises:
             UsageError: too little memory for one.
         """
-        need = 40 * len(self.index.store) + 4 * self.index.phi.length
-        if need > self.memory:
-            raise UsageError(
-                "too little memory",
-                where="--memory",
-                expected=f"at least {format_bytes(need)}",
-                got=format_bytes(self.memory),
-            )
-        size = min(MOST_QUERIES, self.memory // need)
-        room = self.memory // (16 * self.workers)
-        for start in range(0, len(request.rows), size):
-            yield start, load_queries(request, slice(start, start + size), self.workers, room)[0]
+        for start in range(0, len(request.rows), self.cut.queries):
+            part = slice(start, start + self.cut.queries)
+            yield start, load_queries(request, part, self.cut.workers, self.cut.room)[0]
 
     def upper_bounds(self, group: QueryGroup, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Upper bounds float64 [m, n] on the similarities, and the `count` rows that look best for each query."""
@@ -105,7 +129,7 @@ class Scored:
     """
 
     def __init__(self, store: IndexedRows, group: QueryGroup, k: int, rows: Sequence[np.ndarray]) -> None:
-        self._score = ExactScore(store.index.store, [group], store.workers)
+        self._score = ExactScore(store.index.store, [group], store.cut.workers, store.cut.room)
         self.best = Best(len(group.members), k, self._score)
         self.add(rows)
 

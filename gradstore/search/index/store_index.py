@@ -12,7 +12,7 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import Kernel, projected_kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
-from gradstore.machine.byte_counts import format_bytes, parse_bytes
+from gradstore.machine.byte_counts import budget_for, format_bytes, parse_bytes, spendable
 from gradstore.machine.threads import Workers, single_threaded, worker_count
 from gradstore.search.index.basis import Basis, fit_basis
 from gradstore.search.index.index_file import Saved, load_index, save_index
@@ -177,15 +177,16 @@ def _reuse(
 def _build(
     store: FeatureStore, phi: FeatureMap, size: int | None, memory: int, event: str, progress: Progress
 ) -> SketchIndex:
-    n, D = len(store), phi.length
+    n, D, asked = len(store), phi.length, memory
+    memory = spendable(asked, worker_count())
     mixing = 8 * phi.K * worker_count()  # of a direction, in every worker
     row = D + mixing + 3 * store.schema.row_bytes
     sample = int(min(_SAMPLE, n, memory // 2 // (D + 20 * _SAMPLE)))
     fits = (memory - sample * (D + 20 * sample)) // (2 * D + mixing)
     if fits < 1 or sample < 1 or memory < 4 * row:
-        need = max(4 * row, 4 * (D + 20 * _SAMPLE))
+        need = budget_for(max(4 * row, 4 * (D + 20 * _SAMPLE)), worker_count())
         raise UsageError(
-            "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
+            "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(asked)
         )
     wanted = size or int(np.clip(_SHARE * store.nbytes / (D + 2 * n), _MIN_SIZE, MAX_SIZE))
     basis = fit_basis(store, phi, _sampled(n, sample), int(min(wanted, fits, sample)))
