@@ -109,7 +109,7 @@ def _few_embeddings(n: int, c: int, draw: torch.Generator) -> JacobianBlock:
 BLOCKS = [_dense, _lazy, _linear, _convolution, _one_wide_row, _embedding, _few_embeddings]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     make=st.sampled_from(BLOCKS),
     kind=st.sampled_from(KINDS),

@@ -107,7 +107,7 @@ def status(name):
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as peak:
     peak.write("5")
-gs.topk(rows, rows, 5, kernel, rows=range(24), memory=memory, engine=engine, mode=mode)
+gs.topk(rows, rows, 5, kernel, rows=range(12), memory=memory, engine=engine, mode=mode)
 print(status("VmHWM") - before)
 """
 
@@ -116,7 +116,7 @@ print(status("VmHWM") - before)
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of 8 MB."""
     folder = tmp_path_factory.mktemp("wide")
-    write_store(folder / "train", clustered(64, 2000, 1000), dtype="float32", shard_rows=16)
+    write_store(folder / "train", clustered(48, 2000, 1000), dtype="float32", shard_rows=16)
     write_store(folder / "small", clustered(8, 4, 1000), dtype="float32")
     return folder
 
