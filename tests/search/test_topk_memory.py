@@ -128,6 +128,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("proj-pntk", "auto", "exact"),  # a row as stored is far larger than its Φ
         ("proj-trntk", "float32", "exact"),
         ("proj-trntk0", "auto", "certified"),
+        ("proj-trntk", "auto", "approx"),  # which measures its recall by a scan first
     ],
 )
 def test_wide_rows_are_searched_within_the_budget(wide: Path, kernel: str, engine: str, mode: str) -> None:

@@ -58,14 +58,14 @@ class IndexedRows:
         phi, row = self.index.phi, self.index.store.schema.row_bytes
         query = 40 * len(self.index.store) + 6 * phi.length  # its bounds, and Φ in float32 and in two digits
         reading = 4 * phi.length + 2 * row  # by one worker, of a query or of a row that is scored
-        most = self.memory // 2  # the C library keeps the rest: of what building, a scan and every batch have freed
+        most = self.memory * 2 // 5  # the C library keeps the rest, of what building, a scan and every batch have freed
         workers = next((w for w in range(worker_count(), 1, -1) if 2 * w * reading <= most), 1)
         left = most - workers * reading
         if left < query:
             raise UsageError(
                 "too little memory",
                 where="--memory",
-                expected=f"at least {format_bytes(2.12 * (query + reading))}",  # as it is rounded there
+                expected=f"at least {format_bytes(2.65 * (query + reading))}",  # as it is rounded there
                 got=format_bytes(self.memory),
             )
         queries = min(MOST_QUERIES, left // query)
