@@ -6,7 +6,7 @@
 Needs torch, h5py and cuda-bindings; no installation of gradstore. Every stage is a process with its own limit and none
 depends on an earlier one, so one that hangs costs its own time only; every line is in FOLDER/log.txt as soon as it is
 printed, every figure in FOLDER/cuda.csv. By default the first run: facts, smoke, race, repeat. The second, after what
-it found is mended, is `--stages tests ends memory sanitizer`.
+it found is mended, is `--stages tests ends profile pieces sjlt memory sanitizer`.
 
 Speeds are medians of CUDA-event times, 2 * rows * P * K counted as flops; rivals take turns in one process. The ceiling
 (a dense bf16 product) and the rival (a bf16 slab of P written by the same generator, then cuBLAS) are measured in the
@@ -35,8 +35,11 @@ LIMITS = {  # seconds, in the order of their value
     "repeat": 40,
     "tests": 240,
     "ends": 170,
+    "profile": 90,
+    "pieces": 30,
+    "sjlt": 40,
     "memory": 40,
-    "sanitizer": 150,
+    "sanitizer": 240,
 }
 FIRST = ("facts", "smoke-wgmma", "smoke-mma", "smoke-triton", "race", "repeat")
 

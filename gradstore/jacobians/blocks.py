@@ -8,8 +8,9 @@ an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -138,6 +139,9 @@ class LinearBlock(JacobianBlock):
             model's dtype.
         deltas: [n, c, T, o], gradients of the logits with respect to the layer's output; the model's dtype.
         unread: the layer's input, from which the activations can be made again; None where that is not known.
+
+    Args:
+        gram: gives ⟨a_t, a_t'⟩ of the activations, float64 [n, T, T], where norms are cheaper by it than by values.
     """
 
     def __init__(
@@ -148,8 +152,9 @@ class LinearBlock(JacobianBlock):
         deltas: Tensor,
         unread: Unread | None = None,
         width: int | None = None,
+        gram: Callable[[], Tensor] | None = None,
     ) -> None:
-        self._activations = activations
+        self._activations, self._gram = activations, gram
         self.width = self.activations.shape[-1] if width is None else width
         super().__init__(name, start, deltas.shape[-1] * self.width)
         self.deltas, self.unread = deltas, unread
@@ -169,10 +174,16 @@ class LinearBlock(JacobianBlock):
         return LinearBlock(self.name, self.start, self.activations[i : i + 1], deltas, width=self.width)
 
     def sq_norm(self) -> Tensor:
-        """Σ of the squared values of each row, [n, c] float64; ‖δ‖² ‖a‖² where the weight is used at one position."""
-        if self.deltas.shape[2] > 1:
+        """Σ of the squared values of each row, [n, c] float64.
+
+        ‖δ‖² ‖a‖² where the weight is used at one position, Σ_tt' ⟨δ_t, δ_t'⟩ ⟨a_t, a_t'⟩ at few.
+        """
+        deltas = self.deltas
+        if deltas.shape[2] == 1:
+            return deltas.double().square().sum((2, 3)) * self.activations.double().square().sum((1, 2))[:, None]
+        if self._gram is None:
             return super().sq_norm()
-        return self.deltas.double().square().sum((2, 3)) * self.activations.double().square().sum((1, 2))[:, None]
+        return (gram_of(deltas.flatten(0, 1)).view(*deltas.shape[:3], -1) * self._gram()[:, None]).sum((2, 3))
 
     def _values(self) -> Tensor:
         return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])
@@ -181,7 +192,7 @@ class LinearBlock(JacobianBlock):
 class EmbeddingBlock(JacobianBlock):
     """A whole embedding matrix `[num_embeddings, d]`, whose Jacobian is zero except in the rows that occur.
 
-    `dense()` of a large vocabulary is large ([n, c, num_embeddings · d]); `rows()` gives it in parts.
+    `dense()` of a large vocabulary is large ([n, c, num_embeddings · d]); `parts()` gives it some rows at a time.
 
     Attributes:
         indices: [n, S] int64, the row that each token takes; the same row may occur more than once.
@@ -193,11 +204,18 @@ class EmbeddingBlock(JacobianBlock):
         super().__init__(name, start, num_embeddings * deltas.shape[-1])
         self.indices, self.deltas, self.num_embeddings = indices, deltas, num_embeddings
 
-    def rows(self, first: int, last: int) -> LazyBlock:
-        """Rows [first, last) of the matrix as a block of their own."""
-        width = self.deltas.shape[-1]
-        start, size = self.start + first * width, (last - first) * width
-        return LazyBlock(self.name, start, size, lambda: self._scattered(first, last))
+    def parts(self, columns: int) -> Iterator[LazyBlock]:
+        """Cut the matrix into blocks of whole rows, of about so many columns; the sums over tokens are taken once."""
+        merged, width = self._merged(), self.deltas.shape[-1]
+        step = max(1, columns // width)
+        for first in range(0, self.num_embeddings, step):
+            last = min(first + step, self.num_embeddings)
+            make = partial(self._scattered, merged, first, last)
+            yield LazyBlock(self.name, self.start + first * width, (last - first) * width, make)
+
+    def values(self, first: int, last: int) -> Tensor:
+        """The values of rows [first, last) of the matrix, [n, c, (last - first) * d] in float32 or wider."""
+        return self._scattered(self._merged(), first, last)
 
     def picked(self, i: int, c: int, *, formed: bool) -> JacobianBlock:
         """See `JacobianBlock.picked`."""
@@ -222,7 +240,7 @@ class EmbeddingBlock(JacobianBlock):
         return self._merged() / tokens[:, None, :, None]
 
     def _values(self) -> Tensor:
-        return self._scattered(0, self.num_embeddings)
+        return self.values(0, self.num_embeddings)
 
     def _merged(self) -> Tensor:
         """[n, c, S, d]: at each token, the sum over all tokens that take the same row."""
@@ -231,10 +249,9 @@ class EmbeddingBlock(JacobianBlock):
         flat = self.deltas.transpose(1, 2).reshape(n, tokens, c * width).to(same.dtype)
         return torch.bmm(same, flat).view(n, tokens, c, width).transpose(1, 2)
 
-    def _scattered(self, first: int, last: int) -> Tensor:
+    def _scattered(self, merged: Tensor, first: int, last: int) -> Tensor:
         # Tokens of one row carry equal sums, so plain assignment is enough and no atomic addition makes bits vary.
         n, c, _, width = self.deltas.shape
-        merged = self._merged()
         out = merged.new_zeros(n, c, last - first + 1, width)
         inside = (self.indices >= first) & (self.indices < last)
         target = torch.where(inside, self.indices - first, last - first)  # the extra row collects all others
@@ -285,6 +302,12 @@ def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
     product = reused((n * groups, c * o // groups, i), deltas)
     torch.bmm(split.reshape(n * groups, -1, positions), activations.flatten(0, 1), out=product)
     return product.view(n, groups, c, o // groups, i).transpose(1, 2).reshape(n, c, o * i)
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """Inner products of the rows of each matrix [b, T, i], float64 [b, T, T]."""
+    wide = rows.double()
+    return torch.bmm(wide, wide.transpose(1, 2))
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from gradstore.jacobians.forward_record import Tap
 from gradstore.jacobians.terms import OuterTerm, Term
 
-MAX_COLUMNS = 1 << 16
-"""Columns of the largest block, unless one row of a weight is longer; fixed, so that bits do not depend on memory."""
+MAX_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 18}
+"""Columns of the largest block, unless one row of a weight is longer; fixed, so that bits do not depend on memory.
+
+By type of device: a GPU has little to do in a small block, beside what it costs to launch.
+"""
+
+
+def max_columns(device: torch.device) -> int:
+    """`MAX_COLUMNS` of a device."""
+    return MAX_COLUMNS.get(device.type, MAX_COLUMNS["cpu"])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradstore.errors import UsageError
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.by_autograd import by_loop
-from gradstore.jacobians.footprint import MAX_COLUMNS
+from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.forward_record import record
 from gradstore.jacobians.probe import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
@@ -85,6 +85,7 @@ class JacobianEngine:
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1
+        self._columns = max_columns(prober.device)
 
     def describe(self) -> list[tuple[str, str]]:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
@@ -111,7 +112,7 @@ class JacobianEngine:
         if factors and not self._plan.exact and not seen.lazy:
             return n * backward
         widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
-        largest = max((min(block.size, MAX_COLUMNS) for block in self._blocks), default=0)
+        largest = max((min(block.size, self._columns) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
         return n * max(backward, streaming)
 
@@ -162,7 +163,7 @@ class JacobianEngine:
                 # In one thread as above: on some processors the bits of small products depend on how they are cut.
                 with self._subject.ready(), uncut_if_small(self.outputs(n)):
                     ready |= zip(names, routes[names[0]](self._subject, names, inputs, cotangents), strict=True)
-            cuts = _cuts(block, whole=self._plan.sparse(block.name))
+            cuts = _cuts(block, self._columns, whole=self._plan.sparse(block.name))
             if block.name in ready:
                 yield from _cut(block, ready.pop(block.name), cuts)
             elif block.name in pulled.terms:
@@ -179,7 +180,7 @@ class JacobianEngine:
             if block.name not in routes:
                 continue
             route: Callable[..., Any] = routes[block.name]
-            fits = groups and _group_columns(groups[-1]) + block.size <= MAX_COLUMNS
+            fits = groups and _group_columns(groups[-1]) + block.size <= self._columns
             if fits and routes[groups[-1][0].name] is route:
                 groups[-1].append(block)
             else:
@@ -191,12 +192,12 @@ def _group_columns(group: Sequence[ParameterBlock]) -> int:
     return sum(block.size for block in group)
 
 
-def _cuts(block: ParameterBlock, whole: bool) -> list[tuple[int, int]]:
+def _cuts(block: ParameterBlock, columns: int, *, whole: bool) -> list[tuple[int, int]]:
     """Ranges of the parameter's first axis that make its blocks: the same whatever route a batch takes."""
     rows = block.shape[0] if block.shape else 1
     if not block.size:
         return []
-    step = rows if whole else max(1, MAX_COLUMNS // (block.size // rows))
+    step = rows if whole else max(1, columns // (block.size // rows))
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradstore.errors import ProjectError
 from gradstore.jacobians.by_autograd import by_loop, by_torch_func, one_by_one
-from gradstore.jacobians.footprint import MAX_COLUMNS, Footprint, measured, saved_bytes
+from gradstore.jacobians.footprint import Footprint, max_columns, measured, saved_bytes
 from gradstore.jacobians.forward_record import Recording, Tap, record
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.row_owners import ROUNDING, weights
@@ -96,6 +96,11 @@ class Prober:
         self._cotangent = weights(self._logits.shape[1], self._logits)
         self._reference = self._differentiated()
         self._scale = float(torch.stack([g.norm().double() for g in self._reference.values()]).norm())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._logits.device
 
     @property
     def classes(self) -> int:
@@ -207,7 +212,7 @@ class Prober:
         if not terms:
             return self._near(torch.zeros_like(reference), reference, self._scale)
         rows, width = terms[0].rows, terms[0].width
-        step, error = max(1, MAX_COLUMNS // max(1, width)), 0.0
+        step, error = max(1, max_columns(reference.device) // max(1, width)), 0.0
         for first in range(0, rows, step):
             last = min(first + step, rows)
             ours = sum_of([self._mixed(term.values(first, last)) for term in terms])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, outer_sum
+from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, gram_of, outer_sum
 from gradstore.jacobians.reused_memory import fresh
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
@@ -110,6 +110,7 @@ class OuterTerm(Term):
         self.rows, self.width, self._classes = outputs, width, c
         self._unread = unread
         self._made: Tensor | None = None
+        self._gram: Tensor | None = None
 
     def absorb(self, c: int, delta: Tensor) -> None:
         """Keep the delta, [n, o, T]."""
@@ -133,6 +134,18 @@ class OuterTerm(Term):
         assert self._kept is not None
         return self._kept
 
+    @property
+    def few_positions(self) -> bool:
+        """Whether inner products of positions take less work than the values of all classes."""
+        positions, values = self.deltas.shape[-1], self._classes * self.rows * self.width
+        return positions**2 * (self.width + self._classes * self.rows) <= values
+
+    def gram(self) -> Tensor:
+        """⟨a_t, a_t'⟩ of the activations of a layer that has one group, float64 [n, T, T], made once."""
+        if self._gram is None:
+            self._gram = gram_of(self.activations[:, 0])
+        return self._gram
+
     def values(self, first: int, last: int) -> Tensor:
         """Gradient of these rows; a convolution's groups are computed whole and cut."""
         groups = self.activations.shape[1]
@@ -149,7 +162,8 @@ class OuterTerm(Term):
         if self.grouped:
             return super().block(name, start, first, last)
         deltas = self.deltas[:, :, first:last].transpose(2, 3)
-        return LinearBlock(name, start, lambda: self.activations[:, 0], deltas, self._unread, self.width)
+        gram = self.gram if self.few_positions else None
+        return LinearBlock(name, start, lambda: self.activations[:, 0], deltas, self._unread, self.width, gram)
 
 
 class IndexTerm(Term):
@@ -173,7 +187,7 @@ class IndexTerm(Term):
 
     def values(self, first: int, last: int) -> Tensor:
         """Gradient of these rows."""
-        return self.embedding_block("", 0).rows(first, last).dense()
+        return self.embedding_block("", 0).values(first, last)
 
 
 def joined(terms: list[Term], name: str, start: int, first: int, last: int) -> JacobianBlock:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians.footprint import max_columns
 from gradstore.projection import compiled_product
 from gradstore.projection.kinds import kind_of
 from gradstore.projection.projection import Projection
@@ -27,7 +28,6 @@ _PASS = 64  # parameters that the compiled product looks up for one k and 16 row
 _LOOK_UP = 15.0
 _TABLES = 1.0  # cycles a pass, k and 16 rows for making tables and gathering gradients, at a tile of about 1000 k
 _MULTIPLY_ADD = 3.0  # cycles for 16 rows, one k and one output
-_PART_COLUMNS = 1 << 17  # of an embedding matrix that are formed at once
 _FORM = 0.6  # cycles to form one dense value, write it and read it again
 
 
@@ -97,12 +97,11 @@ def _fused(projection: Projection, block: EmbeddingBlock) -> bool:
 
 def _parts(block: JacobianBlock) -> Iterator[JacobianBlock]:
     """A large embedding matrix by some whole rows at a time; any other block as it is."""
-    if not isinstance(block, EmbeddingBlock) or block.size <= _PART_COLUMNS:
-        yield block
-        return
-    step = max(1, _PART_COLUMNS // block.deltas.shape[-1])
-    for first in range(0, block.num_embeddings, step):
-        yield block.rows(first, min(first + step, block.num_embeddings))
+    if isinstance(block, EmbeddingBlock):
+        columns = max_columns(block.deltas.device)
+        if block.size > columns:
+            return block.parts(columns)
+    return iter([block])
 
 
 def _accumulate_rows(projection: Projection, out: Tensor, block: EmbeddingBlock, first_k: int) -> None:

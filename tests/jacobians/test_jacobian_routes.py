@@ -21,6 +21,7 @@ from gradstore.errors import ProjectError, UsageError
 from gradstore.jacobians import EmbeddingBlock, JacobianEngine, LinearBlock, terms
 from gradstore.jacobians import jacobian_engine as engine_module
 from gradstore.jacobians.blocks import JacobianBlock
+from gradstore.jacobians.footprint import MAX_COLUMNS
 from gradstore.jacobians.pullback import Pulled
 from gradstore.jacobians.reused_memory import drop_spare, reused
 from gradstore.jacobians.side_by_side import side_by_side
@@ -192,7 +193,7 @@ def test_a_batch_unlike_the_probe_is_still_right(build: type[nn.Module]):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_blocks_are_cut_alike_whatever_route_a_batch_takes(tied: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "MAX_COLUMNS", 6)
+    monkeypatch.setitem(MAX_COLUMNS, "cpu", 6)
     case = BY_NAME["tied-weights"] if tied else BY_NAME["lstm"]
     model, inputs = case.model(), case.batch(5)
     engine = engine_for(case, model, inputs)
@@ -245,7 +246,7 @@ def test_batch_sizes_that_coincide_with_other_axes(n: int):
 def test_small_blocks_are_the_large_ones_cut(name: str, monkeypatch: pytest.MonkeyPatch):
     case = BY_NAME[name]
     _, one = streamed(case, case.model(), case.batch())
-    monkeypatch.setattr(engine_module, "MAX_COLUMNS", 40)
+    monkeypatch.setitem(MAX_COLUMNS, "cpu", 40)
     _, many = streamed(case, case.model(), case.batch())
     assert relative(whole(many), whole(one).double()) < 1e-6
 

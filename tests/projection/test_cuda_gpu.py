@@ -182,7 +182,7 @@ def test_it_runs_on_the_current_stream(path):
         block = source * 2
         got = accumulate(entries, torch.zeros(16, 100, device="cuda"), block, path=path)
     stream.synchronize()
-    assert relative_error(got, dense(entries, cuda_source, 0, 100, 0) * 2) < BOUND["exact"]
+    assert relative_error(got, dense(entries, source, 0, 100, 0) * 2) < BOUND["exact"]
 
 
 def test_a_thread_that_has_not_used_the_device_yet_may_call_it(path):
@@ -342,7 +342,7 @@ import sys
 from pathlib import Path
 from gradstore.projection import self_check
 from gradstore.projection.cuda import cuda_source
-source.FOLDER = Path(sys.argv[1])
+cuda_source.FOLDER = Path(sys.argv[1])
 self_check.main(sys.argv[2:])
 """
 NOT_PASSED = 'if (leads) asm volatile("st.release', 'if (false) asm volatile("st.release'
@@ -391,7 +391,7 @@ from pathlib import Path
 import torch
 from gradstore.projection import Projection, trust
 from gradstore.projection.cuda import cuda_source
-source.FOLDER = Path(SOURCES)
+cuda_source.FOLDER = Path(SOURCES)
 from gradstore.projection.device_paths import PATHS
 path = next(path for path in PATHS if path.suits(0, "rademacher"))
 trust.chosen = lambda *_: trust.Choice(path, ())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradstore.jacobians import EmbeddingBlock
+from gradstore.jacobians.footprint import MAX_COLUMNS
 from gradstore.projection import Projection, block_routes
 
 
@@ -18,7 +19,7 @@ def test_parts_of_an_embedding_add_up_to_the_sparse_route(monkeypatch, columns):
     sparse, parts = torch.zeros(2, 3, 2, 33)
     assert block_routes.accumulate_block(projection, sparse, block) == "sparse"
     monkeypatch.setattr(block_routes, "_fused", lambda *_: True)
-    monkeypatch.setattr(block_routes, "_PART_COLUMNS", columns)
+    monkeypatch.setitem(MAX_COLUMNS, "cpu", columns)
     assert block_routes.accumulate_block(projection, parts, block) == "dense"
     want = block.dense().double() @ projection.entries(torch.arange(33)[:, None], 256 + torch.arange(230)).T
     assert torch.allclose(sparse.double(), want, rtol=1e-5, atol=1e-5)
