@@ -303,7 +303,7 @@ def tests(record: Recorder) -> None:
     sys.exit(code)
 
 
-def featurized(model: torch.nn.Module, inputs: torch.Tensor, classes: int, memory: str) -> dict[str, float]:
+def featurized(model: torch.nn.Module, inputs: torch.Tensor, classes: int) -> dict[str, float]:
     """Seconds that featurize spends on its rows, and where."""
     data = torch.utils.data.TensorDataset(inputs, torch.randint(0, classes, (len(inputs),)))
     last: dict[str, float] = {}
@@ -314,7 +314,6 @@ def featurized(model: torch.nn.Module, inputs: torch.Tensor, classes: int, memor
             out=Path(folder) / "store",
             proj_dim=K,
             device="cuda",
-            memory=memory,
             progress=lambda state: last.update(seconds=state.seconds, **state.busy),
         )
     return last
@@ -324,7 +323,7 @@ def not_audited(model: torch.nn.Module, inputs: torch.Tensor, classes: int) -> f
     """Seconds of a run in which no batch is audited."""
     before, AuditSchedule.due = AuditSchedule.due, property(lambda self: False)  # type: ignore[assignment]
     try:
-        return featurized(model, inputs, classes, "60GB")["seconds"]
+        return featurized(model, inputs, classes)["seconds"]
     finally:
         AuditSchedule.due = before  # type: ignore[method-assign]
 
@@ -348,9 +347,9 @@ def ends(record: Recorder) -> None:
     """
     for name, model, make, classes, whole, n in large_models():
         p = sum(parameter.numel() for parameter in model.parameters())
-        featurized(model, make(n // 8), classes, "60GB")  # compiles, warms up
+        featurized(model, make(n // 8), classes)  # compiles, warms up
         torch.cuda.reset_peak_memory_stats()
-        found = featurized(model, make(n), classes, "60GB")
+        found = featurized(model, make(n), classes)
         memory = torch.cuda.max_memory_allocated() / 1e9
         note = ", ".join(f"{key} {value:.1f}" for key, value in found.items())
         record(f"featurize {name}, its first audit included", n / found["seconds"], "rows/s", n, p, note)

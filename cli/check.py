@@ -16,7 +16,7 @@ from .output import print_hanging, print_json
 )
 @project_options
 @settings_options
-@memory_option("2GB")
+@memory_option("auto")
 @as_json
 def check(project_file: Path, options: dict[str, str], split: str, as_json: bool, **settings: Any) -> None:
     """Try a project before spending hours on it.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     callback=lambda c, p, v: _batch_size(v),
     help="Rows projected together.",
 )
-@memory_option("2GB")
+@memory_option("auto")
 @click.option(
     "--verify/--no-verify",
     default=True,

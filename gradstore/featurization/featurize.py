@@ -19,7 +19,7 @@ from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.featurization.workers import require_workers, write_shards
-from gradstore.machine.byte_counts import parse_bytes, spendable
+from gradstore.machine.byte_counts import spendable
 from gradstore.machine.clock import now_utc
 from gradstore.machine.threads import worker_count
 from gradstore.model.project import Project
@@ -72,7 +72,7 @@ def featurize(
     out: str | os.PathLike[str],
     device: str = "auto",
     batch_size: int | None = None,
-    memory: int | str = "2GB",
+    memory: int | str = "auto",
     allow_other_versions: bool = False,
     verify: bool = True,
     grow_from: str | os.PathLike[str] | None = None,
@@ -99,7 +99,7 @@ def featurize(
         batch_size: rows projected together, rounded down to whole groups; None doubles it from one group on while rows
             do not become slower and the memory allows. Out of memory, half as many are tried.
         memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
-            the model and the data.
+            the model and the data; "auto" is 2 GB on a CPU, and three quarters of a GPU's memory.
         allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
             the change is written to the run log.
         verify: read the shards that exist first and compute the damaged ones again; False trusts them.
@@ -129,7 +129,7 @@ def featurize(
         >>> gs.featurize(project, split="test", out="stores/small", proj_dim=256).shape
         (8, 10, 256)
     """
-    plan = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
+    plan = Plan(project, split, Settings(**settings), device, memory)
     smaller = None
     if grow_from is not None:
         smaller = SmallerStore(FeatureStore(grow_from), plan.manifest)

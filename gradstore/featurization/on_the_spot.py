@@ -13,7 +13,7 @@ from gradstore.featurization.batch import row_columns
 from gradstore.featurization.plan import Plan
 from gradstore.featurization.settings import Settings
 from gradstore.indices import RowChoice, chosen_rows
-from gradstore.machine.byte_counts import format_bytes, parse_bytes
+from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project
 from gradstore.store.files.digests import row_digests
 from gradstore.store.files.manifest import Manifest
@@ -100,7 +100,7 @@ def featurize_queries(
     split: str,
     rows: RowChoice | None = None,
     device: str = "auto",
-    memory: int | str = "2GB",
+    memory: int | str = "auto",
 ) -> FreshRows:
     """Featurize some rows of a split as queries of a training store, with its projection, layout and dtype.
 
@@ -113,7 +113,8 @@ def featurize_queries(
         split: name of the split.
         rows: wanted rows of the split, as indices in this order or a bool mask; default all.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
-        memory: bytes for activations, Jacobian blocks and features, beside the model and the result.
+        memory: bytes for activations, Jacobian blocks and features, beside the model and the result; "auto" as for
+            `featurize`.
 
     Returns:
         The rows in memory, [m, c, K], which whatever takes `Rows` takes.
@@ -128,7 +129,7 @@ def featurize_queries(
         >>> gs.topk(train, queries).indices.shape
         (1, 5)
     """
-    plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, parse_bytes(memory))
+    plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, memory)
     n, group = plan.manifest.n, plan.manifest.group
     wanted = chosen_rows(rows, n, where="--rows", what="query row")
     if not wanted.size:

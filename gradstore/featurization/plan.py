@@ -14,7 +14,7 @@ from gradstore.featurization.row_audit import require_labels
 from gradstore.featurization.settings import Settings
 from gradstore.jacobians import JacobianEngine
 from gradstore.machine.byte_counts import format_bytes
-from gradstore.machine.devices import choose_device
+from gradstore.machine.devices import choose_device, memory_of
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
@@ -37,7 +37,8 @@ class Plan:
         split: name of the split.
         settings: how to featurize.
         device: "auto", "cpu", "cuda" or "cuda:<index>".
-        memory: bytes that activations, Jacobian blocks and features may take beside the model.
+        memory: bytes that activations, Jacobian blocks and features may take beside the model, or "auto", as
+            `memory_of` reads it.
 
     Attributes:
         manifest: of the finished store, without shards.
@@ -50,11 +51,11 @@ class Plan:
         ProjectError: the project is wrong.
     """
 
-    def __init__(self, project: Project, split: str, settings: Settings, device: str, memory: int) -> None:
+    def __init__(self, project: Project, split: str, settings: Settings, device: str, memory: int | str) -> None:
         self.device = choose_device(device)
         self.project = project.prepare(self.device)
         self.examples: Examples = project.examples(split)
-        self.split, self.settings, self.memory = split, settings, memory
+        self.split, self.settings, self.memory = split, settings, memory_of(memory, self.device)
         self.projection = settings.make_projection()
         self.blocks: tuple[ParameterBlock, ...] = parameter_blocks(project.model, project.parameters)
         inputs = to_device(self.examples.read(range(min(GROUP, len(self.examples))))[0], self.device)

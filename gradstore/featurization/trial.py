@@ -14,7 +14,7 @@ from gradstore.errors import GradstoreError, ProjectError
 from gradstore.featurization.batch import project_rows
 from gradstore.featurization.plan import Plan, to_device
 from gradstore.featurization.settings import Given, Settings, takes_settings
-from gradstore.machine.byte_counts import format_bytes, parse_bytes
+from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project, call_model
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def checks(
     *,
     split: str = "train",
     device: str = "auto",
-    memory: int | str = "2GB",
+    memory: int | str = "auto",
     **settings: Unpack[Given],
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
@@ -60,7 +60,7 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        found["plan"] = Plan(project, split, Settings(**settings), device, parse_bytes(memory))
+        found["plan"] = Plan(project, split, Settings(**settings), device, memory)
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [

@@ -174,10 +174,7 @@ class LinearBlock(JacobianBlock):
         return LinearBlock(self.name, self.start, self.activations[i : i + 1], deltas, width=self.width)
 
     def sq_norm(self) -> Tensor:
-        """Σ of the squared values of each row, [n, c] float64.
-
-        ‖δ‖² ‖a‖² where the weight is used at one position, Σ_tt' ⟨δ_t, δ_t'⟩ ⟨a_t, a_t'⟩ at few.
-        """
+        """Σ of the squared values, [n, c] float64: ‖δ‖² ‖a‖² at one position, Σ_tt' ⟨δ_t, δ_t'⟩ ⟨a_t, a_t'⟩ at few."""
         deltas = self.deltas
         if deltas.shape[2] == 1:
             return deltas.double().square().sum((2, 3)) * self.activations.double().square().sum((1, 2))[:, None]

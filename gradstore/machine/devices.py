@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from gradstore.errors import UsageError
+from gradstore.machine.byte_counts import parse_bytes
 
 
 def choose_device(device: str) -> torch.device:
@@ -32,6 +33,22 @@ def choose_device(device: str) -> torch.device:
             "this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu"
         )
     return chosen
+
+
+def memory_of(given: int | str, device: torch.device) -> int:
+    """Read a memory budget, which may be "auto".
+
+    Returns:
+        Bytes; for "auto" 2 GB on a CPU, and three quarters of a GPU's memory, where small batches leave most of it idle.
+
+    Raises:
+        UsageError: it is no positive number of bytes.
+    """
+    if given != "auto":
+        return parse_bytes(given)
+    if device.type != "cuda":
+        return parse_bytes("2GB")
+    return int(torch.cuda.get_device_properties(device).total_memory) * 3 // 4
 
 
 @contextmanager

@@ -221,6 +221,6 @@ def write_columns(block: Held, part: slice, out: Tensor) -> None:
         else:
             out.copy_(torch.bmm(deltas, activations).view(out.shape))
     elif isinstance(block, EmbeddingBlock):
-        out.copy_(block.rows(part.start, part.stop).dense())
+        out.copy_(block.values(part.start, part.stop))
     else:
         out.copy_(block.dense()[..., part])
