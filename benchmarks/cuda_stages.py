@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -519,11 +520,12 @@ def sanitizer(record: Recorder) -> None:
     for check, columns in (("memcheck", 20000), ("racecheck", 8192 + 256), ("synccheck", 20000)):
         # Not the driver functions that bindings look up and an older driver lacks: those are reported as errors, too.
         more = ["--report-api-errors", "no"] if check == "memcheck" else []
-        more += ["--kernel-name", "regex:product|pack.*"] if check == "racecheck" else []
         program = code.replace("COLUMNS", str(columns))
         command = [tool, "--tool", check, *more, "--error-exitcode", "9", sys.executable, "-c", program]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        timer = threading.Timer(75, process.kill)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        timer = threading.Timer(75, os.killpg, (process.pid, signal.SIGKILL))  # with the program that it watches
         timer.start()
         assert process.stdout is not None
         lines = []

@@ -39,7 +39,7 @@ def memory_of(given: int | str, device: torch.device) -> int:
     """Read a memory budget, which may be "auto".
 
     Returns:
-        Bytes; for "auto" 2 GB on a CPU, and three quarters of a GPU's memory, where small batches leave most of it idle.
+        Bytes; for "auto" 2 GB on a CPU, and three quarters of a GPU's memory, which small batches would leave idle.
 
     Raises:
         UsageError: it is no positive number of bytes.
