@@ -24,7 +24,7 @@ from setting import setting
 from sjlt import SjltProduct, by_definition
 
 import gradstore as gs
-from gradstore.projection import cuda, self_check
+from gradstore.projection import cuda, self_check, trust
 from gradstore.projection.cuda import cuda_source
 from gradstore.projection.cuda.geometry import variant_for
 from gradstore.projection.device_paths import PATHS, Accumulate
@@ -283,11 +283,18 @@ def repeat(record: Recorder) -> None:
 
 
 def tests(record: Recorder) -> None:
-    """The GPU tests, path by path, a minute a test: the first of each kind checks its paths."""
+    """The GPU tests, path by path, a minute a test, after the checks that the first of each kind would wait for."""
+    for path in PATHS:
+        for kind in ("rademacher", "gaussian"):
+            if path.suits(0, kind) and not path.missing(0):
+                for precision in cuda.PRECISIONS:
+                    found = trust.verdict(path, 0, kind, precision)
+                    print(f"{path.name} {kind} {precision}: {found.fault or 'right'}, {found.seconds} s", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "--timeout", "60", "--tb=short"]
     files = [
         "tests/projection/test_cuda_gpu.py",
         "tests/machine/test_streams.py",
+        "tests/demo/test_demo.py",
         "-p",
         "no:cacheprovider",
         "-p",

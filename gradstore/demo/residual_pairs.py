@@ -52,20 +52,20 @@ def exact_cosines(project: Project, inputs: Tensor) -> dict[str, Tensor]:
     """Exact trNTK (eq. 5) and the cosine of pNTK (eq. 7 without its projection), named as their projected kin.
 
     Args:
-        project: a prepared project.
+        project: a prepared project; the model may be on any device.
         inputs: N examples.
 
     Returns:
         Kernel -> float64 [N, N].
     """
-    engine = JacobianEngine(
-        project.model, parameter_blocks(project.model, project.parameters), forward=project.forward, example=inputs[:1]
-    )
+    blocks = parameter_blocks(project.model, project.parameters)
+    inputs = inputs.to(next(project.model.parameters()).device)  # a GPU, where the stores were just made by one
+    engine = JacobianEngine(project.model, blocks, forward=project.forward, example=inputs[:1])
     trace, summed = (torch.zeros(len(inputs), len(inputs), dtype=torch.float64) for _ in range(2))
     for block in engine(inputs):
         g = block.dense().double()
-        trace += g.flatten(1) @ g.flatten(1).T
-        summed += g.sum(1) @ g.sum(1).T
+        trace += (g.flatten(1) @ g.flatten(1).T).cpu()
+        summed += (g.sum(1) @ g.sum(1).T).cpu()
     return {name: _cosine(summed if PROJECTED[name].sums_classes else trace) for name in KERNELS}
 
 

@@ -186,6 +186,26 @@ def test_the_summary_is_readable_where_a_proportion_is_undefined():
     assert max(map(len, usual.summary().splitlines())) <= 79
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_demo_runs_on_a_gpu_to_its_end(tmp_path):
+    """Featurizing leaves the model on the GPU, where what comes after has to bring its inputs."""
+    result = run(tmp_path, proj_dim=256)
+    assert result.attack_success >= 0.95
+    assert 0.1 / result.proj_dim**0.5 < result.residual_mean < 1 / result.proj_dim**0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_exact_cosines_on_a_gpu_are_those_of_a_cpu(tmp_path):
+    project = demo_project(tmp_path)
+    project.weights = None
+    inputs = project.splits["test"].tensors[0][:5]
+    here, there = (exact_cosines(project.prepare(device), inputs) for device in ("cpu", "cuda"))
+    for kernel in KERNELS:
+        assert torch.allclose(here[kernel], there[kernel], atol=1e-5)
+
+
 @pytest.mark.soak
 def test_the_demo_keeps_its_promises(tmp_path, amount):
     for seed in range(amount(1, 5)):
