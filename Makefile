@@ -7,6 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: demo test cuda-tools check resolve processors test-avx2 test-plain test-uncompiled soak pictures clean
 
 CHROMIUM ?= chromium
+SHARE ?= 1
 
 # Refuses a Python that cannot install gradstore.
 RECENT := import sys; sys.version_info >= (3, 10) or sys.exit('gradstore needs Python 3.10 or newer; \
@@ -41,10 +42,11 @@ resolve: $(STAMP)
 	$(BIN)/python .ci/resolve.py
 
 # The numerical tests as on an older processor, with the plainest code of every library, and without the compiled parts.
+# SHARE=3 runs another third of them at each.
 processors: test-avx2 test-plain test-uncompiled
 
 test-avx2 test-plain test-uncompiled: test-%: $(STAMP)
-	$(BIN)/python .ci/levels.py $* -n 2 -m numerical
+	$(BIN)/python .ci/levels.py $* --share=$(SHARE) -n 2 -m numerical
 
 # The long fault and property tests; every test as on other processors; and another Python, SOAK_PYTHON or the newest
 # that is here, installed whole (up to 3 GB to download, which is said before) and tested.

@@ -1,8 +1,8 @@
 """The tests as on other processors: PyTorch, oneDNN, MKL, OpenBLAS and gradstore are held to what those have.
 
-    python .ci/levels.py LEVEL [pytest's arguments, such as -m numerical]
+    python .ci/levels.py LEVEL [--share=N] [pytest's arguments, such as -m numerical]
 
-The levels are the names in `LEVELS`.
+The levels are the names in `LEVELS`. With `--share=3` each of three levels runs another third of the tests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 LEVELS = {
     # An x86 processor of before AVX-512. MKL heeds its switch on Intel's processors only.
     "avx2": {
@@ -46,7 +47,7 @@ def main(level: str, arguments: list[str]) -> int:
 
     Args:
         level: one of `LEVELS`.
-        arguments: for pytest.
+        arguments: `--share=N`, or none, and what is for pytest.
 
     Returns:
         Pytest's exit status; 0, with a message, where the level is of another family of processors.
@@ -55,6 +56,11 @@ def main(level: str, arguments: list[str]) -> int:
         print(f"{level}: not run, since it is of x86 processors and this is {platform.machine()}")
         return 0
     environment = {**os.environ, **LEVELS[level]}
+    if arguments and arguments[0].startswith("--share="):
+        count = int(arguments[0].removeprefix("--share="))
+        share = f"{list(LEVELS).index(level) % count}/{count}"
+        arguments = [*arguments[1:], "-p", "share", "--share", share]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
     shown = subprocess.run(
         [sys.executable, "-c", _SHOW], env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -67,5 +73,5 @@ def main(level: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in LEVELS:
-        sys.exit(f"usage: levels.py {{{','.join(LEVELS)}}} [arguments of pytest]")
+        sys.exit(f"usage: levels.py {{{','.join(LEVELS)}}} [--share=N] [arguments of pytest]")
     sys.exit(main(sys.argv[1], sys.argv[2:]))

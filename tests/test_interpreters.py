@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import interpreters  # noqa: E402
 import levels  # noqa: E402
 import resolve  # noqa: E402
+import share  # noqa: E402
 import whole  # noqa: E402
 
 
@@ -111,6 +112,21 @@ def test_a_level_at_which_gradstore_does_not_load_says_why(
     monkeypatch.setattr(levels, "_SHOW", "raise SystemExit('no such switch')")
     assert levels.main("uncompiled", ["--version"]) == 1
     assert capfd.readouterr().err.splitlines()[0] == "no such switch"
+
+
+def test_the_levels_take_shares_that_have_no_test_in_common_and_together_are_all(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(60))\ndef test(i):\n    pass\n"
+    )
+    found: list[str] = []
+    for level in levels.LEVELS:
+        command = [sys.executable, str(ROOT / ".ci" / "levels.py"), level, "--share=3", "--collect-only", "-q", "."]
+        told = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True).stdout
+        some = [line for line in told.splitlines() if "::" in line]
+        assert 8 < len(some) < 40
+        found += some
+    assert sorted(found) == sorted(f"test_some.py::test[{i}]" for i in range(60))
+    assert all(share.in_share(name, 0, 1) for name in found)
 
 
 def test_what_reads_the_project_passes_where_a_whole_installation_is_tested(tmp_path: Path) -> None:
