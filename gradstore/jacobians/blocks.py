@@ -180,7 +180,8 @@ class LinearBlock(JacobianBlock):
             return deltas.double().square().sum((2, 3)) * self.activations.double().square().sum((1, 2))[:, None]
         if self._gram is None:
             return super().sq_norm()
-        return (gram_of(deltas.flatten(0, 1)).view(*deltas.shape[:3], -1) * self._gram()[:, None]).sum((2, 3))
+        terms = gram_of(deltas.flatten(0, 1)).view(*deltas.shape[:3], -1) * self._gram()[:, None]
+        return terms.sum((2, 3)).clamp_(min=0.0)  # positions that cancel leave rounding errors of either sign
 
     def _values(self) -> Tensor:
         return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])

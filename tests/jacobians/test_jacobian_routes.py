@@ -502,3 +502,13 @@ def test_a_dropped_block_lends_its_memory_to_the_next():
     del view
     assert reused((1 << 20,), like).data_ptr() == place
     drop_spare()
+
+
+def test_squared_norms_of_positions_that_cancel_are_not_negative():
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(200, 1, 64, generator=generator).expand(-1, 3, -1)
+    deltas = torch.randn(200, 4, 2, 48, generator=generator)
+    cancelling = torch.cat([deltas, -deltas.sum(2, keepdim=True)], 2)
+    block = LinearBlock("w", 0, activations, cancelling, gram=lambda: terms.gram_of(activations))
+    assert float(block.sq_norm().min()) >= 0
+    assert float(block.sq_norm().max()) < 1e-9
