@@ -58,6 +58,8 @@ def main(level: str, arguments: list[str]) -> int:
     environment = {**os.environ, **LEVELS[level]}
     if arguments and arguments[0].startswith("--share="):
         count = int(arguments[0].removeprefix("--share="))
+        if count not in range(1, len(LEVELS) + 1):
+            sys.exit(f"--share={count}: there are {len(LEVELS)} levels, and with more shares some would run nowhere")
         share = f"{list(LEVELS).index(level) % count}/{count}"
         arguments = [*arguments[1:], "-p", "share", "--share", share]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))

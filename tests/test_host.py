@@ -51,6 +51,13 @@ def host(model: nn.Module) -> Host:
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
         "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.deterministic),
         "precision": (torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled, torch.get_default_dtype()),
+        "precision by newer names": [
+            getattr(where, "fp32_precision", None)
+            for where in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul)
+        ],
+        "cuDNN": [
+            getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")
+        ],
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "place": (Path.cwd(), dict(os.environ), list(sys.path), list(warnings.filters)),
         "model": [(m.training, len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],

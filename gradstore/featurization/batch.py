@@ -22,6 +22,7 @@ from gradstore.featurization.row_audit import require_finite, require_preserved
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
 from gradstore.jacobians.reused_memory import reused
 from gradstore.machine.cuda_streams import Beside, Handover, to_host
+from gradstore.machine.devices import full_float32
 from gradstore.model.examples import Inputs
 from gradstore.projection import Projection
 from gradstore.projection.block_routes import accumulate_block, route
@@ -209,7 +210,7 @@ def _project(
     def room(columns: int) -> Tensor:
         return reused((len(rows), gradients, columns), features)
 
-    with projection.explained(plan.device), Beside(logits.device) as beside:
+    with projection.explained(plan.device), full_float32(plan.device), Beside(logits.device) as beside:
         for blocks in zip(*streams, strict=True):
             dense = mixed or _is_dense(projection, blocks[0])
             name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None, audit)

@@ -117,7 +117,7 @@ def featurize(
         The finished store, opened.
 
     Raises:
-        UsageError: an argument is unusable, or `out` exists and is not a store.
+        UsageError: an argument is unusable, `out` exists and is not a store, or memory runs out with one group of rows.
         ProjectError: the project is wrong.
         MismatchError: `out` holds a store of another identity.
         LockedError: another process is writing it.
@@ -129,12 +129,15 @@ def featurize(
         >>> gs.featurize(project, split="test", out="stores/small", proj_dim=256).shape
         (8, 10, 256)
     """
-    plan = Plan(project, split, Settings(**settings), device, memory)
+    grown = None if grow_from is None else FeatureStore(grow_from)
+    plan = Plan(
+        project, split, Settings(**settings), device, memory, group=None if grown is None else grown.manifest.group
+    )
     smaller = None
-    if grow_from is not None:
-        smaller = SmallerStore(FeatureStore(grow_from), plan.manifest)
+    if grown is not None:
+        smaller = SmallerStore(grown, plan.manifest)
         now = environment(plan.device, plan.projection)
-        require_same_environment(Path(grow_from) / RUN_LOG, now, allow_other_versions, disk or Disk())
+        require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
     with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
@@ -245,8 +248,15 @@ class _Run:
             audited = self.audits.due
             make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited)
         except Exception as error:
-            if not is_out_of_memory(error) or len(rows) <= self.group or not self.batch.halve():
+            if not is_out_of_memory(error):
                 raise
+            if len(rows) <= self.group or not self.batch.halve():
+                raise UsageError(
+                    f"memory ran out with one group of {len(rows)} rows",
+                    where=str(self.plan.device),
+                    hint="Free what else is held there; or begin the store anew with a smaller --memory, which makes "
+                    "smaller groups",
+                ) from error
             self._say(f"out of memory with {len(rows)} rows at once; going on with {self.batch.rows}")
         else:
             write(make)

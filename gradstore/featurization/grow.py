@@ -26,7 +26,7 @@ class SmallerStore:
 
     Args:
         store: the store with the smaller K.
-        planned: what the new store shall be.
+        planned: what the new store shall be, with the same groups of rows.
 
     Raises:
         MismatchError: they differ in more than K; lists the fields.
@@ -65,13 +65,6 @@ def _require_growable(store: FeatureStore, planned: Manifest) -> None:
             where=store.path,
             expected="float16 or float32",
             hint="Featurize again without --grow-from",
-        )
-    if store.manifest.group != planned.group:
-        raise UsageError(
-            "the rows of the smaller store were computed in other groups",
-            where="--memory",
-            expected=f"memory for groups of {store.manifest.group}",
-            got=f"groups of {planned.group}",
         )
 
 

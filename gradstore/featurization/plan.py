@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstore.errors import UsageError
 from gradstore.featurization.fingerprint import data_identity, identity
@@ -39,6 +39,7 @@ class Plan:
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         memory: bytes that activations, Jacobian blocks and features may take beside the model, or "auto", as
             `memory_of` reads it.
+        group: rows that are computed together; None chooses by the memory.
 
     Attributes:
         manifest: of the finished store, without shards.
@@ -51,11 +52,21 @@ class Plan:
         ProjectError: the project is wrong.
     """
 
-    def __init__(self, project: Project, split: str, settings: Settings, device: str, memory: int | str) -> None:
+    def __init__(
+        self,
+        project: Project,
+        split: str,
+        settings: Settings,
+        device: str,
+        memory: int | str,
+        *,
+        group: int | None = None,
+    ) -> None:
         self.device = choose_device(device)
         self.project = project.prepare(self.device)
         self.examples: Examples = project.examples(split)
-        self.split, self.settings, self.memory = split, settings, memory_of(memory, self.device)
+        self.split, self.settings, self._group = split, settings, group
+        self.memory = memory_of(memory, self.device, model_bytes(project.model))
         self.projection = settings.make_projection()
         self.blocks: tuple[ParameterBlock, ...] = parameter_blocks(project.model, project.parameters)
         inputs = to_device(self.examples.read(range(min(GROUP, len(self.examples))))[0], self.device)
@@ -116,23 +127,29 @@ class Plan:
             hardly less time than on 64.
 
         Raises:
-            UsageError: one example does not fit the memory.
+            UsageError: one example does not fit the memory, nor do the groups that were asked for.
         """
-        group = LARGE_GROUP
+        group = LARGE_GROUP if self._group is None else self._group
+        if self._group is not None:
+            self._require_fits(schema, group, "the groups of rows that this store goes on with do not")
+            return group
         while group > GROUP and not self._is_light(schema, group):
             group //= 2
         while group > 1 and self.bytes_needed(schema, group) > self.memory:
             group //= 2
-        need = self.bytes_needed(schema, group)
+        self._require_fits(schema, group, "one example does not")
+        return group
+
+    def _require_fits(self, schema: Schema, rows: int, what: str) -> None:
+        need = self.bytes_needed(schema, rows)
         if need > self.memory:
             raise UsageError(
-                "one example does not fit the memory budget",
+                f"{what} fit the memory budget",
                 where="--memory",
                 expected=f"at least {format_bytes(need)}",
                 got=format_bytes(self.memory),
                 hint="Give more memory, a smaller --proj-dim, or --layout sum",
             )
-        return group
 
     def _is_light(self, schema: Schema, group: int) -> bool:
         """Whether a group leaves room for another beside it, in the memory and in a shard."""
@@ -150,6 +167,11 @@ class Plan:
     def _row_flops(self, schema: Schema) -> float:
         projected = self.classes if self.settings.layout == "mixed" else schema.c
         return 2.0 * projected * schema.K * sum(block.size for block in self.blocks)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -229,8 +229,6 @@ class EmbeddingBlock(JacobianBlock):
     def shares(self) -> Tensor:
         """Divide the sum over all tokens that take the same row equally among these tokens.
 
-        With whatever rounding the sums have in `dense`, on a GPU that of TF32 where the user allows it.
-
         Returns:
             Each token's share, [n, c, S, d] in float32 or wider.
         """

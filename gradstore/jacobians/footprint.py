@@ -17,11 +17,13 @@ MAX_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 18}
 
 By type of device: a GPU has little to do in a small block, beside what it costs to launch.
 """
+_VALUES = 1 << 22  # of an example in a block of more columns than a CPU's
 
 
-def max_columns(device: torch.device) -> int:
-    """`MAX_COLUMNS` of a device."""
-    return MAX_COLUMNS.get(device.type, MAX_COLUMNS["cpu"])
+def max_columns(device: torch.device, classes: int) -> int:
+    """`MAX_COLUMNS` of a device; where there are many classes, a block has enough values with fewer columns."""
+    least = MAX_COLUMNS["cpu"]
+    return max(least, min(MAX_COLUMNS.get(device.type, least), _VALUES // max(1, classes)))
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class JacobianEngine:
     layer's rows are those of their example; a parameter that fails takes looped autograd for that batch.
 
     A batch holds: the activations that autograd saves; per class, the output gradients of linear layers, convolutions
-    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ 65536] and
-    the unfolded input of one convolution. `bytes_needed` puts this in figures. Blocks are cut by shapes alone.
+    and embeddings and the finished gradients of small parameters; and while streaming one block [n, c, ≤ `max_columns`]
+    and the unfolded input of one convolution. `bytes_needed` puts this in figures. Blocks are cut by shapes alone.
 
     Args:
         model: the classifier; used in eval mode and left as it was found. Any floating-point dtype.
@@ -85,7 +85,7 @@ class JacobianEngine:
             prober = Prober(self._subject, as_inputs(example))
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1
-        self._columns = max_columns(prober.device)
+        self._columns = max_columns(prober.device, self._classes)
 
     def describe(self) -> list[tuple[str, str]]:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""

@@ -212,7 +212,7 @@ class Prober:
         if not terms:
             return self._near(torch.zeros_like(reference), reference, self._scale)
         rows, width = terms[0].rows, terms[0].width
-        step, error = max(1, max_columns(reference.device) // max(1, width)), 0.0
+        step, error = max(1, max_columns(reference.device, 1) // max(1, width)), 0.0
         for first in range(0, rows, step):
             last = min(first + step, rows)
             ours = sum_of([self._mixed(term.values(first, last)) for term in terms])

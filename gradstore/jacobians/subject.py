@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import ProjectError
+from gradstore.machine.devices import cudnn_as, full_float32
 
 Inputs = Tensor | dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -58,17 +59,15 @@ class Subject:
 
         On leaving, training flags, `requires_grad`, buffers, random state and library settings are as before.
         """
-        devices = {tensor.device for tensor in self.model.parameters() if tensor.device.type == "cuda"}
+        devices = {tensor.device for tensor in self.model.parameters()}
+        gpus = sorted((device for device in devices if device.type == "cuda"), key=str)
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
             stack.enter_context(torch.enable_grad())
             # cuDNN cannot differentiate a recurrent layer in eval mode
-            cudnn = torch.backends.cudnn.flags(
-                enabled=not self._recurrent, benchmark=False, deterministic=True, allow_tf32=False
-            )
-            stack.enter_context(cudnn)
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
+            stack.enter_context(cudnn_as(enabled=not self._recurrent, benchmark=False, deterministic=True))
+            for kind in {device.type for device in devices}:
+                stack.enter_context(full_float32(torch.device(kind)))
             stack.enter_context(_unchanged_buffers(self.model))
             stack.enter_context(_eval_mode(self.model))
             stack.enter_context(_gradients_only_for(self.model, {id(p) for p in self.parameters.values()}))

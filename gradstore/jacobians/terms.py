@@ -18,8 +18,9 @@ from gradstore.jacobians.reused_memory import fresh
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4
 # Time to square a float32 value in float64 and add it up, over that of a multiply-add in float64 by matrix units: 8 ps
-# over 0.1 ps on an H100, halved.
-_VALUES_OVER_PRODUCTS = 36
+# over 0.1 ps on an H100, halved. With more positions their inner products would take much memory.
+_VALUES_OVER_PRODUCTS = 40
+_MOST_POSITIONS = 256
 
 
 class Term:
@@ -139,10 +140,13 @@ class OuterTerm(Term):
 
     @property
     def few_positions(self) -> bool:
-        """Whether inner products of positions take less work than the values of all classes."""
+        """Whether norms take less work by inner products of positions than by the values of all classes.
+
+        Only on a GPU: on a CPU the bits of a long product depend on the number of threads.
+        """
         positions, values = self.deltas.shape[-1], self._classes * self.rows * self.width
-        gain = _VALUES_OVER_PRODUCTS if _fast_float64(self.deltas.device) else 1
-        return positions**2 * (self.width + self._classes * self.rows) <= gain * values
+        gain = _products_for_a_value(self.deltas.device)
+        return positions <= _MOST_POSITIONS and positions**2 * (self.width + self._classes * self.rows) <= gain * values
 
     def gram(self) -> Tensor:
         """⟨a_t, a_t'⟩ of the activations of a layer that has one group, float64 [n, T, T], made once."""
@@ -202,9 +206,11 @@ def joined(terms: list[Term], name: str, start: int, first: int, last: int) -> J
     return LazyBlock(name, start, size, lambda: sum_of([term.values(first, last) for term in terms]))
 
 
-def _fast_float64(device: torch.device) -> bool:
-    """Whether a device has matrix units for float64, as NVIDIA's data centre GPUs do."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
+def _products_for_a_value(device: torch.device) -> int:
+    """How many multiply-adds in float64 are worth a value's square: many where matrix units make them."""
+    if device.type != "cuda":
+        return 0
+    return _VALUES_OVER_PRODUCTS if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0)) else 1
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,11 +36,17 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def memory_of(given: int | str, device: torch.device) -> int:
+def memory_of(given: int | str, device: torch.device, model: int = 0) -> int:
     """Read a memory budget, which may be "auto".
 
+    Args:
+        given: bytes, or text like "2GB" or "auto".
+        device: where it is.
+        model: bytes of the model there, beside which the budget is.
+
     Returns:
-        Bytes; for "auto" 2 GB on a CPU, and three quarters of a GPU's memory, which small batches would leave idle.
+        Bytes; for "auto" 2 GB on a CPU, and on a GPU, which small batches would leave idle, three quarters of what the
+        model leaves. What others hold there is not looked at: the groups of rows that fit must be the same every time.
 
     Raises:
         UsageError: it is no positive number of bytes.
@@ -48,36 +55,86 @@ def memory_of(given: int | str, device: torch.device) -> int:
         return parse_bytes(given)
     if device.type != "cuda":
         return parse_bytes("2GB")
-    return int(torch.cuda.get_device_properties(device).total_memory) * 3 // 4
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return max(1, total - model) * 3 // 4
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """CUDA products in float32 rather than TF32, which has 11 bits and whose error no bound here covers."""
-    if device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    before = _matmul_settings()
-    settings.allow_tf32 = False  # both names
+    """Products and convolutions of float32 in float32, whatever the user has allowed and by whichever of torch's names.
+
+    TF32 has 11 bits and bfloat16 has 8, and no bound here covers their error. On leaving, all is as it was.
+    """
+    general, older, newer = _float32_settings(device)
+    before: list[tuple[Any, str, object]] = []
     try:
+        # From the general to the special, as what is special reads as the general where it is not set itself.
+        for where in general:
+            before.insert(0, (where, "fp32_precision", where.fp32_precision))
+            where.fp32_precision = "none"
+        special = [*older, *((where, "fp32_precision", "ieee") for where in newer)]
+        before = [
+            (where, name, getattr(where, name)) for where, name, _ in special if _can_be_read(where, name)
+        ] + before
+        for where, name, value in special:  # the older names change what the newer ones say
+            setattr(where, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        for where, name, was in before:
+            setattr(where, name, was)
 
 
-def _matmul_settings() -> dict[str, object]:
-    """Read what the user has set of float32 products.
+@contextmanager
+def cudnn_as(**values: bool) -> Iterator[None]:
+    """Within: `torch.backends.cudnn` has these values; its own `flags` fails where older and newer names disagree."""
+    cudnn = torch.backends.cudnn
+    before = {name: getattr(cudnn, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(cudnn, name, value)
+        yield
+    finally:
+        for name, was in before.items():
+            setattr(cudnn, name, was)
 
-    The older name cannot be read, nor a product taken, while the two disagree, as they do once the newer has been set.
+
+class _Legacy:
+    """`torch.set_float32_matmul_precision` as an attribute: the older name for products, on a CPU and on a GPU."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+def _float32_settings(device: torch.device) -> tuple[list[Any], list[tuple[Any, str, object]], list[Any]]:
+    """Find what decides a device's precision.
 
     Returns:
-        The values by torch's older name and by the one that it has from 2.9 on.
+        What has torch's newer name `fp32_precision`, of 2.9 and later, for several operations; older names, with values
+        (they cannot be read, nor a product taken on a GPU, where they disagree with the newer ones); and what has the
+        newer name for one kind of operation.
     """
-    settings, found = torch.backends.cuda.matmul, {}
-    with suppress(RuntimeError):
-        found["allow_tf32"] = settings.allow_tf32
-    if hasattr(settings, "fp32_precision"):
-        found["fp32_precision"] = settings.fp32_precision
-    return found
+    backends, legacy = torch.backends, (_Legacy(), "precision", "highest")
+    on_cpu = [getattr(backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn")]
+    if device.type == "cuda":
+        on_gpu = [backends.cuda.matmul, *(getattr(backends.cudnn, name, None) for name in ("conv", "rnn"))]
+        general, newer = [backends, backends.cudnn, backends.mkldnn], [*on_gpu, on_cpu[0]]
+        older = [legacy, (backends.cudnn, "allow_tf32", False)]
+    else:
+        general, newer = [backends, backends.mkldnn], on_cpu
+        older = [] if hasattr(on_cpu[0], "fp32_precision") else [legacy]
+    new = hasattr(backends, "fp32_precision")
+    return general if new else [], older, [where for where in newer if new and hasattr(where, "fp32_precision")]
+
+
+def _can_be_read(where: object, name: str) -> bool:
+    """Whether torch says what a setting is."""
+    try:
+        getattr(where, name)
+    except RuntimeError:
+        return False
+    return True

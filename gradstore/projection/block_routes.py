@@ -98,7 +98,7 @@ def _fused(projection: Projection, block: EmbeddingBlock) -> bool:
 def _parts(block: JacobianBlock) -> Iterator[JacobianBlock]:
     """A large embedding matrix by some whole rows at a time; any other block as it is."""
     if isinstance(block, EmbeddingBlock):
-        columns = max_columns(block.deltas.device)
+        columns = max_columns(block.deltas.device, block.deltas.shape[1])
         if block.size > columns:
             return block.parts(columns)
     return iter([block])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gradstore.errors import NonFiniteError
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.projection import Projection
 from gradstore.projection.entries import Entries
@@ -54,7 +55,6 @@ _TINY = torch.finfo(torch.float32).tiny  # below it, float32 has no relative pre
 # for a CPU. Twice what was measured on a GPU, most of it for launching, beside 6 · 10^14 flops a second.
 _GPU_COST = (6e4, 2e12)
 _SHARE = 1 / 200  # of the projection's time that audits may take, after the first
-_BLOCK_COLUMNS = 1 << 16
 
 
 class AuditSchedule:
@@ -76,7 +76,8 @@ class AuditSchedule:
     ) -> None:
         audit = kind_of(projection.kind).audit
         entry, block = _GPU_COST if device.type == "cuda" else (audit.entry, audit.block)
-        blocks = sum(-(-size // _BLOCK_COLUMNS) for size in sizes)
+        columns = max_columns(device, 1)
+        blocks = sum(-(-size // columns) for size in sizes)
         cost = streams * (min(ROWS_OF_P, projection.dim) * sum(sizes) * entry + blocks * block)
         if device.type != "cuda":
             cost *= torch.get_num_threads()  # an audit uses one of them

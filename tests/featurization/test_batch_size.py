@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
+from gradstore.errors import UsageError
 from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
 
 pytestmark = pytest.mark.numerical
@@ -127,8 +128,11 @@ def test_one_group_that_does_not_fit_is_an_error_and_finished_shards_stay(
         return real(plan, rows, *rest, **named)
 
     monkeypatch.setattr(FEATURIZE, "compute", fails_later)
-    with pytest.raises(MemoryError, match="row 48"):
+    with pytest.raises(
+        UsageError, match=r"^cpu: memory ran out with one group of \d+ rows. .* smaller --memory"
+    ) as found:
         gs.featurize(project(), split="train", out=tmp_path / "a", proj_dim=64)
+    assert str(found.value.__cause__) == "row 48"
     assert len(gs.open(tmp_path / "a")) == 48
 
 

@@ -95,6 +95,18 @@ def test_growing_k_multiplies_only_new_rows_of_p(tmp_path: Path, monkeypatch: py
     assert columns == {(64, 32)}
 
 
+def test_growing_k_goes_on_in_the_groups_of_the_smaller_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever groups this memory, or this card, would have had by itself."""
+    with monkeypatch.context() as other:
+        other.setattr(planning, "LARGE_GROUP", 16)
+        featurize(tmp_path / "small", proj_dim=32)
+        whole = featurize(tmp_path / "whole", proj_dim=100)
+    assert featurize(tmp_path / "grown", proj_dim=100, grow_from=tmp_path / "small") == whole
+    assert featurize(tmp_path / "other", proj_dim=100) != whole
+    with pytest.raises(UsageError, match=r"^--memory: the groups of rows that this store goes on with do not fit"):
+        featurize(tmp_path / "no", proj_dim=100, grow_from=tmp_path / "small", memory="20kB")
+
+
 def test_what_cannot_be_grown_is_refused(tmp_path: Path) -> None:
     featurize(tmp_path / "small")
     featurize(tmp_path / "int8", dtype="int8")

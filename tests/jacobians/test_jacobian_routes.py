@@ -274,12 +274,12 @@ def test_squared_norms_and_structure_of_blocks(case: Case):
 @pytest.mark.parametrize("gain", [0, 10**9], ids=["by values", "by inner products"])
 @pytest.mark.parametrize("positions", [1, 4])
 def test_squared_norms_by_inner_products_form_no_values(gain: int, positions: int, monkeypatch: pytest.MonkeyPatch):
-    """At so few positions by themselves; wherever there is a gain, as on a GPU with matrix units for float64."""
+    """Where they are worth it, as on a GPU with matrix units for float64; never on a CPU."""
     generator = torch.Generator().manual_seed(positions)
     x, layer = torch.randn(5, positions, 30, generator=generator), nn.Linear(30, 20, bias=False)
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(20 * positions, 3))
-    monkeypatch.setattr(terms, "_VALUES_OVER_PRODUCTS", gain)
-    monkeypatch.setattr(terms, "_fast_float64", lambda device: True)
+    assert terms._products_for_a_value(torch.device("cpu")) == 0
+    monkeypatch.setattr(terms, "_products_for_a_value", lambda device: gain)
     blocks = list(JacobianEngine(model, parameter_blocks(model, "0[.]weight"), example=x)(x))
     want = torch.stack([block.sq_norm() for block in blocks]).sum(0)
     assert all((block._dense is None) == (positions == 1 or gain > 0) for block in blocks)
@@ -287,13 +287,12 @@ def test_squared_norms_by_inner_products_form_no_values(gain: int, positions: in
     torch.testing.assert_close(want, dense.square().sum(-1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("positions", "few"), [(4, True), (14, False)])
-def test_a_cpu_takes_inner_products_where_they_are_fewer_than_values(positions: int, few: bool):
-    x = torch.randn(2, positions, 300, generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Flatten(), nn.Linear(200 * positions, 2))
-    block = next(iter(JacobianEngine(model, parameter_blocks(model, "0[.]weight"), example=x)(x)))
-    block.sq_norm()
-    assert (block._dense is None) == few
+@pytest.mark.parametrize("case", CASES + HARD_CASES, ids=lambda case: case.name)
+def test_squared_norms_are_the_same_where_inner_products_are_worth_it(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(terms, "_products_for_a_value", lambda device: 10**9)
+    for block in engine_for(case, case.model(), case.batch())(case.batch()):
+        dense = block.dense().double()
+        torch.testing.assert_close(block.sq_norm(), dense.square().sum(-1), rtol=1e-5, atol=1e-10)
 
 
 def test_bfloat16_model_agrees_to_its_own_rounding():

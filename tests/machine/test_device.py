@@ -1,49 +1,121 @@
-"""Float32 products on a GPU are float32, whatever the user has set, and by whichever of torch's two names."""
+"""How much memory a device gives by itself; float32 products on a GPU are float32, whatever the user has set."""
 
 from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gradstore.machine.devices import full_float32
+import gradstore as gs
+from gradstore.errors import UsageError
+from gradstore.machine.devices import full_float32, memory_of
 
 MATMUL = torch.backends.cuda.matmul
-GPU = torch.device("cuda")
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 NEW = hasattr(MATMUL, "fp32_precision")
 
 
-def state() -> tuple[object, object]:
-    """Of the newer name, and of the older, which cannot always be read."""
-    try:
-        older = MATMUL.allow_tf32
-    except RuntimeError:
-        older = "cannot be read"
-    return (MATMUL.fp32_precision if NEW else None), older
+BACKENDS = torch.backends
+NEWER = [
+    (name, where)
+    for name, where in (
+        *((name, getattr(BACKENDS, name, BACKENDS)) for name in ("everything", "cudnn", "mkldnn")),
+        ("cuda.matmul", MATMUL),
+        *((f"cudnn.{kind}", getattr(BACKENDS.cudnn, kind, None)) for kind in ("conv", "rnn")),
+        *((f"mkldnn.{kind}", getattr(BACKENDS.mkldnn, kind, None)) for kind in ("matmul", "conv", "rnn")),
+    )
+    if hasattr(where, "fp32_precision")
+]
+
+
+def state() -> dict[str, object]:
+    """Every precision by its newer name, and by the older ones, which cannot always be read."""
+
+    def read(older):
+        try:
+            return older()
+        except RuntimeError:
+            return "cannot be read"
+
+    return {
+        **{name: where.fp32_precision for name, where in NEWER},
+        "products": read(torch.get_float32_matmul_precision),
+        "products on a GPU": read(lambda: MATMUL.allow_tf32),
+        "convolutions on a GPU": read(lambda: BACKENDS.cudnn.allow_tf32),
+    }
 
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    precision = torch.get_float32_matmul_precision()
+    newer = [(where, where.fp32_precision) for _, where in NEWER]
     yield
-    torch.set_float32_matmul_precision(precision)
+    for where, _ in newer:
+        where.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.allow_tf32 = True
+    for where, value in newer:
+        where.fp32_precision = value
 
 
 SETTINGS = [
     lambda: setattr(MATMUL, "allow_tf32", True),
     lambda: setattr(MATMUL, "allow_tf32", False),
     lambda: torch.set_float32_matmul_precision("high"),
+    lambda: torch.set_float32_matmul_precision("medium"),
+    lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
     *((lambda p=precision: setattr(MATMUL, "fp32_precision", p)) for precision in ("tf32", "ieee", "none") if NEW),
 ]
 
 
+NEW_SETTINGS = {
+    "everything": lambda value: setattr(BACKENDS, "fp32_precision", value),
+    "cudnn": lambda value: setattr(BACKENDS.cudnn, "fp32_precision", value),
+    "cudnn.conv": lambda value: setattr(BACKENDS.cudnn.conv, "fp32_precision", value),
+    "mkldnn": lambda value: setattr(BACKENDS.mkldnn, "fp32_precision", value),
+    "mkldnn.matmul": lambda value: setattr(BACKENDS.mkldnn.matmul, "fp32_precision", value),
+    "mkldnn.conv": lambda value: setattr(BACKENDS.mkldnn.conv, "fp32_precision", value),
+}
+if NEW:
+    SETTINGS += [partial(set_, "bf16" if name.startswith("mkldnn") else "tf32") for name, set_ in NEW_SETTINGS.items()]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_what_the_user_set_is_put_aside_and_back(setting):
+@pytest.mark.parametrize("device", [GPU, CPU], ids=str)
+def test_what_the_user_set_is_put_aside_and_back(setting, device):
     setting()
     before = state()
-    with full_float32(GPU):
-        assert MATMUL.allow_tf32 is False, "torch takes no product while its two settings disagree"
-        assert not NEW or MATMUL.fp32_precision == "ieee"
+    with full_float32(device):
+        inside = state()
     assert state() == before
+    mine = ("cuda.", "cudnn.") if device == GPU else ("mkldnn.",)
+    assert {inside[name] for name, _ in NEWER if name.startswith(mine)} <= {"ieee"}
+    if device == GPU:  # torch takes no product while its settings disagree
+        assert inside["products"] == "highest"
+        assert not inside["products on a GPU"]
+        assert not inside["convolutions on a GPU"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_features_are_the_same_whatever_the_user_set(setting, tmp_path):
+    """So is what the user set; torch's own `cudnn.flags` and `get_float32_matmul_precision` fail with some of it."""
+    usual = features(tmp_path / "usual")
+    setting()
+    before = state()
+    assert features(tmp_path / "so") == usual
+    assert state() == before
+
+
+def features(folder):
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = torch.nn.Conv2d(2, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(2), torch.nn.Linear(36, 64)
+        model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 32, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(20, 2, 8, 8, generator=generator), torch.arange(20) % 3)
+    project = gs.Project(model=model, splits={"train": data})
+    return gs.featurize(project, split="train", out=folder, proj_dim=64, dtype="float32").features[:].tobytes()
 
 
 def test_it_is_put_back_after_an_error():
@@ -58,7 +130,18 @@ def test_it_is_put_back_after_an_error():
     assert MATMUL.allow_tf32
 
 
-def test_a_cpu_has_nothing_to_set():
+def test_a_cpu_leaves_what_is_of_gpus():
     MATMUL.allow_tf32 = True
-    with full_float32(torch.device("cpu")):
+    with full_float32(CPU):
         assert MATMUL.allow_tf32
+
+
+def test_by_itself_a_gpu_gives_three_quarters_of_what_the_model_leaves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    assert memory_of("auto", GPU) == 60 * 10**9
+    assert memory_of("auto", GPU, 20 * 10**9) == 45 * 10**9
+    assert memory_of("auto", GPU, 90 * 10**9) == 0
+    assert memory_of("auto", torch.device("cpu"), 20 * 10**9) == 2 * 10**9
+    assert memory_of("3GB", GPU) == memory_of(3 * 10**9, torch.device("cpu")) == 3 * 10**9
+    with pytest.raises(UsageError, match="not a number of bytes"):
+        memory_of("automatic", GPU)

@@ -243,6 +243,25 @@ def test_stores_have_the_same_bits_for_every_batch_size(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("allowed", ["by the older name", "by the newer name"])
+def test_tf32_that_the_user_allows_changes_no_bit(allowed, tmp_path):
+    settings = {"proj_dim": 1000, "device": "cuda", "precision": "exact", "dtype": "float32"}
+    usual = gs.featurize(small_project(), split="train", out=tmp_path / "usual", **settings)
+    products, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        if allowed == "by the older name":
+            torch.set_float32_matmul_precision("high")
+        elif hasattr(products, "fp32_precision"):
+            products.fp32_precision = "tf32"
+        else:
+            pytest.skip("this torch has no newer name")
+        so = gs.featurize(small_project(), split="train", out=tmp_path / "so", **settings)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (so.features[:] == usual.features[:]).all()
+    assert (so.sq_norms == usual.sq_norms).all()
+
+
 @pytest.mark.parametrize("layout", ["per-class", "sum", "mixed"])
 @pytest.mark.parametrize(("kind", "precision"), VARIANTS)
 def test_right_stores_pass_the_audit_with_room_to_spare(kind, precision, layout, tmp_path, monkeypatch):
