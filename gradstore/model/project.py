@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import GradstoreError, ProjectError, UsageError
 from gradstore.indices import row_mask
+from gradstore.machine.devices import full_float32
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.image_and_text import Show
 from gradstore.model.weights import load_weights
@@ -109,7 +110,7 @@ class Project:
         return row_mask(self.poisoned[split], n, where=where, error=ProjectError)
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """Run the model on stacked inputs, without gradients.
+        """Run the model on stacked inputs, without gradients, in full float32 whatever the user has allowed.
 
         Returns:
             Its outputs [n, classes].
@@ -118,8 +119,9 @@ class Project:
             ProjectError: the forward pass fails, leaves a module in train mode, or returns no [n, classes] tensor.
             GradstoreError: as `forward` raised it.
         """
-        n = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
-        with torch.no_grad():
+        first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+        n = len(first)
+        with torch.no_grad(), full_float32(first.device):
             try:
                 logits = call_model(self.model, inputs, self.forward)
             except GradstoreError:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.machine.devices import full_float32, memory_of
+from gradstore.search.index.indexed_rows import IndexedRows
+from gradstore.search.index.store_index import open_index
+from gradstore.search.request import Request
 
 MATMUL = torch.backends.cuda.matmul
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -98,24 +102,32 @@ def test_what_the_user_set_is_put_aside_and_back(setting, device):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_features_are_the_same_whatever_the_user_set(setting, tmp_path):
+def test_results_are_the_same_whatever_the_user_set(setting, tmp_path):
     """So is what the user set; torch's own `cudnn.flags` and `get_float32_matmul_precision` fail with some of it."""
-    usual = features(tmp_path / "usual")
+    usual = results(tmp_path / "usual")
     setting()
     before = state()
-    assert features(tmp_path / "so") == usual
+    found = results(tmp_path / "so")
+    assert [name for name, values in usual.items() if values != found[name]] == []
     assert state() == before
 
 
-def features(folder):
+def results(folder):
+    """Bits of features, of exact kernels and of an index's upper bounds."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = torch.nn.Conv2d(2, 32, 3), torch.nn.ReLU(), torch.nn.Flatten(2), torch.nn.Linear(36, 64)
         model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 32, 3))
-    data = torch.utils.data.TensorDataset(torch.randn(20, 2, 8, 8, generator=generator), torch.arange(20) % 3)
+    data = torch.utils.data.TensorDataset(torch.randn(40, 2, 8, 8, generator=generator), torch.arange(40) % 3)
     project = gs.Project(model=model, splits={"train": data})
-    return gs.featurize(project, split="train", out=folder, proj_dim=64, dtype="float32").features[:].tobytes()
+    store = gs.featurize(project, split="train", out=folder, proj_dim=64, dtype="float32")
+    index = open_index(store, size=20)
+    rows, chosen = IndexedRows(index, 10**9), np.arange(40)
+    request = Request(store, store, chosen, (index.phi,) * 40, index.phi.kernel, 3)
+    upper = [rows.upper_bounds(group, 3)[0].tobytes() for _, group in rows.batches(request)]
+    exact = {name: gs.exact_gram(project, "train", kernel=name).tobytes() for name in ("ck", "trntk")}
+    return {"features": store.features[:].tobytes(), "logits": store.logits.tobytes(), "bounds": upper, **exact}
 
 
 def test_it_is_put_back_after_an_error():

@@ -11,6 +11,7 @@ from gradstore.arithmetic import chooser
 from gradstore.arithmetic.names import ENGINES, require_one_of
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
+from gradstore.machine.devices import full_float32
 from gradstore.machine.threads import single_threaded
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds
@@ -84,7 +85,7 @@ def _fastest(
     candidates: tuple[type[Bounds], ...], queries: int, rows: int, width: int, dtype: torch.dtype
 ) -> type[Bounds]:
     """Measured on one thread, as the workers of a search run it, from rows as stored at the sizes of its products."""
-    with single_threaded():
+    with single_threaded(), full_float32(torch.device("cpu")):
         name = chooser.fastest(
             {means.choice.name: means.sample_product(queries, rows, width, dtype) for means in candidates}
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import format_bytes
+from gradstore.machine.devices import full_float32
 from gradstore.machine.threads import worker_count
 from gradstore.search.best import Best
 from gradstore.search.exact_score import ROOM, ExactScore
@@ -98,12 +100,13 @@ class IndexedRows:
         query_scale, row_scale = self._scales(group)
         upper = np.empty((len(group.members), n))
         estimates = np.empty((len(group.members), n), np.float32)
-        for start in range(0, n, _ROWS):
-            stop = min(start + _ROWS, n)
-            estimate, spread = queries.bounds(self.index.sketch.rows(start, stop))
-            scale = np.ones(1) if row_scale is None else row_scale[start:stop]
-            estimates[:, start:stop] = estimate.numpy() * scale
-            upper[:, start:stop] = (estimate + spread).numpy() * scale * query_scale[:, None]
+        with full_float32(torch.device("cpu")):  # of which the spread is the bound
+            for start in range(0, n, _ROWS):
+                stop = min(start + _ROWS, n)
+                estimate, spread = queries.bounds(self.index.sketch.rows(start, stop))
+                scale = np.ones(1) if row_scale is None else row_scale[start:stop]
+                estimates[:, start:stop] = estimate.numpy() * scale
+                upper[:, start:stop] = (estimate + spread).numpy() * scale * query_scale[:, None]
         return upper, [largest(row, count) for row in estimates]
 
     def _scales(self, group: QueryGroup) -> tuple[np.ndarray, np.ndarray | None]:
