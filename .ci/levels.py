@@ -57,10 +57,10 @@ def main(level: str, arguments: list[str]) -> int:
         return 0
     environment = {**os.environ, **LEVELS[level]}
     if arguments and arguments[0].startswith("--share="):
-        count = int(arguments[0].removeprefix("--share="))
-        if count not in range(1, len(LEVELS) + 1):
-            sys.exit(f"--share={count}: there are {len(LEVELS)} levels, and with more shares some would run nowhere")
-        share = f"{list(LEVELS).index(level) % count}/{count}"
+        count = arguments[0].removeprefix("--share=")
+        if count not in map(str, range(1, len(LEVELS) + 1)):
+            sys.exit(f"--share={count}: 1 to {len(LEVELS)}, as many as levels; with more, some would run nowhere")
+        share = f"{list(LEVELS).index(level) % int(count)}/{count}"
         arguments = [*arguments[1:], "-p", "share", "--share", share]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
     shown = subprocess.run(

@@ -3,7 +3,7 @@
     python benchmarks/bench_audit.py                     # rows to benchmarks/results/audit.csv
 
 An audit uses one thread while the others wait, so its wall time is what a run pays. On a GPU, whose work the host
-does not wait for, `cuda_stages.py` compares whole runs instead.
+does not wait for, `cuda_runs.py` takes whole runs with and without instead.
 """
 
 from __future__ import annotations

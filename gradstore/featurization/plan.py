@@ -129,10 +129,10 @@ class Plan:
         Raises:
             UsageError: one example does not fit the memory, nor do the groups that were asked for.
         """
-        group = LARGE_GROUP if self._group is None else self._group
         if self._group is not None:
-            self._require_fits(schema, group, "the groups of rows that this store goes on with do not")
-            return group
+            self._require_fits(schema, self._group, "the groups of rows that this store goes on with do not")
+            return self._group
+        group = LARGE_GROUP
         while group > GROUP and not self._is_light(schema, group):
             group //= 2
         while group > 1 and self.bytes_needed(schema, group) > self.memory:

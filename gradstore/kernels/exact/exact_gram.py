@@ -18,6 +18,7 @@ from gradstore.kernels.exact.representations import RepresentationTiles
 from gradstore.kernels.gram_file import Gram, Report, write_tiles
 from gradstore.kernels.gram_tiles import Tile
 from gradstore.machine.byte_counts import parse_bytes
+from gradstore.machine.devices import full_float32
 from gradstore.model.project import Project
 from gradstore.store.files.disk import Disk
 
@@ -122,11 +123,12 @@ def exact_gram(
         tiles = RepresentationTiles(project, left, right, chosen, parse_bytes(memory), device, layers)
     else:
         tiles = JacobianTiles(project, left, right, chosen, parse_bytes(memory), device)
-    if out is not None:
-        return write_tiles(
-            Path(out), tiles.shape, tiles.attributes(), tiles.tiles, dtype="float64", progress=progress, disk=disk
-        )
-    return _in_memory(tiles.tiles(), tiles.shape, left is right, progress)
+    with full_float32(tiles.device):
+        if out is not None:
+            return write_tiles(
+                Path(out), tiles.shape, tiles.attributes(), tiles.tiles, dtype="float64", progress=progress, disk=disk
+            )
+        return _in_memory(tiles.tiles(), tiles.shape, left is right, progress)
 
 
 def _in_memory(tiles: Iterator[Tile], shape: tuple[int, int], symmetric: bool, progress: Report | None) -> np.ndarray:

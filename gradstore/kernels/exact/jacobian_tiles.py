@@ -21,7 +21,7 @@ from gradstore.kernels.exact.example_selection import Selection
 from gradstore.kernels.exact.factors import Held, bytes_each, held, joined_batches, joined_rows, patch_bytes, tensors_of
 from gradstore.kernels.exact.jacobian_plan import plan_jacobians
 from gradstore.kernels.gram_tiles import Skip, Tile, nothing
-from gradstore.machine.devices import choose_device, full_float32
+from gradstore.machine.devices import choose_device
 from gradstore.machine.threads import worker_count
 from gradstore.model.parameters import parameter_blocks
 from gradstore.model.project import Project
@@ -90,8 +90,7 @@ class JacobianTiles:
             resident = None  # before the next group is held
             resident = self._load(self.a, group, self._parts()[0]) if whole else None
             for span in wanted:
-                with full_float32(self.device):
-                    values = self._tile(group, span, resident)
+                values = self._tile(group, span, resident)
                 yield Tile(group.start * self.factor, span.start * self.factor, values)
                 del values  # before the next tile is made
 

@@ -28,7 +28,7 @@ from gradstore.kernels.definitions import Kernel
 from gradstore.kernels.exact.example_selection import Selection
 from gradstore.kernels.exact.layerwise import Layered, multiply_layered
 from gradstore.kernels.gram_tiles import Skip, Tile, nothing, plan_grid
-from gradstore.machine.devices import choose_device, full_float32
+from gradstore.machine.devices import choose_device
 from gradstore.model.examples import Inputs
 from gradstore.model.project import Project
 from gradstore.model.weights import weights_digest
@@ -68,12 +68,10 @@ class RepresentationTiles:
 
     def tiles(self, skip: Skip = nothing) -> Iterator[Tile]:
         """Compute the tiles that are not to be skipped."""
-        with full_float32(self.device):
-            if self._layerwise:
-                load = partial(self._load_layered, self.a), partial(self._load_layered, self.b)
-                yield from self.grid.tiles(*load, multiply_layered, skip)
-            else:
-                yield from self.grid.tiles(partial(self._load, self.a), partial(self._load, self.b), multiply, skip)
+        if self._layerwise:
+            load = partial(self._load_layered, self.a), partial(self._load_layered, self.b)
+            return self.grid.tiles(*load, multiply_layered, skip)
+        return self.grid.tiles(partial(self._load, self.a), partial(self._load, self.b), multiply, skip)
 
     def attributes(self) -> dict[str, str | int]:
         """What the matrix is, for its file."""
