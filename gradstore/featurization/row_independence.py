@@ -167,7 +167,7 @@ class RowIndependence:
     def _first_again(self, seen: SecondLook, inputs: Inputs) -> None:
         if self._first is None:
             first = take(inputs, torch.zeros(1, dtype=torch.int64, device=self._plan.device))
-            self._first = seen.rows.start, first, seen.logits[:1].clone()
+            self._first = seen.rows[0], first, seen.logits[:1].clone()
             return
         row, example, stored = self._first
         (found,) = self._plan.engine.logits([example])

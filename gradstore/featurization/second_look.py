@@ -18,11 +18,11 @@ class SecondLook:
 
     Args:
         logits: that are about to be stored, float32 [n, classes].
-        rows: which rows they are.
+        rows: which rows of the split they are.
         tolerance: relative difference that rounding may make.
     """
 
-    def __init__(self, logits: Tensor, rows: range, tolerance: float) -> None:
+    def __init__(self, logits: Tensor, rows: Sequence[int], tolerance: float) -> None:
         self.logits, self.rows, self.tolerance = logits, rows, tolerance
         self.typical = torch.linalg.vector_norm(logits, dim=1).square().mean().sqrt()
         self.comparisons: list[Again | GradientComparison] = []
@@ -74,7 +74,7 @@ class Again:
     """
 
     rows: tuple[int, ...]
-    batch: range
+    batch: Sequence[int]
     stored: Tensor
     found: Tensor
     typical: Tensor
@@ -96,7 +96,7 @@ class Again:
         c = int((stored[i] - found[i]).abs().nan_to_num(torch.inf).argmax())
         raise ProjectError(
             f"row {self.rows[i]} has other logits {self.how}",
-            where=f"split {split!r}, rows {self.batch.start} to {self.batch.stop - 1} at once",
+            where=f"split {split!r}, rows {self.batch[0]} to {self.batch[-1]} at once",
             expected=f"{float(stored[i, c]):.6g} for class {c} again, to {float(allowed[i]):.1g}",
             got=f"{float(found[i, c]):.6g}",
             hint="The model looks at its batch, or its state changes from call to call; where it is the batch, "

@@ -251,8 +251,8 @@ class Prober:
                     where="model",
                     expected="the same logits alone and in a batch",
                     got=f"a difference of {error:.2g}",
-                    hint="Use running statistics in batch norms, and no randomness in eval mode; or --alone, alone=True, "
-                    "which computes each example by itself",
+                    hint="Use running statistics in batch norms, and no randomness in eval mode; --alone (alone=True) "
+                    "computes each example by itself",
                 )
 
 

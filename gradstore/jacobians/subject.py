@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import ProjectError
-from gradstore.jacobians.row_owners import ROUNDING
+from gradstore.jacobians.row_owners import rounding_of
 from gradstore.machine.devices import cudnn_as, full_float32, without_fused_encoders
 
 Inputs = Tensor | dict[str, Tensor]
@@ -55,9 +55,8 @@ class Subject:
         return output
 
     def rounding(self, logits: Tensor) -> float:
-        """Relative difference that rounding may make between two passes, by the coarsest dtype on the way."""
-        dtypes = {logits.dtype, *(p.dtype for p in self.model.parameters() if p.is_floating_point())}
-        return max(ROUNDING.get(dtype, 0.0) for dtype in dtypes)
+        """Relative difference that rounding may make between two passes that give these logits."""
+        return rounding_of(self.model, logits)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

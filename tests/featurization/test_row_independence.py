@@ -344,3 +344,11 @@ def test_what_was_looked_at_is_in_the_run_log(tmp_path: Path) -> None:
     looked = json.loads((tmp_path / "s/run.jsonl").read_text().splitlines()[-1])["looked"]
     assert looked["beside_others"] + looked["alone"] >= N
     assert min(looked["alone"], looked["gradients"], looked["read"]) >= 1
+
+
+@pytest.mark.parametrize("kernel", ["trntk", "ck"])
+def test_exact_kernels_refuse_such_models_too(kernel: str) -> None:
+    splits = {"train": TensorDataset(OUTLIER, Y)}
+    with pytest.raises(ProjectError, match=r"row \d+ has other logits"):
+        gs.exact_gram(gs.Project(model=Net(clamped), splits=splits), kernel=kernel)
+    assert gs.exact_gram(gs.Project(model=Net(), splits=splits), kernel=kernel).shape == (N, N)
