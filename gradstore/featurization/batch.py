@@ -168,8 +168,10 @@ def _finished(sums: _Sums, seen: SecondLook | None, plan: Plan, columns: Columns
     """Check, round and fetch what was computed."""
     with plan.projection.explained(plan.device), sums.handover.taken():
         if seen is not None:
-            seen.require(plan.split)
+            seen.require_finite(plan.split)
         sums.require_good(plan)
+        if seen is not None:
+            seen.require(plan.split)
         encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
         sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
     computed = {"sq_norm": sq_norm.numpy(), "logits": logits.numpy()}

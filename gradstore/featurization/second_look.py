@@ -37,12 +37,11 @@ class SecondLook:
         """Note a gradient."""
         self.comparisons.append(comparison)
 
-    def require(self, split: str) -> None:
-        """Refuse a batch of which a row is not what it is alone.
+    def require_finite(self, split: str) -> None:
+        """Refuse logits that are NaN or infinite.
 
         Raises:
-            NonFiniteError: logits are NaN or infinite; names the first row.
-            ProjectError: a row depends on others, on its turn, or on when it is computed.
+            NonFiniteError: names the first row that has one.
         """
         (logits,) = to_host(self.logits)
         bad = torch.nonzero(~torch.isfinite(logits))
@@ -55,6 +54,13 @@ class SecondLook:
                 got=float(logits[i, c]),
                 hint="Look at this row's input; a NaN input, a log of zero or an overflow are the usual causes",
             )
+
+    def require(self, split: str) -> None:
+        """Refuse a batch of which a row is not what it is alone.
+
+        Raises:
+            ProjectError: a row depends on others, on its turn, or on when it is computed.
+        """
         for comparison in self.comparisons:
             comparison.require(split)
 

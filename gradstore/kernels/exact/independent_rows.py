@@ -41,4 +41,5 @@ def require_independent_rows(project: Project, selection: Selection, device: tor
                 look.add(list(range(len(span)))[places], project.logits(take(inputs, places)).float(), "beside others")
             one = start // _TOGETHER % len(span)
             look.add([one], project.logits(take(inputs, slice(one, one + 1))).float(), "alone")
+        look.require_finite(selection.split)
         look.require(selection.split)
