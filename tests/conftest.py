@@ -42,6 +42,15 @@ def fast() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder, and with it a user key, of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GRADSTORE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def record() -> Record:
     """record(fault, what, ...counts): one row for `python -m benchmarks.faults`, which names the file to write to."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.errors import UsageError
+from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.map_rows import StoreRows, doubled
 from gradstore.indices import chosen_row
@@ -225,6 +225,8 @@ def attribute(
     else:
         similarity = _given(model, queries, row)
     n = len(similarity)
+    if model.coef_.shape[1] != n:  # of a file that says it is bound to these rows, and is not
+        raise CorruptError("the surrogate is of other training examples", expected=f"{model.coef_.shape[1]}", got=n)
     values = model.coef_ * similarity + model.intercept_[:, None] / n
     names = queries.classes if isinstance(queries, Rows) and len(queries.classes) > 1 else model.classes_
     logits = model.coef_ @ similarity + model.intercept_

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gradstore.projection.cuda.cuda_source import cache_folder, publish
+from gradstore.machine.user_cache import cache_folder, publish
 from gradstore.projection.device_paths import GpuPath
 
 _OWN_SOURCES = ("self_check.py", "entries.py", "kind_record.py", "philox.py")

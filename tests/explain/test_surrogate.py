@@ -266,13 +266,11 @@ def test_foreign_and_damaged_files_are_refused(stores: tuple, tmp_path: Path) ->
         damaged = bytearray(whole)
         damaged[rng.integers(0, len(whole))] ^= 1 << rng.integers(0, 8)
         path.write_bytes(damaged[: rng.integers(len(whole) // 2, len(whole) + 1)])
-        try:
-            model = gs.KernelGLM.load(path)
-        except GradstoreError:
-            continue
-        assert np.isfinite(model.coef_).all()  # a flipped bit of a weight is within what a weight may be
+        with pytest.raises(CorruptError, match="no surrogate, or a damaged one") as caught:
+            gs.KernelGLM.load(path)
+        assert "\n" not in str(caught.value)
     path.write_bytes(b"pickle")
-    with pytest.raises(UsageError, match="this is not a surrogate"):
+    with pytest.raises(CorruptError, match="no surrogate, or a damaged one"):
         gs.KernelGLM.load(path)
     with pytest.raises(UsageError, match="there is no surrogate"):
         gs.KernelGLM.load(tmp_path / "none")

@@ -17,6 +17,7 @@ from gradstore.search.session import Session
 from gradstore.store.feature_store import FeatureStore
 
 pytest.importorskip("faiss")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +63,15 @@ def test_fewer_answers_than_k_are_made_up_from_the_sketch(stores: tuple) -> None
 
 def test_a_file_is_opened_again_and_built_again_when_damaged(tmp_path: Path) -> None:
     train = write_store(tmp_path / "t", clustered(300, 2, 64))
-    assert Session(train, faiss="Flat").faiss.event == "built"
+    assert Session(train, faiss="Flat").faiss.event == "built: there is none yet"
     assert Session(FeatureStore(train.path), faiss="Flat").faiss.event == "opened"
     (file,) = train.path.glob("*.faiss")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert Session(train, faiss="Flat").faiss.event == "built"
+    assert Session(train, faiss="Flat").faiss.event == "built: it is damaged"
     file.with_suffix(".json").write_text("{}")
-    assert Session(train, faiss="Flat").faiss.event == "built"
+    assert Session(train, faiss="Flat").faiss.event == "built: this user has not written it here"
 
 
 def test_it_is_extended_with_its_store(tmp_path: Path) -> None:

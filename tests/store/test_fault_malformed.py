@@ -6,13 +6,14 @@ import hashlib
 import json
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Record
+from mutations import Place, places, spliced, with_strange_value
 from small_store import ROWS, files, write
 
 from gradstore.errors import CorruptError, GradstoreError
@@ -28,70 +29,11 @@ def store(fast: Path) -> Path:
     return fast / "store"
 
 
-Place = tuple[Any, ...]
-
-
 def sealed(content: dict[str, Any]) -> bytes:
     """A manifest whose digest is right, whatever it says."""
     content = {name: value for name, value in content.items() if name != "digest"}
     body = json.dumps(content)[:-1]
     return f'{body},\n "digest": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
-
-
-def places(value: Any, path: Place = ()) -> Iterator[Place]:
-    """The path of every value in nested ones."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, item in items:
-        yield from places(item, (*path, name))
-
-
-STRANGE = [
-    *(-1, 0, 1, 2, 3, 7, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63, 2**64, 10**30, -(2**63)),
-    *(
-        None,
-        True,
-        False,
-        "",
-        "x",
-        "../../etc/passwd",
-        "\ud800",
-        "\0",
-        "a" * 5000,
-        [],
-        {},
-        [[]],
-        [1, 2],
-        {"a": 1},
-        1.5,
-        1e308,
-    ),
-]
-
-
-def with_strange_value(rng: np.random.Generator, content: dict[str, Any], spots: list[Place]) -> dict[str, Any]:
-    content = json.loads(json.dumps(content))
-    spot = spots[rng.integers(1, len(spots))]
-    owner = content
-    for name in spot[:-1]:
-        owner = owner[name]
-    if rng.random() < 0.15:
-        del owner[spot[-1]]
-    else:
-        owner[spot[-1]] = STRANGE[rng.integers(len(STRANGE))]
-    return content
-
-
-def spliced(rng: np.random.Generator, data: bytes) -> bytes:
-    a, b, c = sorted(int(x) for x in rng.integers(0, len(data), 3))
-    kinds = (
-        data[:a],
-        data[:a] + data[b:],
-        data[:b] + data[a:],
-        data[:a] + rng.bytes(b - a) + data[b:],
-        data[:a] + data[b:c] + data[a:b] + data[c:],
-    )
-    return kinds[rng.integers(len(kinds))]
 
 
 def mutated_manifest(rng: np.random.Generator, whole: bytes, spots: list[Place]) -> bytes:

@@ -11,6 +11,7 @@ from gradstore.kernels.gram_file import Gram
 from gradstore.store.identity import require_same
 from gradstore.store.rows import Rows, named_identity
 
+KINDS = ("store", "gram", "array")
 # What must agree between the Gram matrix of the training examples and that of the queries with them.
 _GRAM_FIELDS = ("kernel", "fingerprint", "weights", "parameters", "layers")
 

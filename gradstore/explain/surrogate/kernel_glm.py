@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
+from gradstore.errors import CorruptError
 from gradstore.explain.surrogate.fit_settings import Settings
 from gradstore.explain.surrogate.fitting import fit
 from gradstore.explain.surrogate.map_rows import ArrayRows, StoreRows, scores
@@ -153,6 +154,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         if isinstance(X, Rows):
             self.binding_.require_queries(X)
             rows = StoreRows(X, self.phi_on(X), parse_bytes(self.memory))
+            self._require_columns(rows.length, X.where)
             return scores(rows, self.vectors_) + self.intercept_
         if isinstance(X, Gram):
             self.binding_.require_query_gram(X)
@@ -222,8 +224,8 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
             The surrogate.
 
         Raises:
-            UsageError: there is no such file, or it is something else.
-            CorruptError: it is damaged.
+            UsageError: there is no such file.
+            CorruptError: it is damaged, or something else.
         """
         return load_fitted(cls, Path(path))
 
@@ -232,8 +234,16 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         return Settings(backend=self.backend, memory=parse_bytes(self.memory), seed=self.random_state, **given)
 
+    def _require_columns(self, found: int, where: object) -> None:
+        """A file may say that it is bound to these rows, and not be."""
+        if found != self.n_features_in_:
+            raise CorruptError(
+                "the surrogate is not of such rows", where=where, expected=f"{self.n_features_in_} columns", got=found
+            )
+
     def _of_gram(self, gram: Gram) -> np.ndarray:
         m, n = gram.shape
+        self._require_columns(n, gram.path)
         step = max(1, parse_bytes(self.memory) // (16 * n))
         parts = [gram[at : at + step].astype(np.float64) @ self.coef_.T for at in range(0, m, step)]
         return np.concatenate(parts) + self.intercept_

@@ -1,25 +1,41 @@
-"""A fitted surrogate on disk: one safetensors file, its settings and binding as JSON in the header."""
+"""A fitted surrogate on disk: one safetensors file, its settings and binding as JSON in the header, under a digest.
+
+Version 1 of the format had no digest; its files are read, and a note says so.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
 from gradstore.errors import CorruptError, UsageError
-from gradstore.explain.surrogate.binding import Binding
+from gradstore.explain.surrogate.binding import KINDS, Binding
+from gradstore.explain.surrogate.fit_settings import BACKENDS
+from gradstore.kernels.definitions import PROJECTED
 from gradstore.store.files.disk import Disk, MissingFileError
+from gradstore.store.files.tensor_file import TensorFile, plain_json, read_tensors, under_digest
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "gradstore-surrogate"
-VERSION = 1
+VERSION = 2
 _STATE = "state."  # begins the names of what the kernel's feature map fitted
 _TENSORS = ("coef_", "intercept_", "vectors_", "classes_")
-_REPORT = ("alpha_", "n_iter_", "loss_", "converged_", "reason_", "logit_error_", "n_features_in_")
+_REPORT: dict[str, tuple[type, ...]] = {
+    "alpha_": (int, float),
+    "n_iter_": (int,),
+    "loss_": (int, float),
+    "converged_": (bool,),
+    "reason_": (str,),
+    "logit_error_": (str,),
+    "n_features_in_": (int,),
+}
 _MOST_BYTES = 64 << 30
 
 
@@ -40,35 +56,66 @@ def save_fitted(model: Any, path: Path) -> Path:
     disk = Disk()
     target = path.absolute()
     disk.make_directory(target.parent)
-    disk.replace_file(target, serialise(tensors, metadata={"gradstore": json.dumps(described)}))
+    disk.replace_file(target, serialise(tensors, under_digest("gradstore", json.dumps(described), tensors)))
     return target
 
 
 def load_fitted(cls: type, path: Path) -> Any:
     """Read a `KernelGLM` back; see `KernelGLM.load`."""
     try:
-        data = Disk().read_file(path.absolute(), _MOST_BYTES)
+        found = read_tensors(path.absolute(), "gradstore", _MOST_BYTES)
     except MissingFileError as error:
         raise UsageError("there is no surrogate", where=path, hint="`gradstore fit` writes one") from error
-    described = _header(data, path)
+    except (ValueError, MemoryError) as error:
+        raise _damaged(path, error) from error
     try:
-        tensors = parse(data)
-        model = cls(**described["settings"])
-        for name, value in described["report"].items():
-            setattr(model, name, value)
-        model.logit_error_ = float(described["report"]["logit_error_"])
-        model.alpha_scores_ = {float(alpha): float(score) for alpha, score in described["alpha_scores"]}
-        model.binding_ = Binding(**described["binding"])
-        for name in _TENSORS:
-            setattr(model, name, tensors.get(name))
-        state = {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
-        model.state_ = state or None
-        if model.classes_ is None:
-            model.classes_ = np.array(described["classes"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise CorruptError("the surrogate is damaged", where=path, got=str(error).splitlines()[0]) from error
-    _require_shapes(model, path)
+        described = plain_json(found.text)
+        _require_format(described, found, path)
+        model = _model(cls, described, found.arrays)
+        _require_shapes(model)
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(path, error) from error
+    if not found.sealed:
+        _log.warning("%s is of an earlier version and has no digest, so damage to it would not be noticed", path)
     return model
+
+
+def _model(cls: type, described: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """The surrogate that a header and its tensors describe, whose every value is of its kind."""
+    report, settings = described["report"], described["settings"]
+    _require(set(settings) == set(cls().get_params()), "its settings")
+    _require(isinstance(settings["kernel"], str) and settings["backend"] in BACKENDS, "its kernel and backend")
+    _require(type(settings["memory"]) in (int, str) and settings["scratch"] is None, "its memory")
+    _require(set(report) == set(_REPORT), "its report")
+    model = cls(**settings)
+    for name, kinds in _REPORT.items():
+        _require(type(report[name]) in kinds, f"its {name}")
+        setattr(model, name, report[name])
+    model.logit_error_ = float(report["logit_error_"])
+    model.alpha_scores_ = {float(alpha): float(score) for alpha, score in described["alpha_scores"]}
+    model.binding_ = _binding(described["binding"])
+    for name in _TENSORS:
+        setattr(model, name, tensors.get(name))
+    state = {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
+    _require(set(tensors) <= {*_TENSORS, *(_STATE + name for name in state)}, "its tensors")
+    kernel = PROJECTED.get(model.kernel)
+    _require(bool(state) == (kernel is not None and kernel.fit is not None), "what its kernel was fitted to")
+    _require(model.binding_.kind != "store" or kernel is not None, "its kernel")
+    model.state_ = state or None
+    if model.classes_ is None:
+        model.classes_ = np.array(described["classes"])
+    return model
+
+
+def _binding(said: Any) -> Binding:
+    found = Binding(**said)
+    sources = found.source if isinstance(found.source, list) else [found.source]
+    identity = found.identity
+    _require(found.kind in KINDS and all(isinstance(source, str) for source in sources), "what it is bound to")
+    _require(isinstance(identity, dict) or (identity is None and found.kind == "array"), "what it is bound to")
+    if found.kind == "gram":
+        _require(isinstance(found.source, str) and isinstance((identity or {}).get("data_a"), str), "its matrix")
+    return found
 
 
 def _kept(model: Any, name: str) -> bool:
@@ -76,31 +123,33 @@ def _kept(model: Any, name: str) -> bool:
     return value is not None and np.asarray(value).dtype.kind in "fiub"
 
 
-def _header(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON in the header, of a file that is one of ours."""
-    size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    found: Any = None
-    if 0 < size <= len(data) - 8:
-        try:
-            found = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["gradstore"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-        got = f"{found.get('format')} {found.get('version')}" if isinstance(found, dict) else "something else"
-        raise UsageError("this is not a surrogate", where=path, expected=f"{FORMAT} {VERSION}", got=got)
-    return found
+def _require_format(found: Any, file: TensorFile, path: Path) -> None:
+    """The file is a surrogate of a version that is known: the first had no digest, and no other may be without."""
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") not in (1, VERSION):
+        got = f"{found.get('format')!s:.40} {found.get('version')!s:.20}" if isinstance(found, dict) else "something else"
+        raise CorruptError("this is no surrogate that is known", where=path, expected=f"{FORMAT} 1 or {VERSION}", got=got)
+    _require(file.sealed == (found["version"] != 1), "its digest")
 
 
-def _require_shapes(model: Any, path: Path) -> None:
+def _require_shapes(model: Any) -> None:
     c = len(model.classes_)
-    good = (
-        model.coef_ is not None
-        and model.intercept_ is not None
-        and model.coef_.ndim == 2
-        and model.coef_.shape[0] == c
-        and model.intercept_.shape == (c,)
-        and (model.vectors_ is None or model.vectors_.shape == (c, model.n_features_in_))
-        and all(np.isfinite(v).all() for v in (model.coef_, model.intercept_, model.vectors_) if v is not None)
-    )
-    if not good:
-        raise CorruptError("the surrogate is damaged", where=path, expected=f"finite weights of {c} classes")
+    _require(model.classes_.ndim == 1 and model.classes_.dtype.kind in "fiubU", "its classes")
+    _require(c >= 2 and len(np.unique(model.classes_)) == c, "its classes")
+    _require(model.coef_ is not None and model.intercept_ is not None, "its weights")
+    _require(model.coef_.ndim == 2 and len(model.coef_) == c and model.intercept_.shape == (c,), "its weights")
+    _require(model.vectors_ is None or model.vectors_.shape == (c, model.n_features_in_), "its vectors")
+    _require(model.vectors_ is not None or model.coef_.shape[1] == model.n_features_in_, "its weights")
+    _require(model.vectors_ is not None or model.binding_.kind != "store", "its vectors")
+    for values in (model.coef_, model.intercept_, model.vectors_):
+        _require(values is None or (values.dtype == np.float64 and bool(np.isfinite(values).all())), "its weights")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{what} cannot be")
+
+
+def _damaged(path: Path, error: Exception) -> CorruptError:
+    lines = str(error).splitlines()
+    got = lines[0][:120] if lines else type(error).__name__
+    return CorruptError("this is no surrogate, or a damaged one", where=path, got=got, hint="Fit it again: `gradstore fit`")

@@ -7,13 +7,12 @@ from torch 2.11 on; before, the extra ``gradstore[cuda]`` brings them.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from gradstore.machine.user_cache import cache_folder, publish
 from gradstore.projection.cuda.geometry import Variant
 
 FOLDER = Path(__file__).parent / "src"
@@ -95,17 +94,6 @@ def _fetched(size_of: Callable[..., Any], fetch: Callable[..., Any], program: An
     return content
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept: ``GRADSTORE_CACHE``, or the user's cache directory."""
-    chosen = os.environ.get("GRADSTORE_CACHE")
-    if chosen:
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gradstore"
-    except RuntimeError:  # there is no home: a place where nothing can be, so that it costs time only
-        return Path(os.devnull) / "gradstore"
-
-
 def nvrtc_version() -> tuple[int, int]:
     """Ask NVRTC for its version.
 
@@ -139,19 +127,6 @@ def _read(path: Path) -> bytes | None:
         return None
     digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Put a file into the cache by rename, so that another process sees all of it or nothing."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _wgmma(rows: int) -> str:

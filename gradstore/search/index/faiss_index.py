@@ -7,9 +7,6 @@ returns is shown: it only decides which rows are read.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +19,13 @@ import torch
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.index.basis import Basis
-from gradstore.search.index.index_file import shard_digests
+from gradstore.search.index.faiss_factory import refused_by_faiss, require_sound
+from gradstore.search.index.faiss_file import read_sealed, write_sealed
 from gradstore.search.index.store_index import SketchIndex
 from gradstore.search.query_batch import QueryGroup
-from gradstore.store.files.disk import Disk
 from gradstore.store.rows import Rows
 
 SPACES = ("sketch", "full")
-# IndexRaBitQFastScan returns wrong neighbours without an error from this many dimensions on (faiss 1.15.1).
-_FAST_SCAN_LIMIT = 4096
 _GPU_K = 2048
 _BLOCK = 256
 _TRAINING = 1 << 16
@@ -113,8 +108,8 @@ class FaissIndex:
 def open_faiss(sketch: SketchIndex, factory: str, space: str, *, rebuild: bool = False) -> FaissIndex:
     """A FAISS index kept beside the store, built where need be, extended where the store has grown.
 
-    A file is read only if its SHA-256 is the one written beside it for the rows that the store has now; it is mapped
-    into memory rather than loaded, and copied to a GPU where faiss-gpu and a GPU are there.
+    A file is read only if this user has written it here for the rows that the store has now, see `faiss_file`; it is
+    mapped into memory rather than loaded, and copied to a GPU where faiss-gpu and a GPU are there.
 
     Args:
         sketch: index of the store.
@@ -126,29 +121,26 @@ def open_faiss(sketch: SketchIndex, factory: str, space: str, *, rebuild: bool =
         The index.
 
     Raises:
-        UsageError: FAISS is missing or refuses the string; a kind of index that is wrong at this dimension.
+        UsageError: FAISS is missing, or can make no working index of the string; a kind of index that is wrong at this
+            dimension.
     """
     if space not in SPACES:
         raise UsageError("unknown space", where="--on", expected="sketch or full", got=repr(space))
     faiss = require_faiss()
     width = sketch.basis.size if space == "sketch" else sketch.phi.length
-    if "rabitqfs" in factory.lower() and width >= _FAST_SCAN_LIMIT:
-        raise UsageError(
-            "this FAISS index returns wrong neighbours at so many dimensions",
-            where="--faiss",
-            expected=f"RaBitQ, or fewer than {_FAST_SCAN_LIMIT} dimensions",
-            got=f"{factory}, {width} dimensions",
-        )
-    path = _path(sketch, factory, space)
-    covered = 0 if rebuild else _covered(path, sketch, factory)
-    n = len(sketch.store)
+    require_sound(factory, width)
+    path, binding, n = _path(sketch, factory, space), _binding(sketch, factory, space, width), len(sketch.store)
+    kept = "it was asked for" if rebuild else read_sealed(faiss, path, sketch.store, binding)
+    if isinstance(kept, str):
+        index, covered, event = _trained(faiss, sketch, factory, space, width), 0, f"built: {kept}"
+    else:
+        index, covered = kept
+        event = f"extended by {n - covered} rows"
     if covered == n:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         return _placed(faiss, index, factory, space, sketch, "opened")
-    index = faiss.read_index(str(path)) if covered else _trained(faiss, sketch, factory, space, width)
     _add(index, sketch, space, covered)
-    _save(faiss, index, path, sketch, factory)
-    event = f"extended by {n - covered} rows" if covered else "built"
+    if not write_sealed(faiss, index, path, sketch.store, binding):
+        event += "; not kept, for this user's cache folder cannot be written"
     return _placed(faiss, index, factory, space, sketch, event)
 
 
@@ -157,9 +149,8 @@ def _trained(faiss: ModuleType, sketch: SketchIndex, factory: str, space: str, w
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
             index.train(_training_vectors(sketch, space))
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise UsageError("FAISS refuses this index", where="--faiss", got=f"{factory!r}: {detail}") from None
+    except (RuntimeError, MemoryError) as error:
+        raise refused_by_faiss(factory, error) from None
     return index
 
 
@@ -215,45 +206,7 @@ def _path(sketch: SketchIndex, factory: str, space: str) -> Path:
     return sketch.store.path / f"index-{tag}.faiss"
 
 
-def _covered(path: Path, sketch: SketchIndex, factory: str) -> int:
-    """Leading rows of the store that the file covers; 0 where it cannot be used."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        if path.is_symlink() or note["binding"] != _binding(sketch, factory) or note["sha256"] != _file_digest(path):
-            return 0
-        rows = 0
-        for (count, mine), theirs in zip(note["shards"], shard_digests(sketch.store), strict=False):
-            if (count, mine) != theirs:
-                return 0
-            rows += int(count)
-        return rows if rows <= len(sketch.store) else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def _binding(sketch: SketchIndex, factory: str) -> list[str]:
+def _binding(sketch: SketchIndex, factory: str, space: str, width: int) -> list[str]:
     """What besides the rows decides what the vectors are: the factory, the projection and model, and the basis."""
-    return [factory, sketch.store.fingerprint, hashlib.sha256(sketch.basis.directions.tobytes()).hexdigest()]
-
-
-def _save(faiss: ModuleType, index: Any, path: Path, sketch: SketchIndex, factory: str) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        faiss.write_index(index, str(temporary))
-        note = {
-            "binding": _binding(sketch, factory),
-            "shards": shard_digests(sketch.store),
-            "sha256": _file_digest(temporary),
-        }
-        os.replace(temporary, path)
-        Disk().replace_file(path.with_suffix(".json"), json.dumps(note).encode())
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    basis = hashlib.sha256(sketch.basis.directions.tobytes()).hexdigest()
+    return [factory, space, str(width), sketch.store.fingerprint, basis]

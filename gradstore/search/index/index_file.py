@@ -18,14 +18,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gradstore.errors import NoSpaceError, UsageError
+from gradstore.errors import GradstoreError, NoSpaceError, UnsafeError, UsageError
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
-from gradstore.store.schema import NEWEST, hash_of, raw
+from gradstore.store.files.tensor_file import plain_json, read_tensors, under_digest
 
 VERSION = 3
-_DTYPES = {"I8": np.int8, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-_LONGEST_HEADER = 1 << 24
+_DAMAGED = "it is damaged"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
     binding = _dump(
         {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
     )
-    metadata = {"binding": binding, "digest": _digest(binding, arrays)}
+    metadata = under_digest("binding", binding, arrays)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         save_file(dict(arrays), temporary, metadata=metadata)
@@ -87,53 +86,34 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
         temporary.unlink(missing_ok=True)
 
 
-def load_index(path: Path, store: FeatureStore) -> Saved | str:
-    """The index at `path`, or one clause that says why there is none to use."""
-    if not path.exists():
+def load_index(path: Path, store: FeatureStore, most: int) -> Saved | str:
+    """Read the index of a store.
+
+    Args:
+        path: the file.
+        store: that it belongs to.
+        most: bytes that it may have.
+
+    Returns:
+        What it holds, or one clause that says why there is none to use.
+    """
+    if not os.path.lexists(path):
         return "there is none yet"
-    if path.is_symlink() or not path.is_file():
-        return "it is not a regular file"
     try:
-        metadata, arrays = _read(path)
-        binding = metadata["binding"]
-        if metadata["digest"] != _digest(binding, arrays):
-            return "it is damaged"
-        content = json.loads(binding)
+        found = read_tensors(path, "binding", most)
+        if not found.sealed:
+            return _DAMAGED
+        content = plain_json(found.text, depth=4)
         if content["version"] != VERSION:
             return "another version of gradstore wrote it"
         if content["fingerprint"] != store.fingerprint:
             return "it belongs to another store"
-        return Saved(arrays, content["facts"], tuple((int(rows), str(digest)) for rows, digest in content["shards"]))
-    except (OSError, KeyError, ValueError, TypeError, AttributeError):
-        return "it is damaged"
-
-
-def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of a safetensors file, which are views of its bytes: read once, and copied nowhere.
-
-    Nothing is believed that `_digest` does not confirm.
-
-    Returns:
-        (metadata, arrays by name).
-    """
-    content = np.fromfile(path, np.uint8)
-    start = 8 + min(int.from_bytes(content[:8].tobytes(), "little"), _LONGEST_HEADER)
-    header = json.loads(content[8:start].tobytes())
-    metadata, data, arrays = header.pop("__metadata__"), content[start:], {}
-    for name, entry in header.items():
-        low, high = entry["data_offsets"]
-        arrays[name] = data[low:high].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return metadata, arrays
-
-
-def _digest(binding: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hash_of(NEWEST)()
-    digest.update(binding.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(_dump([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(raw(array))
-    return digest.hexdigest()
+        shards = tuple((int(rows), str(digest)) for rows, digest in content["shards"])
+        return Saved(found.arrays, dict(content["facts"]), shards)
+    except UnsafeError:
+        return "it is not a regular file"
+    except (GradstoreError, OSError, MemoryError, KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        return _DAMAGED
 
 
 def _dump(value: Any) -> str:

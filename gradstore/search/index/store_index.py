@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,15 @@ _BLOCK_BYTES = 32 << 20
 # Part of the store's bytes that directions and coordinates may take, where that leaves at least _MIN_SIZE directions;
 # with factor and norms it is a hundredth.
 _SHARE = 0.0098
+_FORMS = {
+    "directions": np.int8,
+    "scales": np.float64,
+    "factor": np.float64,
+    "coordinates": np.float16,
+    "rest": np.float32,
+    "error": np.float32,
+}
+_CHECKED = 4096  # rows looked at together
 # Growth after which directions found in fewer rows are looked for again.
 _OUTGROWN = 3
 
@@ -137,7 +147,7 @@ def open_index(
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise UsageError("unusable number of directions", where="--size", expected=f"1 to {MAX_SIZE}", got=size)
     phi = FeatureMap(chosen, store.schema.c, store.schema.K)
-    saved = "it was asked for" if rebuild else load_index(index_path(store, chosen), store)
+    saved = "it was asked for" if rebuild else load_index(index_path(store, chosen), store, _most_bytes(store, phi))
     if isinstance(saved, Saved):
         found = _reuse(store, phi, saved, size, parse_bytes(memory), progress)
         if isinstance(found, SketchIndex):
@@ -153,18 +163,19 @@ def _reuse(
     store: FeatureStore, phi: FeatureMap, saved: Saved, size: int | None, memory: int, progress: Progress
 ) -> SketchIndex | str:
     """The saved index brought up to date, or why it is of no use."""
-    arrays, covered = saved.arrays, saved.covered(store)
-    basis = Basis(arrays["directions"], arrays["scales"], arrays["factor"])
-    if basis.directions.shape[::2] != (phi.segments, phi.K) or (
-        size is not None and basis.size != min(size, len(store))
-    ):
+    found = _checked(store, phi, saved)
+    if found is None:
+        return "it is damaged"
+    basis, kept, facts = found
+    if size is not None and basis.size != min(size, len(store)):
         return "another size was asked for"
+    covered = saved.covered(store)
     if covered == 0:
         return "the store has changed"
-    fitted, sampled = int(saved.facts["fitted"]), int(saved.facts["sampled"])
-    kept = RowSketch(arrays["coordinates"], arrays["rest"], arrays["error"]).rows(0, covered)
-    if covered == len(store) == len(arrays["rest"]):
-        return SketchIndex(store, phi, basis, kept, fitted, sampled, dict(saved.facts["recall"]))
+    fitted, sampled = facts["fitted"], facts["sampled"]
+    if covered == len(store) == len(kept):
+        return SketchIndex(store, phi, basis, kept, fitted, sampled, dict(facts["recall"]))
+    kept = kept.rows(0, covered)
     if len(store) > _OUTGROWN * fitted or covered < fitted / 2:
         return "the store has outgrown it"
     new = _sketch(store, phi, basis, covered, memory, progress)
@@ -172,6 +183,50 @@ def _reuse(
     index = SketchIndex(store, phi, basis, joined, fitted, sampled, {}, f"extended by {len(store) - covered} rows")
     index.save()
     return index
+
+
+def _most_bytes(store: FeatureStore, phi: FeatureMap) -> int:
+    """Bytes that no index of a store of this shape exceeds, whatever its rows are; the last are its header's."""
+    directions, factor = MAX_SIZE * (phi.length + 8 * phi.segments), 8 * MAX_SIZE**2
+    return directions + factor + len(store) * (2 * MAX_SIZE + 8) + (1 << 20) + 128 * len(store.manifest.shards)
+
+
+def _checked(
+    store: FeatureStore, phi: FeatureMap, saved: Saved
+) -> tuple[Basis, RowSketch, Mapping[str, Any]] | None:
+    """The parts of a saved index, where each has the form that this store's must have."""
+    arrays, facts, n = saved.arrays, saved.facts, sum(rows for rows, _ in saved.shards)
+    if set(arrays) != set(_FORMS) or any(arrays[name].dtype != dtype for name, dtype in _FORMS.items()):
+        return None
+    basis = Basis(arrays["directions"], arrays["scales"], arrays["factor"])
+    kept = RowSketch(arrays["coordinates"], arrays["rest"], arrays["error"])
+    if basis.directions.ndim != 3 or not 0 < basis.size <= MAX_SIZE:
+        return None
+    r = basis.size
+    shapes = {
+        "directions": (phi.segments, r, phi.K),
+        "scales": (phi.segments, r),
+        "factor": (r, r),
+        "coordinates": (n, r),
+        "rest": (n,),
+        "error": (n,),
+    }
+    if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        return None
+    bounded = all(
+        bool(np.isfinite(arrays[name][at : at + _CHECKED]).all())
+        for name in set(_FORMS) - {"directions"}
+        for at in range(0, len(arrays[name]), _CHECKED)
+    )
+    positive = min(kept.rest.min(initial=0), kept.error.min(initial=0)) >= 0 and bool((np.diag(basis.factor) > 0).all())
+    return (basis, kept, facts) if bounded and positive and _are_facts(facts, n) else None
+
+
+def _are_facts(facts: Mapping[str, Any], n: int) -> bool:
+    fitted, sampled, recall = facts.get("fitted"), facts.get("sampled"), facts.get("recall")
+    counted = type(fitted) is int and type(sampled) is int and 0 < sampled <= fitted <= n  # type: ignore[operator]
+    measured = isinstance(recall, dict) and all(isinstance(value, float) and 0 <= value <= 1 for value in recall.values())
+    return set(facts) == {"fitted", "sampled", "recall"} and counted and measured
 
 
 def _build(

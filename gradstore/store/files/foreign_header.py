@@ -1,24 +1,21 @@
-"""A shard whose header this version of HDF5 would not have composed: looked at in a subprocess, or refused.
+"""HDF5 headers that this process has not composed itself: looked at in a confined process, or refused.
 
-Rows are read by position whatever the header says, so it cannot mislead gradstore; this keeps a store from carrying
-external storage, links, virtual datasets or filters to the next tool that opens it.
+Of a shard, rows are read by position whatever the header says, so it cannot mislead gradstore; this keeps a store from
+carrying external storage, links, virtual datasets or filters to the next tool that opens it. Of a Gram matrix, this is
+how it is learnt what and where its values are.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gradstore.errors import UnsafeError
+from gradstore.store.files.confined import answer_of
 from gradstore.store.files.manifest import Shard
 from gradstore.store.schema import Schema
 
-_SECONDS = 20
 _PARSER = Path(__file__).with_name("foreign_parser.py")
 
 
@@ -48,20 +45,22 @@ def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
 
 @lru_cache(maxsize=256)
 def _parse(path: str, header: str) -> Any:
-    """What the parser says: dataset -> [shape, dtype, offset], or text that names a problem."""
-    # Nothing of the user's environment reaches the parser, so no HDF5 plug-in path does.
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
-    environment = {**kept, "HDF5_PLUGIN_PRELOAD": "::", "HDF5_USE_FILE_LOCKING": "FALSE", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", str(_PARSER), path]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL, check=False
-        )
-        return json.loads(done.stdout) if done.returncode == 0 else f"a parser that ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS} s"
-    except ValueError:
-        return "an answer that cannot be read"
+    """What `plain_contents` says of a shard's datasets, asked once for a file of this header."""
+    found = plain_contents(path)
+    return found["datasets"] if isinstance(found, dict) else found
+
+
+def plain_contents(path: str) -> Any:
+    """What an HDF5 file consists of, where that is plain contiguous datasets of numbers and short attributes alone.
+
+    Args:
+        path: of the file; it is parsed, and of its data nothing is read.
+
+    Returns:
+        {"datasets": name -> [shape, dtype, offset], "attributes": name -> text or integer}, or text that names the
+        first other thing in it or says how the parser ended.
+    """
+    return answer_of(_PARSER, path)
 
 
 def _first_difference(found: Any, expected: dict[str, Any]) -> str:

@@ -1,22 +1,22 @@
-"""Run as a script, in a process of its own: print what an untrusted HDF5 file contains, without reading its data.
+"""Run as a script, in a confined process: print what an untrusted HDF5 file contains, without reading its data.
 
-Output: JSON, dataset -> [shape, dtype, offset], or one string that names the first thing a feature file never has.
+Output: JSON, {"datasets": dataset -> [shape, dtype, offset], "attributes": name -> value}, or one string that names the
+first thing that no file of gradstore's ever has.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 
 import h5py
+import numpy as np
 
-_MEMORY = 1 << 30
-_SECONDS = 10
+_ATTRIBUTES = {"file": 32, "dataset": 4}
 
 
 class RefusedError(Exception):
-    """The file contains what a feature file never does."""
+    """The file contains what none of gradstore's ever does."""
 
 
 def main(path: str) -> None:
@@ -28,24 +28,18 @@ def main(path: str) -> None:
     print(json.dumps(found))
 
 
-def confine() -> None:
-    """Give up writing files, and all but a little memory and time."""
-    for limit, value in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_FSIZE, 0)):
-        resource.setrlimit(limit, (value, value))
-
-
-def contents(path: str) -> dict[str, list[object]]:
-    """Every dataset of a file that has nothing but plain contiguous datasets in its root group."""
+def contents(path: str) -> dict[str, dict[str, object]]:
+    """Every dataset of a file that has nothing but plain contiguous datasets in its root group, and its attributes."""
     with h5py.File(path, "r") as file:
         _require(file.id.get_create_plist().get_userblock() == 0, "a user block")
-        _check_attributes(file.id)
+        attributes = _attributes(file.id, _ATTRIBUTES["file"])
         names: list[bytes] = []
         file.id.links.iterate(names.append)
         # Every link is judged before any object is opened: opening an external link opens another file.
         for name in names:
             _require(file.id.links.get_info(name).type == h5py.h5l.TYPE_HARD, f"a link that is not hard: {name!r}")
             _require(h5py.h5o.get_info(file.id, name).type == h5py.h5o.TYPE_DATASET, f"no dataset: {name!r}")
-        return {name.decode(): _dataset(file.id, name) for name in names}
+        return {"datasets": {name.decode(): _dataset(file.id, name) for name in names}, "attributes": attributes}
 
 
 def _dataset(file: h5py.h5f.FileID, name: bytes) -> list[object]:
@@ -61,14 +55,14 @@ def _dataset(file: h5py.h5f.FileID, name: bytes) -> list[object]:
     kind = dataset.get_type()
     _require(not kind.committed() and kind.get_class() in (h5py.h5t.INTEGER, h5py.h5t.FLOAT), f"the type of {name!r}")
     _require(dataset.shape == dataset.get_space().get_simple_extent_dims(True), f"{name!r} can grow")
-    _check_attributes(dataset)
+    _attributes(dataset, _ATTRIBUTES["dataset"])
     return [list(dataset.shape), kind.dtype.str, dataset.get_offset()]
 
 
-def _check_attributes(owner: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> None:
+def _attributes(owner: h5py.h5g.GroupID | h5py.h5d.DatasetID, most: int) -> dict[str, object]:
     """Integers and fixed-length strings only: no references, no variable-length data, no named types."""
-    count = h5py.h5a.get_num_attrs(owner)
-    _require(count <= 4, "many attributes")
+    count, found = h5py.h5a.get_num_attrs(owner), {}
+    _require(count <= most, "many attributes")
     for i in range(count):
         attribute = h5py.h5a.open(owner, index=i)
         kind = attribute.get_type()
@@ -76,6 +70,10 @@ def _check_attributes(owner: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> None:
             kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str()
         )
         _require(plain and not kind.committed() and attribute.shape == (), f"the attribute {attribute.name!r}")
+        value = np.zeros((), kind.dtype)
+        attribute.read(value)
+        found[attribute.name.decode()] = value[()].decode() if value.dtype.kind == "S" else int(value)
+    return found
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -84,5 +82,4 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 if __name__ == "__main__":
-    confine()
     main(sys.argv[1])
