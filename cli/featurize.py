@@ -9,7 +9,7 @@ import click
 
 from .options import alone_option, as_json, memory_option, project_options, settings_options
 from .output import print_json, say
-from .progress import FeaturizeBar
+from .progress import CountBar, FeaturizeBar
 from .stopping import keeping, rows_kept
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
 @click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
+@click.option(
+    "--data-check",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "sample"]),
+    help="Whose inputs are compared before going on: all stored rows', or those of 256 random ones.",
+)
 @alone_option
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
@@ -55,7 +62,7 @@ def featurize(
     import gradstore as gs
 
     project = gs.load_project(project_file, options)
-    with keeping(lambda: rows_kept(out)), FeaturizeBar(split) as bar:
+    with keeping(lambda: rows_kept(out)), CountBar("stored inputs", "rows") as compared, FeaturizeBar(split) as bar:
         store = gs.featurize(
             project,
             split=split,
@@ -63,6 +70,7 @@ def featurize(
             on_plan=_announce,
             on_damage=_say_damage,
             on_note=say,
+            on_data_check=compared.once,
             progress=bar.show,
             **settings,
         )

@@ -75,6 +75,7 @@ def topk(
     --rows of --split are then featurized on the spot.
     """
     import gradstore as gs
+    from gradstore.store.shared_inputs import shared_inputs
 
     store = gs.open(train)
     if queries.suffix == ".py":
@@ -93,6 +94,10 @@ def topk(
         engine=engine,
         error_bars=error_bars,
     )
+    seen = shared_inputs(store, asked) if asked != store else ()
+    if len(seen):
+        some = ", ".join(str(asked.rows[i]) for i in seen[:5]) + (" …" if len(seen) > 5 else "")
+        say(f"note: {len(seen)} of {len(asked)} queries are training rows, byte for byte: rows {some} of {asked.split}")
     if result.search.note:
         say(f"note: {result.search.note}")
     if mode != "exact":

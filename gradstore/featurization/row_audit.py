@@ -94,8 +94,8 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str
         )
 
 
-def require_labels(labels: np.ndarray, classes: int, split: str) -> None:
-    """Refuse labels outside -1 … classes - 1 (a single logit has the classes 0 and 1).
+def require_labels(labels: np.ndarray, classes: int, split: str, first: int = 0) -> None:
+    """Refuse labels outside -1 … classes - 1 (a single logit has the classes 0 and 1) of rows from `first` on.
 
     Raises:
         ProjectError: names the first row.
@@ -104,7 +104,7 @@ def require_labels(labels: np.ndarray, classes: int, split: str) -> None:
     bad = np.flatnonzero((labels < -1) | (labels >= top))
     if bad.size:
         raise ProjectError(
-            f"the label of row {bad[0]} is no class",
+            f"the label of row {first + bad[0]} is no class",
             where=f"split {split!r}",
             expected=f"0 to {top - 1}, or -1 for none",
             got=int(labels[bad[0]]),

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 
 from gradstore.errors import UsageError
-from gradstore.featurization.fingerprint import data_identity, identity_of_model
+from gradstore.featurization.fingerprint import identity_of_model, sampled_identity
 from gradstore.featurization.settings import Settings
 from gradstore.kernels.definitions import PROJECTED, projected_kernel
 from gradstore.kernels.exact.exact_gram import exact_gram
 from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.projection_error import effective_dimension, standard_errors
 from gradstore.machine.byte_counts import parse_bytes
+from gradstore.model.examples import input_digests
 from gradstore.model.project import Project
 from gradstore.report.csv_table import write_csv
 from gradstore.report.page import write_residual
@@ -184,10 +186,9 @@ def residual(
     other = a if b is None else b
     require_comparable(a, other)
     require_served(chosen, a)
-    for store in (a,) if b is None else (a, b):
-        for part in store.parts:
-            _require_same_project(project, part)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
+    for part, places in _places((a, rows_a), (other, rows_b)):
+        _require_same_project(project, part, places)
     (rows_a, splits_a), (rows_b, splits_b) = _by_part(a, rows_a), _by_part(other, rows_b)
     exact_values = partial(exact_gram, project, kernel=chosen.exact, memory=memory, device=device)
     exact = np.block(
@@ -220,6 +221,15 @@ def _by_part(store: Rows, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[str,
     return ordered, [(part.split, np.array([own for _, own in pairs])) for part, pairs in found.items()]
 
 
+def _places(*chosen: tuple[Rows, np.ndarray]) -> list[tuple[Rows, np.ndarray]]:
+    """The parts that some rows of several stores are from, each with the rows' places there."""
+    found: dict[Rows, list[int]] = {}
+    for store, rows in chosen:
+        for part, own in (store.part(int(row)) for row in rows):
+            found.setdefault(part, []).append(own)
+    return [(part, np.unique(places)) for part, places in found.items()]
+
+
 def _projected(
     phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -236,16 +246,16 @@ def _projected(
     return torch.stack(values).numpy(), torch.stack(errors).numpy()
 
 
-def _require_same_project(project: Project, store: Rows) -> None:
-    """Refuse a store of other weights, parameters, classes or inputs than the project has now."""
-    n, split = store.identity["data"]["length"], store.split
+def _require_same_project(project: Project, store: Rows, places: np.ndarray) -> None:
+    """Refuse a store of other weights, parameters or classes than the project has now, or of other inputs there."""
+    examples = project.examples(store.split)
+    theirs = without_data(store.identity)
     ours = identity_of_model(project, Settings.of(store.identity, where=store.where))
-    inputs = data_identity(project.examples(split), n=n)["sampled rows"]
-    require_same(
-        {**without_data(store.identity), "inputs": store.identity["data"]["sampled rows"]},
-        {**ours, "inputs": inputs},
-        where=store.where,
-        theirs="the store",
-        ours="the project",
-        data=False,
-    )
+    if store.input_digests is None:
+        theirs["inputs"] = store.identity["data"]["sampled rows"]
+        ours["inputs"] = sampled_identity(examples, n=store.identity["data"]["length"])["sampled rows"]
+    else:
+        theirs["inputs"] = sha256(store.input_digests[places].tobytes()).hexdigest()
+        digests = [input_digests(examples.read([int(row)])[0]) for row in store.rows[places]]
+        ours["inputs"] = sha256(b"".join(digest.tobytes() for digest in digests)).hexdigest()
+    require_same(theirs, ours, where=store.where, theirs="the store", ours="the project", data=False)

@@ -169,7 +169,6 @@ def _manifest(
         "dtype": schema.dtype,
         "data": {
             "length": len(features),
-            "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
             "features": digest.hexdigest(),
         },
     }

@@ -20,6 +20,7 @@ from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
 from gradstore.store.files.manifest_file import read_manifest, write_manifest
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
 from gradstore.store.identity import require_same
+from gradstore.store.schema import Schema
 
 RUN_LOG = "run.jsonl"
 _TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
@@ -126,7 +127,11 @@ class StoreWriter:
 
 @contextmanager
 def open_writer(
-    path: Path, plan: Manifest, disk: Disk | None = None, prefix: Callable[[int], Mapping[str, Any]] | None = None
+    path: Path,
+    plan: Manifest,
+    disk: Disk | None = None,
+    data: Callable[[Schema, int], Mapping[str, Any]] | None = None,
+    accept: Callable[[Manifest], object] = lambda stored: None,
 ) -> Iterator[StoreWriter]:
     """Create the store that `plan` describes, continue it, or append to it, as its only writer.
 
@@ -135,7 +140,10 @@ def open_writer(
         plan: what the store shall be. Of a store that exists, the row groups, the shard size and the version of the
             format are kept as they are.
         disk: where bytes go.
-        prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
+        data: names the first n rows of the planned split as a store of some schema does; with it, a store of just those
+            is appended to.
+        accept: called with the manifest of a store that exists and has this identity, before anything is changed; what
+            it raises leaves the store alone.
 
     Yields:
         Its writer, which says what is missing.
@@ -151,7 +159,7 @@ def open_writer(
     disk.make_directory(path)
     with writer_lock(path, disk):
         if os.path.lexists(path / MANIFEST):
-            writer = _continued(path, plan, disk, prefix)
+            writer = _continued(path, plan, disk, data, accept)
         else:
             writer = StoreWriter(path, plan, disk)
             write_manifest(path, plan, disk)
@@ -178,17 +186,25 @@ def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWrite
 
 
 def _continued(
-    path: Path, plan: Manifest, disk: Disk, prefix: Callable[[int], Mapping[str, Any]] | None
+    path: Path,
+    plan: Manifest,
+    disk: Disk,
+    data: Callable[[Schema, int], Mapping[str, Any]] | None,
+    accept: Callable[[Manifest], object],
 ) -> StoreWriter:
     stored = read_manifest(path, disk)
-    plan = replace(plan, schema=replace(plan.schema, version=stored.schema.version))  # it goes on as it began
-    planned = plan.identity
-    longer = prefix is not None and stored.n < plan.n
-    if longer and prefix is not None:
-        planned = {**planned, "data": prefix(stored.n)}
+    # It goes on as it began.
+    schema = replace(plan.schema, version=stored.schema.version, truth=stored.schema.truth)
+
+    def described(n: int) -> Mapping[str, Any]:
+        return plan.identity if data is None else {**plan.identity, "data": data(schema, n)}
+
+    planned, longer = described(min(stored.n, plan.n)), data is not None and stored.n < plan.n
+    plan = replace(plan, schema=schema, identity=described(plan.n))
     ours = "the first rows of this run" if longer else "this run"
     for a, b in ((stored.identity, planned), (asdict(stored.schema), asdict(plan.schema))):
         require_same(a, b, where=path, theirs="the store", ours=ours)
+    accept(stored)
     if not longer:
         return StoreWriter(path, stored, disk)
     return _extended(path, plan, stored, disk)
