@@ -60,7 +60,7 @@ def require_right(store: FeatureStore) -> str:
 def test_strange_facts_under_a_right_digest(
     store: FeatureStore, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(60, 2000)
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
     whole = file.read_bytes()
     tensors, binding = load(whole), binding_of(whole)
     spots = [(), *(place for place in places(binding) if place and place != ("facts", "recall"))]
@@ -74,19 +74,23 @@ def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[
     return lambda tensors: tensors.__setitem__(name, np.ascontiguousarray(change(tensors[name])))
 
 
+def in_another_dtype(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32 if array.dtype == np.float64 else np.float64)
+
+
 ARRAYS = ("directions", "scales", "factor", "coordinates", "rest", "error")
 FORGERIES: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
     **{f"no {name}": lambda tensors, name=name: tensors.pop(name) for name in ARRAYS},
     **{f"fewer {name}": changed(name, lambda array: array[:-1]) for name in ARRAYS},
     **{f"flat {name}": changed(name, np.ravel) for name in ARRAYS if name not in ("rest", "error")},
-    **{f"{name} in another dtype": changed(name, lambda array: array.astype(np.float64 if array.dtype != np.float64 else np.float32)) for name in ARRAYS},
-    **{f"{name} of NaN": changed(name, lambda array: array * np.float16(np.nan)) for name in ARRAYS if name != "directions"},
+    **{f"{name} in another dtype": changed(name, in_another_dtype) for name in ARRAYS},
+    **{f"{name} of NaN": changed(name, lambda array: array * np.float16(np.nan)) for name in ARRAYS[1:]},
     "empty directions": changed("directions", lambda array: array[:, :0]),
     "negative rest": changed("rest", lambda array: -array),
     "negative error": changed("error", lambda array: -array - 1),
     "a factor of zeros": changed("factor", np.zeros_like),
     "another array": lambda tensors: tensors.__setitem__("more", np.ones(3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -99,10 +103,8 @@ def test_arrays_that_do_not_fit_are_built_anew(name: str, store: FeatureStore, r
     record("S11", "forged indexes", injected=1, recovered=1, refused=0, silent=0, control=CONTROL)
 
 
-def test_mutated_indexes_are_built_anew(
-    store: FeatureStore, amount: Callable[[int, int], int], record: Record
-) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(60, 2000)
+def test_mutated_indexes_are_built_anew(store: FeatureStore, amount: Callable[[int, int], int], record: Record) -> None:
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
     whole = file.read_bytes()
     for _ in range(count):
         file.write_bytes(mutated(rng, whole))

@@ -126,8 +126,12 @@ def _kept(model: Any, name: str) -> bool:
 def _require_format(found: Any, file: TensorFile, path: Path) -> None:
     """The file is a surrogate of a version that is known: the first had no digest, and no other may be without."""
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") not in (1, VERSION):
-        got = f"{found.get('format')!s:.40} {found.get('version')!s:.20}" if isinstance(found, dict) else "something else"
-        raise CorruptError("this is no surrogate that is known", where=path, expected=f"{FORMAT} 1 or {VERSION}", got=got)
+        got = (
+            f"{found.get('format')!s:.40} {found.get('version')!s:.20}" if isinstance(found, dict) else "something else"
+        )
+        raise CorruptError(
+            "this is no surrogate that is known", where=path, expected=f"{FORMAT} 1 or {VERSION}", got=got
+        )
     _require(file.sealed == (found["version"] != 1), "its digest")
 
 
@@ -152,4 +156,6 @@ def _require(holds: bool, what: str) -> None:
 def _damaged(path: Path, error: Exception) -> CorruptError:
     lines = str(error).splitlines()
     got = lines[0][:120] if lines else type(error).__name__
-    return CorruptError("this is no surrogate, or a damaged one", where=path, got=got, hint="Fit it again: `gradstore fit`")
+    return CorruptError(
+        "this is no surrogate, or a damaged one", where=path, got=got, hint="Fit it again: `gradstore fit`"
+    )

@@ -16,7 +16,9 @@ import numpy as np
 # As many vectors as an 8-bit quantiser has centroids, which are then copied rather than searched for.
 _VECTORS = 256
 _BYTES = 1 << 28
-_TOO_FEW = re.compile(r"[Nn]umber of training points \(\d+\) should be at least as large as number of clusters \((\d+)\)")
+_TOO_FEW = re.compile(
+    r"[Nn]umber of training points \(\d+\) should be at least as large as number of clusters \((\d+)\)"
+)
 
 
 def main(width: int, factory: str) -> None:
