@@ -175,7 +175,9 @@ def test_a_copied_store_builds_its_index_again_and_says_so(
     monkeypatch.setenv("GRADSTORE_CACHE", str(fast / "another machine"))
     shutil.copytree(store.path, fast / "copy")
     assert Session(FeatureStore(fast / "copy"), faiss="Flat").faiss.event == STRANGER
-    assert Session(FeatureStore(fast / "copy"), faiss="Flat").faiss.event == "opened"
+    session = Session(FeatureStore(fast / "copy"), faiss="Flat")
+    assert session.faiss.event == "opened"
+    assert session.topk(store, 1, mode="approx").indices[:, 0].tolist() == list(range(64)), "mapped, and still there"
 
 
 def unreadable_by_mode(key: Path) -> None:

@@ -13,7 +13,7 @@ from gradstore.store.files.confined import answer_of
 _FAST_SCAN_LIMIT = 4096
 _LONGEST = 200
 _TRIAL = Path(__file__).with_name("factory_trial.py")
-_MEMORY, _SECONDS = 4 << 30, 20
+_MEMORY, _SECONDS = 32 << 30, 20
 
 
 def require_sound(factory: str, width: int) -> None:
@@ -24,7 +24,7 @@ def require_sound(factory: str, width: int) -> None:
         width: dimensions of the vectors.
 
     Raises:
-        UsageError: FAISS refuses it; or an index of a few random vectors crashes, hangs, takes more than 4 GB or writes
+        UsageError: FAISS refuses it; or an index of a few random vectors crashes, hangs, takes more than 3 GB or writes
             a file; or its answers would be wrong at this width.
     """
     if not 0 < len(factory) <= _LONGEST or not factory.isascii() or not factory.isprintable():
