@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, memory_option, project_options, settings_options
+from .options import alone_option, as_json, memory_option, project_options, settings_options
 from .output import print_json, say
 from .progress import FeaturizeBar
 from .stopping import keeping, rows_kept
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
 @click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
+@alone_option
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(
@@ -75,10 +76,11 @@ def featurize(
 def _announce(plan: Plan) -> None:
     from gradstore.machine.byte_counts import format_bytes
 
+    together = "each row by itself" if plan.alone else f"rows in groups of {plan.manifest.group}"
     n, parameters = plan.manifest.n, sum(block.size for block in plan.blocks)
     say(
         f"{n:,} rows × {plan.manifest.schema.c} classes × {parameters:,} parameters → {format_bytes(plan.bytes)}; "
-        f"{plan.device.type}, {plan.projection.path(plan.device)} projection, rows in groups of {plan.manifest.group}"
+        f"{plan.device.type}, {plan.projection.path(plan.device)} projection, {together}"
     )
     for name, route in plan.engine.generic():
         say(f"note: {name} takes a general route, {route}, which is slower")

@@ -88,6 +88,12 @@ def settings_options(function: F) -> F:
     return function
 
 
+def alone_option(function: F) -> F:
+    """`--alone`."""
+    text = "Compute each example by itself, for a model that looks at its batch; slower, as `check --alone` measures."
+    return click.option("--alone", is_flag=True, help=text)(function)
+
+
 def memory_option(default: str) -> Callable[[F], F]:
     """`--memory`; "auto" where it depends on the device."""
     auto = "; auto is 2GB on a CPU and three quarters of a GPU's memory" if default == "auto" else ""

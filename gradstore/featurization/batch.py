@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.featurization.gradient_audit import GradientAudit
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
 from gradstore.featurization.preview_column import preview_table
 from gradstore.featurization.row_audit import require_finite, require_preserved
+from gradstore.featurization.row_independence import RowIndependence
+from gradstore.featurization.second_look import SecondLook
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
 from gradstore.jacobians.reused_memory import reused
 from gradstore.machine.cuda_streams import Beside, Handover, to_host
@@ -36,7 +40,7 @@ class Stopwatch:
     """Seconds of this thread in each stage; on a GPU, whose work it does not wait for, those of queueing it."""
 
     def __init__(self) -> None:
-        self.busy = {"jacobians": 0.0, "projection": 0.0, "writing": 0.0}
+        self.busy = {"jacobians": 0.0, "projection": 0.0, "checks": 0.0, "writing": 0.0}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -55,6 +59,7 @@ def compute(
     smaller: SmallerStore | None = None,
     *,
     audited: bool = False,
+    independence: RowIndependence | None = None,
 ) -> Callable[[], Columns]:
     """Compute some groups of rows.
 
@@ -66,15 +71,24 @@ def compute(
         watch: takes the time of the stages.
         smaller: a store whose columns are taken over.
         audited: whether one row is projected by the definition of P, too, and compared.
+        independence: looks at every row a second time.
 
     Returns:
         A call, for any thread, that gives every dataset but the digests, or raises `NonFiniteError` for a row whose
-        gradient is not finite or zero, or whose projection did not keep its norm or is not that by P.
+        logits or gradient are not finite or zero, or whose projection did not keep its norm or is not that by P, and
+        `ProjectError` for one that depends on other rows, on its turn or on when it is read.
     """
     inputs, labels = plan.examples.read(rows)
+    plan.examples.require_labels(rows, labels)
     spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
-    sums = _grown(plan, parts, spans, watch or Stopwatch(), smaller, audited=audited)
+    watch = watch or Stopwatch()
+    sums = _grown(plan, parts, spans, watch, smaller, independence, audited=audited)
+    seen = None
+    if independence is not None:
+        seen = independence.look(inputs, labels, rows, sums.logits, sums.gradient)
+        sums = replace(sums, handover=Handover(plan.device))
+        watch.lap("checks")
     columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64)}
     if truth is not None:
         columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
@@ -82,13 +96,15 @@ def compute(
     if show is not None:
         shape = plan.manifest.schema.preview
         columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
-    return partial(_finished, sums, plan, columns)
+    return partial(_finished, sums, seen, plan, columns)
 
 
 def project_rows(plan: Plan, rows: range) -> Tensor:
     """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
     inputs = to_device(plan.examples.read(rows)[0], plan.device)
-    sums = _project(plan, [inputs], [rows], Stopwatch())
+    spans = list(_groups(rows, plan.manifest.group))
+    parts = [slice_rows(inputs, span.start - rows.start, span.stop - rows.start) for span in spans]
+    sums = _project(plan, parts, spans, Stopwatch())
     with plan.projection.explained(plan.device):
         sums.require_good(plan)
     return sums.features.mul_(plan.projection.scale)
@@ -96,9 +112,10 @@ def project_rows(plan: Plan, rows: range) -> Tensor:
 
 def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[Columns]:
     """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
-    truth, audits = plan.project.poisoned_mask(plan.split), audit_schedule(plan)
+    truth, audits, group = plan.project.poisoned_mask(plan.split), audit_schedule(plan), plan.manifest.group
+    independence = RowIndependence(plan, group)
     for rows in groups:
-        yield compute(plan, rows, plan.manifest.group, truth, audited=audits.due)()
+        yield compute(plan, rows, group, truth, audited=audits.due, independence=independence)()
         audits.computed(len(rows))
 
 
@@ -125,7 +142,8 @@ class _Sums:
         sq_norm: ‖g‖², float64 [n, c].
         parts: the same of each parameter and class.
         logits: [n, classes].
-        comparison: of a row that was audited.
+        comparison: of a row whose projection was audited.
+        gradient: of a row whose gradient was audited.
         handover: for the thread that goes on.
     """
 
@@ -135,6 +153,7 @@ class _Sums:
     parts: Mapping[str, Tensor]
     logits: Tensor
     comparison: Comparison | None
+    gradient: GradientAudit | None
     handover: Handover
 
     def require_good(self, plan: Plan) -> None:
@@ -145,10 +164,14 @@ class _Sums:
             self.comparison.require(self.sq_norm, plan.split)
 
 
-def _finished(sums: _Sums, plan: Plan, columns: Columns) -> Columns:
+def _finished(sums: _Sums, seen: SecondLook | None, plan: Plan, columns: Columns) -> Columns:
     """Check, round and fetch what was computed."""
     with plan.projection.explained(plan.device), sums.handover.taken():
+        if seen is not None:
+            seen.require_finite(plan.split)
         sums.require_good(plan)
+        if seen is not None:
+            seen.require(plan.split)
         encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
         sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
     computed = {"sq_norm": sq_norm.numpy(), "logits": logits.numpy()}
@@ -161,18 +184,19 @@ def _grown(
     spans: Sequence[range],
     watch: Stopwatch,
     smaller: SmallerStore | None,
+    independence: RowIndependence | None,
     *,
     audited: bool,
 ) -> _Sums:
     """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
     if smaller is None:
-        return _project(plan, groups, spans, watch, audited=audited)
+        return _project(plan, groups, spans, watch, None, independence, audited=audited)
     old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
-    sums = _project(plan, groups, spans, watch, old, audited=audited)
+    sums = _project(plan, groups, spans, watch, old, independence, audited=audited)
     sums.require_good(plan)
     if smaller.exact(sums.features.cpu(), exponent, small):
         return sums
-    return _project(plan, groups, spans, watch, audited=audited)
+    return _project(plan, groups, spans, watch, None, independence, audited=audited)
 
 
 def _project(
@@ -181,6 +205,7 @@ def _project(
     spans: Sequence[range],
     watch: Stopwatch,
     old: Tensor | None = None,
+    independence: RowIndependence | None = None,
     *,
     audited: bool = False,
 ) -> _Sums:
@@ -203,9 +228,12 @@ def _project(
     gradients = plan.classes if mixed else plan.manifest.schema.c
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
-    audit = None
+    audit = gradient = None
     if audited:
         audit = ProjectionAudit(projection, spans, gradients, mixed=mixed, first_k=first_k, device=logits.device)
+    if independence is not None:
+        gradient = independence.gradient_audit(groups, spans, gradients)
+    audits = [found for found in (audit, gradient) if found is not None]
 
     def room(columns: int) -> Tensor:
         return reused((len(rows), gradients, columns), features)
@@ -213,17 +241,19 @@ def _project(
     with projection.explained(plan.device), full_float32(plan.device), Beside(logits.device) as beside:
         for blocks in zip(*streams, strict=True):
             dense = mixed or _is_dense(projection, blocks[0])
-            name, (block, part) = blocks[0].name, _joined(blocks, room if dense else None, audit)
+            name, (runs, part) = blocks[0].name, _joined(blocks, room if dense else None, audits)
             parts[name] = parts[name] + part if name in parts else part
             # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
             sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
             watch.lap("jacobians")
-            beside.run(partial(_accumulate, projection, features, block, first_k, mixed), reads=block)
+            for places, block in runs:
+                work = partial(_accumulate, projection, features[places], block, first_k, mixed)
+                beside.run(work, reads=block)
             watch.lap("projection")
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
     comparison = None if audit is None else audit.compare(features)
-    return _Sums(rows, features, sq_norm, parts, logits, comparison, Handover(logits.device))
+    return _Sums(rows, features, sq_norm, parts, logits, comparison, gradient, Handover(logits.device))
 
 
 def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
@@ -232,36 +262,45 @@ def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
 
 
 def _joined(
-    blocks: Sequence[JacobianBlock], room: Callable[[int], Tensor] | None, audit: ProjectionAudit | None
-) -> tuple[JacobianBlock, Tensor]:
-    """Join the same columns of several groups.
+    blocks: Sequence[JacobianBlock],
+    room: Callable[[int], Tensor] | None,
+    audits: Sequence[ProjectionAudit | GradientAudit],
+) -> tuple[list[tuple[slice, JacobianBlock]], Tensor]:
+    """Join the same columns of several groups, as far as they have the same shape: texts may differ in their length.
 
     Args:
         blocks: of the groups.
         room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
             Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
-        audit: takes what it needs of each group's block while its values are held.
+        audits: take what they need of each group's block while its values are held.
 
     Returns:
-        Their block, and squared norms float64 [n, c].
+        Blocks, each with its rows of the batch, and squared norms float64 [n, c]. The bits of a row do not depend on
+        which groups are beside its own.
     """
     norms: list[Tensor] = []
 
     def seen(block: JacobianBlock) -> JacobianBlock:
         norms.append(block.sq_norm())
-        if audit is not None:
+        for audit in audits:
             audit.look(len(norms) - 1, block, formed=room is not None)
         return block
 
     if room is None or len(blocks) == 1:
-        return join_blocks([seen(block) for block in blocks]), torch.cat(norms)
+        seen_blocks = [seen(block) for block in blocks]
+        runs, at = [], 0
+        for _, alike in groupby(zip(seen_blocks, map(len, norms), strict=True), key=lambda pair: pair[0].structure):
+            some, counts = zip(*alike, strict=True)
+            runs.append((slice(at, at + sum(counts)), join_blocks(some)))
+            at += sum(counts)
+        return runs, torch.cat(norms)
     values, at = room(blocks[0].size), 0
     for block in blocks:
         stop = at + len(seen(block).dense())
         values[at:stop] = block.dense()
         at = stop
         block.forget()
-    return DenseBlock(blocks[0].name, blocks[0].start, values), torch.cat(norms)
+    return [(slice(0, len(values)), DenseBlock(blocks[0].name, blocks[0].start, values))], torch.cat(norms)
 
 
 def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:

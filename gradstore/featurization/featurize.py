@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
 from gradstore.featurization.environment import environment, require_same_environment
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.row_independence import Looked, RowIndependence
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.featurization.workers import require_workers, write_shards
 from gradstore.machine.byte_counts import spendable
@@ -51,8 +52,8 @@ class Progress:
         seconds: since this run's first gradient.
         written: bytes published so far, by this run and earlier ones.
         size: bytes of the finished store's rows.
-        busy: seconds of this run in each stage: "jacobians", "projection", and "writing", which is what they waited
-            for rows to be written in the background.
+        busy: seconds of this run in each stage: "jacobians", "projection", "checks", and "writing", which is what they
+            waited for rows to be written in the background.
     """
 
     rows: int
@@ -77,6 +78,7 @@ def featurize(
     verify: bool = True,
     grow_from: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    alone: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -106,6 +108,8 @@ def featurize(
         grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
             store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
         workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
+        alone: compute each example by itself, for a model whose examples look at one another; right by definition, and
+            slower, as `gradstore check --alone` measures. A store that was begun otherwise does not go on so.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
@@ -131,7 +135,13 @@ def featurize(
     """
     grown = None if grow_from is None else FeatureStore(grow_from)
     plan = Plan(
-        project, split, Settings(**settings), device, memory, group=None if grown is None else grown.manifest.group
+        project,
+        split,
+        Settings(**settings),
+        device,
+        memory,
+        group=None if grown is None else grown.manifest.group,
+        alone=alone,
     )
     smaller = None
     if grown is not None:
@@ -140,6 +150,9 @@ def featurize(
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
+    for note in plan.notes:
+        if on_note is not None:
+            on_note(note)
     with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
         if verify:
             _drop_damaged(writer, on_damage)
@@ -170,7 +183,7 @@ class _Run:
         self.note = note
         self.watch = Stopwatch()
         self.truth = plan.project.poisoned_mask(plan.split)
-        self.audits = audit_schedule(plan)
+        self.audits, self.independence = audit_schedule(plan), RowIndependence(plan, self.group)
         self.computed = self.audited = 0
 
     def write_missing(self) -> None:
@@ -191,9 +204,10 @@ class _Run:
         report()
         if self.workers > 1:
 
-            def count(shard: Shard, audited: int) -> None:
+            def count(shard: Shard, checks: tuple[int, Looked]) -> None:
                 self.computed += shard.rows
-                self.audited += audited
+                self.audited += checks[0]
+                self.independence.looked += checks[1]
                 report()
 
             write_shards(self.writer, self._fill_here, self.workers, count)
@@ -205,7 +219,8 @@ class _Run:
         report()
         busy = {stage: round(seconds, 3) for stage, seconds in self.watch.busy.items()}
         seconds = round(time.perf_counter() - began, 3)
-        done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited}
+        looked = asdict(self.independence.looked)
+        done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited, "looked": looked}
         self.writer.log(event="finish", at=now_utc(), **done)
 
     def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
@@ -215,15 +230,15 @@ class _Run:
             rows = range(self._compute(write, rows[: self.batch.rows]), rows.stop)
             report()
 
-    def _fill_here(self, shard: ShardWriter) -> int:
+    def _fill_here(self, shard: ShardWriter) -> tuple[int, Looked]:
         """Write all rows of one shard in this thread: a worker has others beside it that compute meanwhile.
 
         Returns:
-            How many rows were audited.
+            How many rows were audited, and how many were looked at a second time.
         """
-        before = self.audited
+        before, self.independence.looked = self.audited, Looked()
         self._fill(shard.index, lambda make: shard.write(make()))
-        return self.audited - before
+        return self.audited - before, self.independence.looked
 
     def _group_bytes(self) -> int:
         return max(1, self.plan.bytes_needed(self.writer.manifest.schema, self.group))
@@ -245,8 +260,10 @@ class _Run:
         """Compute the first of these rows, in as many groups as memory allows; the row after the last one computed."""
         began = time.perf_counter()
         try:
-            audited = self.audits.due
-            make = compute(self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited)
+            audited, looking = self.audits.due, self.independence
+            make = compute(
+                self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited, independence=looking
+            )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -287,6 +304,14 @@ def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], N
 
 def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
     """Begin or continue a store only where the same model writes the same rows."""
+    if plan.alone and writer.manifest.group > 1:
+        raise UsageError(
+            "the store was begun with examples computed together",
+            where=writer.path,
+            expected="one begun with --alone",
+            got=f"groups of {writer.manifest.group} rows",
+            hint="Choose another --out, or go on without --alone",
+        )
     now = environment(plan.device, plan.projection)
     require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
     writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
@@ -300,7 +325,7 @@ def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
     row = writer.manifest.rows_of(shard.index).start
     stored = ShardFile(writer.path, writer.manifest, shard.index, writer.disk).column("logits")[0]
     inputs = to_device(plan.examples.read([row])[0], plan.device)
-    now = plan.project.logits(inputs)[0].float().cpu().numpy()
+    now = plan.engine.logits([inputs])[0][0].cpu().numpy()
     if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):
         raise MismatchError(
             f"the model computes other logits for row {row} than when this store was begun",

@@ -101,6 +101,7 @@ def featurize_queries(
     rows: RowChoice | None = None,
     device: str = "auto",
     memory: int | str = "auto",
+    alone: bool = False,
 ) -> FreshRows:
     """Featurize some rows of a split as queries of a training store, with its projection, layout and dtype.
 
@@ -115,6 +116,7 @@ def featurize_queries(
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         memory: bytes for activations, Jacobian blocks and features, beside the model and the result; "auto" as for
             `featurize`.
+        alone: compute each example by itself, as in a store that was made so.
 
     Returns:
         The rows in memory, [m, c, K], which whatever takes `Rows` takes.
@@ -129,7 +131,7 @@ def featurize_queries(
         >>> gs.topk(train, queries).indices.shape
         (1, 5)
     """
-    plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, memory)
+    plan = Plan(project, split, Settings.of(train.identity, where=train.where), device, memory, alone=alone)
     n, group = plan.manifest.n, plan.manifest.group
     wanted = chosen_rows(rows, n, where="--rows", what="query row")
     if not wanted.size:

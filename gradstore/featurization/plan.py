@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import UsageError
 from gradstore.featurization.fingerprint import data_identity, identity
+from gradstore.featurization.gradient_audit import bytes_needed
 from gradstore.featurization.preview_column import preview_shape
 from gradstore.featurization.row_audit import require_labels
 from gradstore.featurization.settings import Settings
@@ -40,11 +41,14 @@ class Plan:
         memory: bytes that activations, Jacobian blocks and features may take beside the model, or "auto", as
             `memory_of` reads it.
         group: rows that are computed together; None chooses by the memory.
+        alone: compute each example by itself, in groups of one row.
 
     Attributes:
         manifest: of the finished store, without shards.
         flops: 2 · n · c · p · K, the projection's work.
         bytes: of the finished store's rows.
+        alone: whether each example is computed by itself.
+        notes: what a user should know of the model.
         group_bytes: bytes that computing one group of rows takes.
 
     Raises:
@@ -61,11 +65,12 @@ class Plan:
         memory: int | str,
         *,
         group: int | None = None,
+        alone: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.project = project.prepare(self.device)
         self.examples: Examples = project.examples(split)
-        self.split, self.settings, self._group = split, settings, group
+        self.split, self.settings, self._group, self.alone = split, settings, 1 if alone else group, alone
         self.memory = memory_of(memory, self.device, model_bytes(project.model))
         self.projection = settings.make_projection()
         self.blocks: tuple[ParameterBlock, ...] = parameter_blocks(project.model, project.parameters)
@@ -80,7 +85,9 @@ class Plan:
             forward=project.forward,
             layout="sum" if settings.layout == "sum" else "per-class",
             example=inputs,
+            alone=alone,
         )
+        self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
         self.manifest = self._make_manifest(inputs)
         n, schema = self.manifest.n, self.manifest.schema
         self.flops = n * self._row_flops(schema)
@@ -92,8 +99,9 @@ class Plan:
         return data_identity(self.examples, self.project.poisoned_mask(self.split), n)
 
     def bytes_needed(self, schema: Schema, rows: int) -> int:
-        """Activations and blocks, plus the features of three batches: one grows, two are on their way to the disk."""
-        return int(self.engine.bytes_needed(rows)) + rows * schema.c * schema.K * 20
+        """Activations, blocks and an audit, and features of three batches: one grows, two are on their way to disk."""
+        audit = bytes_needed([block.size for block in self.blocks])
+        return int(self.engine.bytes_needed(rows)) + audit + rows * schema.c * schema.K * 20
 
     def _make_manifest(self, inputs: Inputs) -> Manifest:
         s, project = self.settings, self.project
@@ -167,6 +175,18 @@ class Plan:
     def _row_flops(self, schema: Schema) -> float:
         projected = self.classes if self.settings.layout == "mixed" else schema.c
         return 2.0 * projected * schema.K * sum(block.size for block in self.blocks)
+
+
+def _notes(own: Tensor, differentiated: Tensor, rounding: float) -> tuple[str, ...]:
+    """A line where the model's own logits [n, c] are not those of the pass that is differentiated."""
+    error = torch.linalg.vector_norm(own.float() - differentiated, dim=1)
+    if bool((error <= rounding * (1e-3 + torch.linalg.vector_norm(differentiated, dim=1))).all()):
+        return ()
+    row = int(error.nan_to_num(torch.inf).argmax())
+    return (
+        f"row {row} has other logits (by {float(error[row]):.2g}) when the model runs without gradients and takes a "
+        "faster way, as torch's encoders do with padding masks; stored are those of the pass that is differentiated",
+    )
 
 
 def model_bytes(model: nn.Module) -> int:

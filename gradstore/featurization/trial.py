@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import GradstoreError, ProjectError
-from gradstore.featurization.batch import project_rows
-from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.batch import project_rows, row_columns
+from gradstore.featurization.plan import GROUP, Plan, to_device
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project, call_model
@@ -47,6 +47,7 @@ def checks(
     split: str = "train",
     device: str = "auto",
     memory: int | str = "auto",
+    alone: bool = False,
     **settings: Unpack[Given],
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
@@ -60,7 +61,7 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        found["plan"] = Plan(project, split, Settings(**settings), device, memory)
+        found["plan"] = Plan(project, split, Settings(**settings), device, memory, alone=alone)
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [
@@ -69,6 +70,7 @@ def checks(
         ("data", lambda: _data(found["plan"])),
         ("parameters", lambda: _parameters(found["plan"])),
         ("Jacobians", lambda: _jacobians(found["plan"])),
+        ("rows", lambda: _rows(found["plan"])),
         ("store", lambda: _store(found["plan"])),
         ("time", lambda: _time(found["plan"])),
     ]
@@ -81,7 +83,8 @@ def checks(
 
 
 def _logits(plan: Plan) -> str:
-    return f"[n, {plan.classes}]: {', '.join(plan.manifest.classes[:10])}" + (" …" if plan.classes > 10 else "")
+    names = ", ".join(plan.manifest.classes[:10]) + (" …" if plan.classes > 10 else "")
+    return "; ".join((f"[n, {plan.classes}]: {names}", *plan.notes))
 
 
 def _data(plan: Plan) -> str:
@@ -147,6 +150,15 @@ def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
     }
 
 
+def _rows(plan: Plan) -> str:
+    """Compute one group as a run does, and look at it a second time."""
+    rows = range(min(plan.manifest.group, len(plan.examples)))
+    next(row_columns(plan, [rows]))
+    if plan.alone:
+        return "each computed by itself, and the same the second time"
+    return f"{len(rows)} rows are the same alone, beside others and read again"
+
+
 def _store(plan: Plan) -> str:
     n, c, K = plan.manifest.n, plan.manifest.schema.c, plan.manifest.schema.K
     rows = min(plan.manifest.shard_rows, n)
@@ -155,7 +167,7 @@ def _store(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     """Featurize one group of rows twice; the second time is the measure."""
-    rows = range(min(plan.manifest.group, len(plan.examples)))
+    rows = range(min(max(plan.manifest.group, GROUP), len(plan.examples)))
     project_rows(plan, rows)
     began = time.perf_counter()
     project_rows(plan, rows)

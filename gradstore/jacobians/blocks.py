@@ -34,6 +34,11 @@ class JacobianBlock:
         self.name, self.start, self.size = name, start, size
         self._dense: Tensor | None = None
 
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What blocks of the same columns have in common that `join_blocks` joins as they are."""
+        return ("values",)
+
     def dense(self) -> Tensor:
         """The values, [n, c, size] float32 contiguous. The block keeps them, so asking twice costs once."""
         if self._dense is None:
@@ -56,6 +61,15 @@ class JacobianBlock:
             Their block [1, 1, size]; of blocks that have structure, no other values are formed for it.
         """
         return DenseBlock(self.name, self.start, self.dense()[i : i + 1, c : c + 1])
+
+    def combined(self, i: int, factors: Tensor, *, formed: bool) -> JacobianBlock:
+        """Add up the classes c of example i with factors [c]; `picked` for one class.
+
+        Returns:
+            A block [1, 1, size].
+        """
+        values = self.dense()[i]
+        return DenseBlock(self.name, self.start, (factors.to(values) @ values)[None, None])
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
@@ -160,6 +174,11 @@ class LinearBlock(JacobianBlock):
         self.deltas, self.unread = deltas, unread
 
     @property
+    def structure(self) -> tuple[object, ...]:
+        """See `JacobianBlock.structure`."""
+        return ("outer products", *self.deltas.shape[1:])
+
+    @property
     def activations(self) -> Tensor:
         """See the class."""
         if not isinstance(self._activations, Tensor):
@@ -171,6 +190,13 @@ class LinearBlock(JacobianBlock):
         if formed and self._dense is not None:
             return super().picked(i, c, formed=formed)
         deltas = self.deltas[i : i + 1, c : c + 1]
+        return LinearBlock(self.name, self.start, self.activations[i : i + 1], deltas, width=self.width)
+
+    def combined(self, i: int, factors: Tensor, *, formed: bool) -> JacobianBlock:
+        """See `JacobianBlock.combined`."""
+        if formed and self._dense is not None:
+            return super().combined(i, factors, formed=formed)
+        deltas = _combined(self.deltas[i], factors)
         return LinearBlock(self.name, self.start, self.activations[i : i + 1], deltas, width=self.width)
 
     def sq_norm(self) -> Tensor:
@@ -202,6 +228,11 @@ class EmbeddingBlock(JacobianBlock):
         super().__init__(name, start, num_embeddings * deltas.shape[-1])
         self.indices, self.deltas, self.num_embeddings = indices, deltas, num_embeddings
 
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """See `JacobianBlock.structure`."""
+        return ("embedding", *self.deltas.shape[1:])
+
     def parts(self, columns: int) -> Iterator[LazyBlock]:
         """Cut the matrix into blocks of whole rows, of about so many columns; the sums over tokens are taken once."""
         merged, width = self._merged(), self.deltas.shape[-1]
@@ -220,6 +251,13 @@ class EmbeddingBlock(JacobianBlock):
         if formed and self._dense is not None:
             return super().picked(i, c, formed=formed)
         deltas = self.deltas[i : i + 1, c : c + 1]
+        return EmbeddingBlock(self.name, self.start, self.indices[i : i + 1], deltas, self.num_embeddings)
+
+    def combined(self, i: int, factors: Tensor, *, formed: bool) -> JacobianBlock:
+        """See `JacobianBlock.combined`."""
+        if formed and self._dense is not None:
+            return super().combined(i, factors, formed=formed)
+        deltas = _combined(self.deltas[i], factors)
         return EmbeddingBlock(self.name, self.start, self.indices[i : i + 1], deltas, self.num_embeddings)
 
     def sq_norm(self) -> Tensor:
@@ -259,7 +297,7 @@ def join_blocks(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
     """Join the same columns of several batches of examples, one batch after another.
 
     Returns:
-        One block, with the structure that all share.
+        One block, with the structure that all share; of values where they share none.
 
     Raises:
         ValueError: the blocks are not of the same columns.
@@ -269,10 +307,11 @@ def join_blocks(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
         return first
     if any((b.name, b.start, b.size) != (first.name, first.start, first.size) for b in blocks):
         raise ValueError(f"the blocks of {first.name} are cut differently in different batches")
-    if all(isinstance(b, LinearBlock) for b in blocks):
+    alike = all(block.structure == first.structure for block in blocks)
+    if alike and all(isinstance(b, LinearBlock) for b in blocks):
         activations, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("activations", "deltas"))
         return LinearBlock(first.name, first.start, activations, deltas)
-    if all(isinstance(b, EmbeddingBlock) for b in blocks):
+    if alike and all(isinstance(b, EmbeddingBlock) for b in blocks):
         indices, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("indices", "deltas"))
         return EmbeddingBlock(first.name, first.start, indices, deltas, first.num_embeddings)  # type: ignore[attr-defined]
     return DenseBlock(first.name, first.start, torch.cat([block.dense() for block in blocks]))
@@ -304,6 +343,12 @@ def gram_of(rows: Tensor) -> Tensor:
     """Inner products of the rows of each matrix [b, T, i], float64 [b, T, T]."""
     wide = rows.double()
     return torch.bmm(wide, wide.transpose(1, 2))
+
+
+def _combined(deltas: Tensor, factors: Tensor) -> Tensor:
+    """Σ_c u_c of deltas [c, T, o], as [1, 1, T, o] in float32 or wider."""
+    wide = deltas.to(_at_least_float32(deltas))
+    return torch.tensordot(factors.to(wide), wide, dims=1)[None, None]
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

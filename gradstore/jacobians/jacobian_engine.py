@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class JacobianEngine:
         forward: `(model, inputs) -> logits [n, classes]`; None calls `model(inputs)`.
         layout: "per-class" gives c = classes rows an example, "sum" gives their sum, c = 1.
         example: a batch of at least one example, on the model's device.
+        alone: every batch will be of one example, so that a model whose examples look at one another is served too.
 
     Raises:
         UsageError: unknown layout.
@@ -75,6 +76,7 @@ class JacobianEngine:
         forward: Forward | None = None,
         layout: str = "per-class",
         example: Any,
+        alone: bool = False,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
@@ -82,7 +84,7 @@ class JacobianEngine:
         self._subject = Subject(model, forward, [block.name for block in self._blocks])
         weakref.finalize(self, drop_spare)
         with self._subject.ready():
-            prober = Prober(self._subject, as_inputs(example))
+            prober = Prober(self._subject, as_inputs(example), alone=alone)
             self._plan: Plan = prober.plan()
             self._classes = prober.classes if layout == "per-class" else 1
         self._columns = max_columns(prober.device, self._classes)
@@ -146,6 +148,42 @@ class JacobianEngine:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
         return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled), trusted=not pulled.unsafe)
+
+    def logits(self, batches: Iterable[Any]) -> list[Tensor]:
+        """Run the model without gradients, each batch by itself.
+
+        Args:
+            batches: of examples, as for a call.
+
+        Returns:
+            float32 [n, classes] of each.
+        """
+        with self._subject.ready(), torch.no_grad():
+            return [self._subject.logits(as_inputs(batch)).float() for batch in batches]
+
+    def rounding(self, logits: Tensor) -> float:
+        """Relative difference that rounding may make between two passes that give these logits."""
+        return self._subject.rounding(logits)
+
+    def alone(self, example: Any, names: Sequence[str], factors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Differentiate one example by plain autograd, beside no other: what every row has to agree with.
+
+        Args:
+            example: a batch of one.
+            names: parameters; the gradients of all of them are held.
+            factors: u [c], of the c rows that the layout has.
+
+        Returns:
+            Logits float32 [classes], and Σ_c u_c g^c by name, [size]; absent where nothing depends on the parameter.
+        """
+        inputs = as_inputs(example)
+        with self._subject.ready():
+            logits = self._subject.logits(inputs)[0]
+            cotangent = factors.to(logits) @ self._cotangents(logits[None])
+            parameters = [self._subject.parameters[name] for name in names]
+            found = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        gradients = {name: g.reshape(-1) for name, g in zip(names, found, strict=True) if g is not None}
+        return logits.detach().float(), gradients
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":

@@ -19,7 +19,7 @@ from gradstore.jacobians.by_autograd import by_loop, by_torch_func, one_by_one
 from gradstore.jacobians.footprint import Footprint, max_columns, measured, saved_bytes
 from gradstore.jacobians.forward_record import Recording, Tap, record
 from gradstore.jacobians.pullback import arrange, pull_back
-from gradstore.jacobians.row_owners import ROUNDING, weights
+from gradstore.jacobians.row_owners import weights
 from gradstore.jacobians.rules import EMBEDDING
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 from gradstore.jacobians.terms import Term, sum_of
@@ -79,6 +79,7 @@ class Prober:
     Args:
         subject: the model.
         example: at least one example; three different ones make the best probe.
+        alone: examples are never computed together, so one is the probe.
 
     Holds three examples' graph, and beside it one model's worth of gradients, for a moment two.
 
@@ -86,13 +87,14 @@ class Prober:
         ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
     """
 
-    def __init__(self, subject: Subject, example: Inputs) -> None:
+    def __init__(self, subject: Subject, example: Inputs, *, alone: bool = False) -> None:
         self._subject = subject
-        self._probe = take(example, torch.arange(PROBES) % min(length(example), PROBES))
+        self._count = 1 if alone else PROBES
+        self._probe = take(example, torch.arange(self._count) % min(length(example), PROBES))
         with torch.no_grad():
             self._logits = subject.logits(self._probe)
+        self._tolerance = subject.rounding(self._logits)
         self._require_independent_examples()
-        self._tolerance = ROUNDING[self._logits.dtype]
         self._cotangent = weights(self._logits.shape[1], self._logits)
         self._reference = self._differentiated()
         self._scale = float(torch.stack([g.norm().double() for g in self._reference.values()]).norm())
@@ -139,7 +141,7 @@ class Prober:
             return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
         cotangents = self._cotangent[None]
         pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents)
-        footprint = measured(recording.taps, pulled.terms, saved.total, PROBES)
+        footprint = measured(recording.taps, pulled.terms, saved.total, self._count)
         failed = dict(pulled.unsafe)
         for name in structured:
             agrees = self._agree(pulled.terms.pop(name, []), self._reference[name])
@@ -177,7 +179,9 @@ class Prober:
 
     def _differentiated(self) -> dict[str, Tensor]:
         """The reference, or why there is none."""
-        if not self._subject.logits(take(self._probe, slice(0, 1))).requires_grad:
+        logits = self._subject.logits(take(self._probe, slice(0, 1)))
+        self._require_same_without_gradients(logits.detach()[0])
+        if not logits.requires_grad:
             raise ProjectError(
                 "the logits do not depend on any differentiated parameter",
                 where="model",
@@ -194,7 +198,7 @@ class Prober:
         names = list(self._subject.parameters)
         wide = {name: _wide(p.dtype) for name, p in self._subject.parameters.items()}
         total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in self._subject.parameters.items()}
-        factors = weights(PROBES, self._logits).tolist()
+        factors = weights(self._count, self._logits).tolist()
         for i, _, gradients in one_by_one(self._subject, names, self._probe, self._cotangent[None]):
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
@@ -203,9 +207,9 @@ class Prober:
         return total
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """[3, 1, size] to the same weighted sum, [size]."""
+        """[examples, 1, size] to the same weighted sum, [size]."""
         wide = values[:, 0].to(_wide(self._logits.dtype))
-        return weights(PROBES, wide) @ wide
+        return weights(self._count, wide) @ wide
 
     def _agree(self, terms: list[Term], reference: Tensor) -> bool:
         """Whether the terms add up to the reference; a block's columns at a time, of which all examples' are held."""
@@ -225,18 +229,30 @@ class Prober:
     def _small(self, error: float, reference: Tensor, scale: float) -> bool:
         return error <= self._tolerance * (float(reference.norm()) + FLOOR * scale)
 
+    def _require_same_without_gradients(self, logits: Tensor) -> None:
+        error = float((logits - self._logits[0]).norm())
+        if not error <= self._tolerance * (1e-3 + float(logits.norm())) and bool(logits.isfinite().all()):
+            raise ProjectError(
+                "the model computes other logits where gradients are on",
+                where="model",
+                expected="the same logits with and without torch.no_grad()",
+                got=f"a difference of {error:.2g}",
+                hint="Look for torch.is_grad_enabled(), or for layers that take a faster way without gradients",
+            )
+
     def _require_independent_examples(self) -> None:
-        for i in range(PROBES):
+        for i in range(self._count):
             with torch.no_grad():
                 alone = self._subject.logits(take(self._probe, slice(i, i + 1)))[0]
             error = float((alone - self._logits[i]).norm())
-            if not error <= ROUNDING[alone.dtype] * (1e-3 + float(alone.norm())) and bool(alone.isfinite().all()):
+            if not error <= self._tolerance * (1e-3 + float(alone.norm())) and bool(alone.isfinite().all()):
                 raise ProjectError(
                     "an example's logits depend on the other examples of its batch",
                     where="model",
                     expected="the same logits alone and in a batch",
                     got=f"a difference of {error:.2g}",
-                    hint="Use running statistics in batch norms, and no randomness in eval mode",
+                    hint="Use running statistics in batch norms, and no randomness in eval mode; --alone (alone=True) "
+                    "computes each example by itself",
                 )
 
 

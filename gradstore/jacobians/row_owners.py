@@ -8,13 +8,19 @@ example i's logits by `w_i` must weight exactly its own rows of every layer's ou
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FIRST, SECOND, FOLDED, FOLDED_LAST = "first", "second", "folded", "folded-last"
 ANY = (FIRST, SECOND, FOLDED, FOLDED_LAST)
 
 # Relative disagreement that rounding may cause between two backward passes, by the coarsest dtype involved.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def rounding_of(model: nn.Module, logits: Tensor) -> float:
+    """Relative difference that rounding may make between two passes, by the coarsest dtype on the way."""
+    dtypes = {logits.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    return max(ROUNDING.get(dtype, 0.0) for dtype in dtypes)
 
 
 def candidates(shape: torch.Size, n: int, allowed: tuple[str, ...]) -> list[str]:

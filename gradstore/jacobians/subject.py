@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import ProjectError
-from gradstore.machine.devices import cudnn_as, full_float32
+from gradstore.jacobians.row_owners import rounding_of
+from gradstore.machine.devices import cudnn_as, full_float32, without_fused_encoders
 
 Inputs = Tensor | dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -53,9 +54,15 @@ class Subject:
             )
         return output
 
+    def rounding(self, logits: Tensor) -> float:
+        """Relative difference that rounding may make between two passes that give these logits."""
+        return rounding_of(self.model, logits)
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Inside: eval mode, gradients on for the differentiated parameters only, full float32 precision.
+
+        Encoders take the same way whether gradients are on or off.
 
         On leaving, training flags, `requires_grad`, buffers, random state and library settings are as before.
         """
@@ -68,6 +75,7 @@ class Subject:
             stack.enter_context(cudnn_as(enabled=not self._recurrent, benchmark=False, deterministic=True))
             for kind in {device.type for device in devices}:
                 stack.enter_context(full_float32(torch.device(kind)))
+            stack.enter_context(without_fused_encoders())
             stack.enter_context(_unchanged_buffers(self.model))
             stack.enter_context(_eval_mode(self.model))
             stack.enter_context(_gradients_only_for(self.model, {id(p) for p in self.parameters.values()}))

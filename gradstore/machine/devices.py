@@ -98,6 +98,21 @@ def cudnn_as(**values: bool) -> Iterator[None]:
             setattr(cudnn, name, was)
 
 
+@contextmanager
+def without_fused_encoders() -> Iterator[None]:
+    """Within: `nn.TransformerEncoder` computes without gradients what it does with them.
+
+    Its fused way, which torch takes where gradients are off, gives padded positions other values.
+    """
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
+
+
 class _Legacy:
     """`torch.set_float32_matmul_precision` as an attribute: the older name for products, on a CPU and on a GPU."""
 

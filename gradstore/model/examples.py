@@ -66,13 +66,35 @@ class Examples:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """All labels, int64 [n]: from the dataset's own table where it has one, otherwise by reading every row."""
+        """All labels, int64 [n]: from the dataset's own table where it has one, otherwise by reading every row.
+
+        A table is a hint: it is dropped where sampled rows have other labels, as with a `target_transform`; and rows
+        that are stored are held against it (`require_labels`).
+        """
         table = _label_table(self.dataset)
         if table is not None and len(table) == len(self):
             rows = sample_rows(len(self))
             if np.array_equal(table[rows], [self._label(self._item(int(r)), int(r)) for r in rows]):
                 return table
         return np.asarray([self._label(self._item(row), row) for row in range(len(self))], np.int64)
+
+    def require_labels(self, rows: range, labels: np.ndarray) -> None:
+        """Compare the labels [len(rows)] of rows that were read with those that the whole split was taken to have.
+
+        Raises:
+            ProjectError: names the first row that has another one.
+        """
+        expected = self.labels[rows.start : rows.stop]
+        differ = np.flatnonzero(expected != labels)
+        if differ.size:
+            i = int(differ[0])
+            raise ProjectError(
+                f"row {rows[i]} has another label than the dataset's own table of labels says",
+                where=f"split {self.split!r}",
+                expected=f"{expected[i]}, as .targets, .labels or .tensors has it",
+                got=f"{labels[i]} from ds[{rows[i]}]",
+                hint="A wrapper that changes labels should change the table too, or not pass it on",
+            )
 
     def require_repeatable(self, rows: Sequence[int] | np.ndarray) -> None:
         """Read each row twice.
@@ -81,14 +103,28 @@ class Examples:
             ProjectError: a row differs from itself, as under augmentation or shuffling.
         """
         for row in map(int, rows):
-            first, second = self.read([row]), self.read([row])
-            if input_bytes(first[0]) != input_bytes(second[0]) or first[1] != second[1]:
-                raise ProjectError(
-                    f"row {row} read twice differs",
-                    where=f"split {self.split!r}",
-                    expected="the same example each time",
-                    hint="Turn off shuffling, augmentation and other randomness in this dataset",
-                )
+            inputs, labels = self.read([row])
+            self.require_same(row, inputs, int(labels[0]))
+
+    def require_same(self, row: int, inputs: Inputs, label: int) -> None:
+        """Read a row again.
+
+        Args:
+            row: which.
+            inputs: of this row, as they were read before, with a first axis of 1.
+            label: as it was read before.
+
+        Raises:
+            ProjectError: it is another example, as under augmentation or shuffling.
+        """
+        again, labels = self.read([row])
+        if input_bytes(inputs) != input_bytes(again) or label != labels[0]:
+            raise ProjectError(
+                f"row {row} read twice differs",
+                where=f"split {self.split!r}",
+                expected="the same example each time",
+                hint="Turn off shuffling, augmentation and other randomness in this dataset",
+            )
 
     def _item(self, row: int) -> Any:
         try:

@@ -211,11 +211,23 @@ def test_code_that_computes_something_else_does_not_continue_a_store(
         gs.featurize(changed, split="train", out=tmp_path / "a", proj_dim=32)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_names_row_class_and_parameter(value: float, tmp_path: Path) -> None:
+class Root(nn.Module):
+    """Logits sqrt(w · x) and w · x: finite at zero, where the slope of the first is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x @ self.weight
+        return torch.stack([h.sqrt(), h], dim=1)
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0, 0.0], [0.0, 1.0, 1.0]], ids=["nan", "inf"])
+def test_a_gradient_that_is_not_finite_names_row_class_and_parameter(row: list[float], tmp_path: Path) -> None:
     x = torch.ones(20, 3)
-    x[17, 1] = value
-    project = gs.Project(model=nn.Linear(3, 2), splits={"train": TensorDataset(x, torch.zeros(20).long())})
+    x[17] = torch.tensor(row)
+    project = gs.Project(model=Root(), splits={"train": TensorDataset(x, torch.zeros(20).long())})
     with pytest.raises(
         NonFiniteError, match=r"split 'train', parameter weight: the gradient of row 17, class 0 is not finite"
     ):

@@ -13,6 +13,7 @@ from gradstore.errors import UsageError
 from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import REPRESENTATION, exact_kernel
 from gradstore.kernels.exact.example_selection import Selection
+from gradstore.kernels.exact.independent_rows import require_independent_rows
 from gradstore.kernels.exact.jacobian_tiles import JacobianTiles
 from gradstore.kernels.exact.representations import RepresentationTiles
 from gradstore.kernels.gram_file import Report, write_tiles
@@ -104,7 +105,7 @@ def exact_gram(
 
     Raises:
         UsageError: an unknown kernel, split or row, or too little memory.
-        ProjectError: the project is wrong, or the final linear layer cannot be told.
+        ProjectError: the project is wrong, logits depend on other examples, or the final linear layer cannot be told.
         MismatchError: `out` is another matrix.
         NoSpaceError: the matrix does not fit the disk; said before anything is computed.
         NonFiniteError: a gradient is not finite, or zero where a cosine needs its direction; the row is named.
@@ -125,6 +126,8 @@ def exact_gram(
     else:
         tiles = JacobianTiles(project, left, right, chosen, parse_bytes(memory), device)
     with full_float32(tiles.device):
+        for selection in (left,) if right is left else (left, right):
+            require_independent_rows(project, selection, tiles.device)
         if out is not None:
             return write_tiles(
                 Path(out), tiles.shape, tiles.attributes(), tiles.tiles, dtype="float64", progress=progress, disk=disk
