@@ -160,6 +160,17 @@ def test_only_regular_files_of_the_right_size_are_read(
     record("S8", "forged FAISS files", injected=1, recovered=1, refused=0, silent=0, control=control)
 
 
+@pytest.mark.parametrize("suffix", [".faiss", ".json"])
+def test_a_directory_in_its_place_is_one_line(suffix: str, store: FeatureStore, record: Record) -> None:
+    Session(store, faiss="Flat")
+    file = index_file(store).with_suffix(suffix)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match=r"cannot be saved in its store|this path cannot be used"):
+        Session(store, faiss="Flat")
+    record("S8", "forged FAISS files", injected=1, recovered=0, refused=1, silent=0, control="see a foreign index")
+
+
 def test_a_file_that_others_can_write_to_is_built_anew(store: FeatureStore) -> None:
     """It could be changed between its digest and its use."""
     Session(store, faiss="Flat")

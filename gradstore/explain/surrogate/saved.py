@@ -37,6 +37,7 @@ _REPORT: dict[str, tuple[type, ...]] = {
     "n_features_in_": (int,),
 }
 _MOST_BYTES = 64 << 30
+_LONGEST_PATH = 4096
 
 
 def save_fitted(model: Any, path: Path) -> Path:
@@ -112,6 +113,7 @@ def _binding(said: Any) -> Binding:
     sources = found.source if isinstance(found.source, list) else [found.source]
     identity = found.identity
     _require(found.kind in KINDS and all(isinstance(source, str) for source in sources), "what it is bound to")
+    _require(not any("\0" in source or len(source.encode()) > _LONGEST_PATH for source in sources), "its source")
     _require(isinstance(identity, dict) or (identity is None and found.kind == "array"), "what it is bound to")
     if found.kind == "gram":
         _require(isinstance(found.source, str) and isinstance((identity or {}).get("data_a"), str), "its matrix")
