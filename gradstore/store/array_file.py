@@ -74,12 +74,13 @@ class ArrayFile:
         return np.ascontiguousarray(columns.reshape(*reversed(inner), count).T)
 
 
-def open_array(path: Path, what: str) -> ArrayFile:
+def open_array(path: Path, what: str, otherwise: str | None = None) -> ArrayFile:
     """Open an `.npy` file, of which only the header is read.
 
     Args:
         path: the file, whatever its name.
         what: it should be, for errors, such as "array of features".
+        otherwise: what to do where it is not.
 
     Returns:
         The array; no objects.
@@ -93,8 +94,8 @@ def open_array(path: Path, what: str) -> ArrayFile:
             warnings.simplefilter("ignore")  # of headers that other versions wrote
             mapped = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # whatever a damaged header makes NumPy raise
-        hint = "It is several arrays: save the one that is meant" if _is_archive(path) else None
-        _refuse(path, what, _clause(error), hint or "For a raw memory map give its shape and dtype")
+        several = "It is several arrays: save the one that is meant" if _is_archive(path) else None
+        _refuse(path, what, _clause(error), several or otherwise)
     by_columns = not mapped.flags.c_contiguous
     return ArrayFile(path, mapped.shape, mapped.dtype, mapped.offset, by_columns=by_columns)
 

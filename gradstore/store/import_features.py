@@ -125,7 +125,10 @@ class _Features:
 def _opened(source: Path, shape: Sequence[int] | None, dtype: str) -> _Features:
     """The source, nothing read yet."""
     what = "array of features"
-    file = open_array(source, what) if shape is None else open_raw_array(source, shape, dtype, what)
+    if shape is None:
+        file = open_array(source, what, "For a raw memory map give its shape and dtype")
+    else:
+        file = open_raw_array(source, shape, dtype, what)
     if len(file.shape) not in (2, 3) or file.dtype.kind != "f" or 0 in file.shape:
         got = f"{file.dtype} {list(file.shape)}"
         raise UsageError(f"this is no {what}", where=source, expected="floats [n, K] or [n, c, K]", got=got)
