@@ -27,7 +27,7 @@ from setting import append_rows
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
 from gradstore.arithmetic.names import BFLOAT16X2, FLOAT32, INT8_ROWS
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.encoding import encode
 from gradstore.store.files.manifest import Manifest

@@ -51,7 +51,8 @@ def import_command(
     as_json: bool,
 ) -> None:
     """Make a store of features [n, K] or [n, c, K] that another tool left in SOURCE: .npy, or a raw memory map."""
-    from gradstore.store.import_features import Provenance, import_features, read_array
+    from gradstore.store.array_file import read_array
+    from gradstore.store.import_features import Provenance, import_features
 
     with keeping(lambda: rows_kept(out)):
         store = import_features(

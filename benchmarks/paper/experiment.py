@@ -17,7 +17,7 @@ from gradstore.explain.faithfulness import Faithfulness, faithfulness
 from gradstore.explain.linearisation import MAPS, Linearisation, class_logits, linearise
 from gradstore.explain.surrogate.training_data import two_logits
 from gradstore.kernels.definitions import PROJECTED
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 
 KERNELS = ("trntk", "trntk0", "proj-trntk", "proj-pntk", "embedding", "ck")
 BACKENDS: Mapping[str, Mapping[str, object]] = {

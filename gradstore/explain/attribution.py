@@ -13,7 +13,7 @@ from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.map_rows import StoreRows, doubled
 from gradstore.indices import chosen_row
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
 from gradstore.store.feature_store import FeatureStore
@@ -210,6 +210,7 @@ def attribute(
             features in an array, which it does not keep.
         MismatchError: the queries or the training store are not those the surrogate is bound to.
         NonFiniteError: a cosine is undefined.
+        CorruptError: the surrogate has weights of another number of training examples.
 
     Example:
         >>> found = gs.attribute(gs.KernelGLM().fit(train), test, row=3)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.errors import UsageError
+from gradstore.errors import GradstoreError, UsageError
 from gradstore.indices import RowChoice, row_mask
 from gradstore.report.page import write_forensics
 from gradstore.report.shown_rows import provenance, shown_example
 from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
 from gradstore.search.topk import TopK, topk
+from gradstore.store.array_file import read_array
+from gradstore.store.files.disk import Disk
 from gradstore.store.rows import Rows
 
 
@@ -186,6 +188,9 @@ def forensics_page(results: Sequence[Forensics]) -> ForensicsPage:
     )
 
 
+_LINE_BYTES = 64  # of a list of rows, far more than an index takes
+
+
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> Interval | None:
     """A proportion with its 95 % interval (Wilson 1927); None where there are no trials."""
     if trials == 0:
@@ -217,21 +222,22 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
     """
     stored = str(path).endswith(".npy")
     try:
-        value = np.load(path, allow_pickle=False) if stored else _read_lines(Path(path))
-    except (OSError, ValueError) as error:
+        value = read_array(Path(path)) if stored else _read_lines(Path(path), n)
+    except (GradstoreError, OSError, ValueError) as error:
         raise UsageError(
             "not a list of poisoned rows",
             where=path,
             expected="one row index a line, or a .npy mask or index array",
-            got=str(error).splitlines()[0],
+            got=str(error).splitlines()[0][:200],
         ) from error
     masks = "A mask is boolean: .astype(bool)" if stored else "One row index a line; a mask is a boolean .npy array"
     return row_mask(value, n, where=str(path), what="training row", masks=masks)
 
 
-def _read_lines(path: Path) -> np.ndarray:
+def _read_lines(path: Path, n: int) -> np.ndarray:
     """Row indices, one a line, int64; none of a file without a line."""
-    text = path.read_text()
+    real = Path(os.path.realpath(path))  # the user's own links are followed
+    text = Disk().read_file(real, _LINE_BYTES * n + (1 << 16)).decode()
     return np.loadtxt(text.splitlines(), dtype=np.int64, ndmin=1) if text.strip() else np.empty(0, np.int64)
 
 

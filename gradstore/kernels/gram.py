@@ -17,7 +17,8 @@ from gradstore.arithmetic.chooser import choose_arithmetic, runs_on_gpu
 from gradstore.arithmetic.product import Operand, multiply
 from gradstore.kernels.definitions import Kernel, projected_kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
-from gradstore.kernels.gram_file import Gram, Report, write_tiles
+from gradstore.kernels.gram_file import Report, write_tiles
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.kernels.gram_tiles import Grid, Skip, Tile, nothing, plan_grid
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.machine.devices import choose_device, full_float32

@@ -1,11 +1,9 @@
-"""A Gram matrix on disk: one plain HDF5 file, written tile by tile, continued after a kill, named when it is whole.
-
-    /gram      [n, m]      float32 or float64   the whole matrix, both halves of a symmetric one
-    /finished  [n, m/16]   uint8                1 where 16 columns of a row are written; all 1 in a finished file
+"""Writing a Gram matrix to disk: one plain HDF5 file, tile by tile, continued after a kill, named when it is whole.
 
 While it grows the file is called `.<name>.part`, and is locked by its writer. Values reach the medium before their
 marks do, so a mark is never wrong. The header is a function of the attributes alone: a part is continued only if its
-header is, byte for byte, the one that this run would write.
+header is, byte for byte, the one that this run would write. Tiles cut rows differently with every budget, so the
+digests of rows are taken when all are there, by reading the file once.
 """
 
 from __future__ import annotations
@@ -14,98 +12,32 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 
-from gradstore.errors import CorruptError, GradstoreError, LockedError, MismatchError, NoSpaceError, UsageError
+from gradstore.errors import GradstoreError, LockedError, MismatchError, NoSpaceError, UsageError
+from gradstore.kernels.gram_matrix import VERSIONS, Gram, gram_at, gram_layout, row_digests_of
 from gradstore.kernels.gram_tiles import CELL, Tile
 from gradstore.machine.byte_counts import format_bytes
+from gradstore.store.files.digests import BYTES
 from gradstore.store.files.disk import Disk
-from gradstore.store.files.layout import ShardLayout, file_layout
-from gradstore.store.schema import Column, raw
+from gradstore.store.files.layout import ShardLayout
+from gradstore.store.schema import raw
 
-FORMAT = "gradstore-gram"
-FORMAT_VERSION = 1
+_PIECE_BYTES = 1 << 20  # of rows whose digests are taken together
 # Seconds of work that a kill may cost.
 _SYNC_EVERY = 2.0
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
-@dataclass(frozen=True)
-class Gram:
-    """A finished Gram matrix on disk; `gram[i, j]`, `gram[:100]` and the like read just what they ask for.
-
-    Attributes:
-        path: the HDF5 file.
-        shape: (n, m).
-        attributes: what the matrix is: kernel, formula, fingerprint, splits, digests of the data, arithmetic.
-    """
-
-    path: Path
-    shape: tuple[int, int]
-    attributes: Mapping[str, str | int]
-
-    @property
-    def kernel(self) -> str:
-        """Name of the kernel."""
-        return str(self.attributes["kernel"])
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether both sides are the same rows."""
-        return bool(self.attributes["symmetric"])
-
-    def __len__(self) -> int:
-        """Rows."""
-        return self.shape[0]
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        """Values as h5py indexes them."""
-        with h5py.File(self.path, "r") as file:
-            return np.asarray(file["gram"][key])
-
-
-def open_gram(path: str | os.PathLike[str]) -> Gram:
-    """Open a Gram matrix that `gram` or `exact_gram` wrote.
-
-    Returns:
-        The matrix, of which values are read when it is indexed.
-
-    Raises:
-        UsageError: there is no such file, or it is something else.
-        CorruptError: HDF5 cannot read it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError("there is no Gram matrix", where=path)
-    try:
-        with h5py.File(path, "r") as file:
-            attributes = {
-                name: value.decode() if isinstance(value, bytes) else int(value) for name, value in file.attrs.items()
-            }
-            if attributes.get("format") != FORMAT or attributes.get("version") != FORMAT_VERSION:
-                raise UsageError(
-                    "this is not a Gram matrix",
-                    where=path,
-                    expected=f"{FORMAT} {FORMAT_VERSION}",
-                    got=attributes.get("format"),
-                )
-            return Gram(path, tuple(file["gram"].shape), attributes)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CorruptError("HDF5 cannot read this Gram matrix", where=path, got=str(error).splitlines()[0]) from error
-
-
 class GramWriter:
     """The one writer of an unfinished Gram matrix; made by `open_gram_writer`."""
 
-    def __init__(
-        self, path: Path, fd: int, layout: ShardLayout, shape: tuple[int, int], dtype: np.dtype, disk: Disk
-    ) -> None:
-        self._path, self._fd, self._layout, self._shape, self._dtype, self._disk = path, fd, layout, shape, dtype, disk
+    def __init__(self, path: Path, fd: int, layout: ShardLayout, gram: Gram, disk: Disk) -> None:
+        self._path, self._fd, self._layout, self._gram, self._disk = path, fd, layout, gram, disk
+        self._shape, self._dtype = gram.shape, np.dtype(gram.dtype)
+        shape = gram.shape
         self._finished = np.empty((shape[0], -(-shape[1] // CELL)), np.uint8)
         disk.read_into(fd, raw(self._finished), layout.offsets["finished"], path)
         self._written = self._finished.copy()
@@ -113,6 +45,11 @@ class GramWriter:
         self._widths[-1] = shape[1] - CELL * (len(self._widths) - 1)
         self._unmarked: list[tuple[range, range]] = []
         self._synced = time.monotonic()
+
+    @property
+    def gram(self) -> Gram:
+        """What it will be under its own name."""
+        return self._gram
 
     @property
     def values(self) -> int:
@@ -148,6 +85,20 @@ class GramWriter:
         if not self._finished.all():
             missing = self._shape[0] * self._shape[1] - self.values
             raise RuntimeError(f"{missing} values of the Gram matrix were never computed")
+        if "digest" in self._layout.offsets:
+            self._write_digests()
+            self._disk.sync(self._fd, self._path)
+
+    def _write_digests(self) -> None:
+        n, m = self._shape
+        room = np.empty((max(1, min(n, _PIECE_BYTES // (m * self._dtype.itemsize))), m), self._dtype)
+        for row in range(0, n, len(room)):
+            values = room[: n - row]
+            self._disk.read_into(
+                self._fd, raw(values), self._layout.offsets["gram"] + row * values[0].nbytes, self._path
+            )
+            digests = row_digests_of(self._shape, self._gram.attributes, row, values)
+            self._disk.write(self._fd, raw(digests), self._layout.offsets["digest"] + row * BYTES, self._path)
 
     def _put(self, tile: Tile) -> None:
         self._write_rows("gram", tile.start_a, tile.start_b, np.ascontiguousarray(tile.values, self._dtype))
@@ -180,7 +131,6 @@ def open_gram_writer(
         LockedError: another process is writing it.
         NoSpaceError: the disk cannot hold it; said before anything is computed.
     """
-    layout = _layout(shape, dtype, attributes)
     if not path.parent.is_dir():
         raise UsageError("the directory does not exist", where=path.parent)
     part = path.with_name(f".{path.name}.part")
@@ -192,15 +142,19 @@ def open_gram_writer(
             hint="Wait for it to finish, or stop it; finished tiles are kept",
         )
     try:
+        version: int | None = VERSIONS[0]
         if not _is_begun(fd, part, disk):
-            _begin(part, fd, layout, disk)
-        elif not _has_header(fd, layout, part, disk):
+            _begin(part, fd, gram_layout(shape, dtype, attributes, VERSIONS[0]), disk)
+        else:
+            version = _version_of(fd, shape, dtype, attributes, part, disk)
+        if version is None:
             raise MismatchError(
                 "an unfinished Gram matrix of another kind has this name",
                 where=part,
                 hint="Finish it with the arguments it was begun with, remove it, or choose another --out",
             )
-        writer = GramWriter(part, fd, layout, shape, np.dtype(dtype), disk)
+        layout = gram_layout(shape, dtype, attributes, version)
+        writer = GramWriter(part, fd, layout, gram_at(path, shape, dtype, attributes, version), disk)
         try:
             yield writer
         except BaseException:
@@ -226,24 +180,15 @@ def finished_gram(
     """
     if not os.path.lexists(path):
         return None
-    layout = _layout(shape, dtype, attributes)
     with disk.open(path) as fd:
-        if os.fstat(fd).st_size == layout.size and _has_header(fd, layout, path, disk):
-            return open_gram(path)
+        version = _version_of(fd, shape, dtype, attributes, path, disk)
+    if version is not None:
+        return gram_at(path, shape, dtype, attributes, version)
     raise MismatchError(
         "the output exists and is not the Gram matrix that was asked for",
         where=path,
         hint="Choose another --out; nothing was touched",
     )
-
-
-def _layout(shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int]) -> ShardLayout:
-    n, m = shape
-    columns = (
-        Column("gram", (m,), np.dtype(dtype), "n m", str(attributes["formula"])),
-        Column("finished", (-(-m // CELL),), np.dtype("uint8"), f"n m/{CELL}", f"1 where {CELL} columns are written"),
-    )
-    return file_layout(columns, n, {"format": FORMAT, "version": FORMAT_VERSION, **attributes})
 
 
 def _begin(part: Path, fd: int, layout: ShardLayout, disk: Disk) -> None:
@@ -273,6 +218,14 @@ def _is_begun(fd: int, part: Path, disk: Disk) -> bool:
     if os.fstat(fd).st_size >= len(found):
         disk.read_into(fd, memoryview(found), 0, part)
     return found == _SIGNATURE
+
+
+def _version_of(
+    fd: int, shape: tuple[int, int], dtype: str, attributes: Mapping[str, str | int], path: Path, disk: Disk
+) -> int | None:
+    """The version of the format in which a file is the matrix described; None where it is another."""
+    layouts = ((version, gram_layout(shape, dtype, attributes, version)) for version in VERSIONS)
+    return next((version for version, layout in layouts if _has_header(fd, layout, path, disk)), None)
 
 
 def _has_header(fd: int, layout: ShardLayout, path: Path, disk: Disk) -> bool:
@@ -336,4 +289,4 @@ def write_tiles(
             del tile  # before the next one is made
             if progress is not None:
                 progress(writer.values, shape[0] * shape[1])
-    return open_gram(path)
+        return writer.gram

@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Put a file into the cache by rename, so that another process sees all of it or nothing; only its user reads it."""
+    """Put a file into the cache by rename, so that another process sees all of it or nothing, and others never."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:

@@ -15,13 +15,14 @@ import torch
 
 from gradstore.errors import NonFiniteError, UsageError
 from gradstore.indices import class_indices
+from gradstore.store.array_file import ArrayFile, open_array, open_raw_array
 from gradstore.store.background_writer import in_background
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.encoding import encode
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
-from gradstore.store.schema import DTYPES, MEANING, Schema
+from gradstore.store.schema import DTYPES, MEANING, Schema, raw
 from gradstore.store.store_writer import open_writer
 
 _SHARD_BYTES = 64 << 20
@@ -71,9 +72,10 @@ def import_features(
         split: name of the split.
         shape: of a raw memory map.
         source_dtype: of a raw memory map: "float16" or "float32".
-        labels: int [n]; default -1.
-        logits: float [n, classes]; default NaN.
-        classes: names of the classes; default "0", "1", ….
+        labels: classes [n], -1 where there is none, which is the default.
+        logits: [n, classes] of any real dtype, all NaN in a row where they are not known; default NaN.
+        classes: names of the classes; default "0", "1", …, as many as there are logits or rows of features an example,
+            or in [n, K] as the labels need.
         dtype: of the stored features.
         disk: where bytes go.
 
@@ -81,19 +83,22 @@ def import_features(
         the finished store, opened. Holds some tens of rows at a time.
 
     Raises:
-        UsageError: shapes do not fit, labels are no whole numbers, or the source is no array of floats.
+        UsageError: shapes do not fit, labels or logits are none (names the row), the source is no array of floats, or
+            it changes while it is read.
         NonFiniteError: a row is NaN, infinite or zero; names it.
     """
-    features = _mapped(Path(source), shape, source_dtype)
+    features = _opened(Path(source), shape, source_dtype)
     n, c, K = features.shape
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", where="--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(dtype))
-    outputs = np.full((n, c), np.nan, np.float32) if logits is None else np.asarray(logits, np.float32)
     truth = np.full(n, -1, np.int64) if labels is None else class_indices(labels, where=source)
-    width = outputs.shape[1] if outputs.ndim == 2 else 0
-    if outputs.shape != (n, width) or truth.shape != (n,) or (c > 1 and width != c):
-        given = f"{list(truth.shape)} and {list(outputs.shape)}"
+    outputs = None if logits is None else _logits(logits, source)
+    if truth.shape != (n,) or (outputs is not None and (len(outputs) != n or (c > 1 and outputs.shape[1] != c))):
+        given = f"{list(truth.shape)} and {None if outputs is None else list(outputs.shape)}"
         raise UsageError("labels or logits do not fit", where=source, expected=f"[{n}] and [{n}, {c}]", got=given)
+    width = _class_count(c, truth, outputs, classes)
+    outputs = np.full((n, width), np.nan, np.float32) if outputs is None else outputs
+    _require_classes(truth, width, source)
     schema = Schema(c, K, width, dtype)
     manifest = _manifest(schema, provenance, features, truth, split, classes)
     with open_writer(Path(out), manifest, disk) as writer:
@@ -103,49 +108,76 @@ def import_features(
                 rows = manifest.rows_of(index)
                 for start in range(rows.start, rows.stop, _GROUP):
                     span = slice(start, min(start + _GROUP, rows.stop))
-                    background.write(partial(_columns, features[span], span, truth, outputs, dtype, Path(source)))
+                    background.write(partial(_columns, features, span, truth, outputs, dtype))
     return FeatureStore(out)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """Read an `.npy` file.
+class _Features:
+    """An array file [n, K] or [n, c, K] as [n, c, K]."""
 
-    Returns:
-        Its array; no objects.
+    def __init__(self, file: ArrayFile) -> None:
+        self.file, self.shape = file, (len(file), *(file.shape[1:] if len(file.shape) == 3 else (1, file.shape[1])))
 
-    Raises:
-        UsageError: there is none.
-    """
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.file.rows(start, stop).reshape(stop - start, *self.shape[1:])
+
+
+def _opened(source: Path, shape: Sequence[int] | None, dtype: str) -> _Features:
+    """The source, nothing read yet."""
+    what = "array of features"
+    if shape is None:
+        file = open_array(source, what, "For a raw memory map give its shape and dtype")
+    else:
+        file = open_raw_array(source, shape, dtype, what)
+    if len(file.shape) not in (2, 3) or file.dtype.kind != "f" or 0 in file.shape:
+        got = f"{file.dtype} {list(file.shape)}"
+        raise UsageError(f"this is no {what}", where=source, expected="floats [n, K] or [n, c, K]", got=got)
+    return _Features(file)
+
+
+def _logits(logits: Any, where: object) -> np.ndarray:
+    """The network's outputs, float32 [n, classes]: in each row finite, or all NaN, which is unknown."""
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise UsageError("this is no .npy array", where=path, got=str(error)[:120]) from error
+        array = np.asarray(logits.detach().cpu() if isinstance(logits, torch.Tensor) else logits)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.array(None)
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or 0 in array.shape or np.ma.isMaskedArray(logits):
+        got = f"{'masked ' * np.ma.isMaskedArray(logits)}{array.dtype} {list(array.shape)}"
+        raise UsageError("these are no logits", where=where, expected="real numbers [n, classes]", got=got)
+    with np.errstate(over="ignore"):
+        outputs = np.ascontiguousarray(array, np.float32)
+    bad = np.flatnonzero(~(np.isfinite(outputs).all(axis=1) | np.isnan(outputs).all(axis=1)))
+    if len(bad):
+        raise UsageError(
+            f"the logits of row {bad[0]} are not finite",
+            where=where,
+            expected="float32 numbers, or NaN in the whole row where they are not known",
+            got=outputs[bad[0]][:8].tolist(),
+        )
+    return outputs
 
 
-def _mapped(source: Path, shape: Sequence[int] | None, dtype: str) -> np.ndarray:
-    """The source as [n, c, K], nothing read yet."""
-    try:
-        if shape is None:
-            array = np.load(source, mmap_mode="r", allow_pickle=False)
-        else:
-            if dtype not in ("float16", "float32"):
-                raise ValueError(f"dtype {dtype!r}")
-            array = np.memmap(source, dtype, mode="r", shape=tuple(shape))
-            if array.nbytes != source.stat().st_size:
-                raise ValueError(f"{source.stat().st_size} bytes for shape {list(shape)} of {dtype}")
-    except (OSError, ValueError) as error:
-        hint = "For a raw memory map give its shape and dtype" if shape is None else None
-        raise UsageError("this is no array of features", where=source, got=str(error)[:120], hint=hint) from error
-    if array.ndim not in (2, 3) or array.dtype.kind != "f" or 0 in array.shape:
-        got = f"{array.dtype} {list(array.shape)}"
-        raise UsageError("this is no array of features", where=source, expected="floats [n, K] or [n, c, K]", got=got)
-    return array[:, None] if array.ndim == 2 else array
+def _class_count(c: int, labels: np.ndarray, logits: np.ndarray | None, names: Sequence[str] | None) -> int:
+    """How many classes there are: as the logits say, or the class axis, or the names, or at least the labels."""
+    if logits is not None:
+        return logits.shape[1]
+    if c > 1:
+        return c
+    return len(names) if names is not None else max(1, int(labels.max(initial=0)) + 1)
+
+
+def _require_classes(labels: np.ndarray, classes: int, where: object) -> None:
+    bad = np.flatnonzero((labels < -1) | (labels >= classes))
+    if len(bad):
+        expected = f"a class below {classes}, or -1 where there is none"
+        got = int(labels[bad[0]])
+        raise UsageError(f"the label of row {bad[0]} is no class", where=where, expected=expected, got=got)
 
 
 def _manifest(
     schema: Schema,
     provenance: Provenance,
-    features: np.ndarray,
+    features: _Features,
     labels: np.ndarray,
     split: str,
     classes: Sequence[str] | None,
@@ -154,12 +186,13 @@ def _manifest(
     if len(names) != schema.classes:
         raise UsageError("class names do not fit", where="classes", expected=schema.classes, got=len(names))
     digest = hashlib.sha256()
-    for start in range(0, len(features), _GROUP):
-        digest.update(np.ascontiguousarray(features[start : start + _GROUP]).data)
+    n = features.shape[0]
+    for start in range(0, n, _GROUP):
+        digest.update(raw(features.rows(start, min(start + _GROUP, n))))
     kind = f"{provenance.projection} ({provenance.tool})"
     identity = {
         "format": MEANING,
-        "imported": {"tool": provenance.tool, "model": provenance.model, "dtype": str(features.dtype)},
+        "imported": {"tool": provenance.tool, "model": provenance.model, "dtype": str(features.file.dtype)},
         "projection": {"kind": kind, "K": schema.K, "seed": provenance.seed, "version": 1},
         "parameters": {"count": 0, "blocks": []},
         "weights": "not known",
@@ -168,25 +201,26 @@ def _manifest(
         "layout": "sum" if schema.c == 1 else "per-class",
         "dtype": schema.dtype,
         "data": {
-            "length": len(features),
+            "length": n,
             "features": digest.hexdigest(),
         },
     }
     rows = max(1, _SHARD_BYTES // schema.row_bytes // _GROUP) * _GROUP
-    return Manifest(identity, fingerprint_of(identity), schema, len(features), rows, _GROUP, split, names)
+    return Manifest(identity, fingerprint_of(identity), schema, n, rows, _GROUP, split, names)
 
 
 def _columns(
-    part: np.ndarray, span: slice, labels: np.ndarray, logits: np.ndarray, dtype: str, source: Path
+    features: _Features, span: slice, labels: np.ndarray, logits: np.ndarray, dtype: str
 ) -> dict[str, np.ndarray]:
-    values = torch.from_numpy(np.array(part, np.float32))
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        values = torch.from_numpy(features.rows(span.start, span.stop).astype(np.float32))
     peak = values.abs().amax(dim=-1)
     bad = torch.nonzero(~(torch.isfinite(peak) & (peak > 0)))
     if len(bad):
         i, c = bad[0].tolist()
         raise NonFiniteError(
             f"the features of row {span.start + i}, class {c} are zero or not finite",
-            where=source,
+            where=features.file.path,
             expected="finite values, not all zero",
             hint="The tool that wrote them failed at this row, or did not finish",
         )

@@ -65,6 +65,11 @@ def test_classes(folder: Path) -> None:
         ("topk train nowhere.py", 3, "nowhere.py"),
         ("index train --size 1000", 2, "--size: unusable number of directions (expected 1 to 512, got 1000)"),
         ("index nowhere", 2, "nowhere: this is not a gradstore store"),
+        (
+            "index train --faiss HNSW0",
+            2,
+            "--faiss: FAISS refuses this index (got 'HNSW0': a process that was ended by SIG",
+        ),
         ("index train --faiss Cheese", 2, "--faiss: FAISS refuses this index (got 'Cheese'"),
     ],
 )

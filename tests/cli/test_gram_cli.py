@@ -10,7 +10,7 @@ import pytest
 from test_cli import PROJECT, run
 
 import gradstore as gs
-from gradstore.kernels.gram_file import open_gram
+from gradstore.kernels.gram_matrix import open_gram
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from synthetic import write_store
 
 import gradstore as gs
 from gradstore.errors import UsageError
-from gradstore.explain.forensics import wilson
+from gradstore.explain.forensics import read_poisoned, wilson
 from gradstore.store.feature_store import FeatureStore
 
 TRAIN = (0, 1, 2, 3, 4, 60, 61, 62, 63, 64)
@@ -61,3 +65,31 @@ def test_a_mask_given_takes_the_place_of_the_stores(stores: tuple) -> None:
     assert gs.forensics(*stores, poisoned=[5, 6, 7]).votes.tolist() == [0, 3, 0, 3]
     with pytest.raises(UsageError, match="votes cannot be reached"):
         gs.forensics(*stores, votes=6)
+
+
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+LISTS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "directory": os.mkdir,
+    "huge": huge,
+    "bytes that are no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "text in rows": lambda path: path.write_text("one\ntwo"),
+    "archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "empty archive": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".npy"])
+@pytest.mark.parametrize("kind", LISTS)
+def test_what_is_no_list_of_poisoned_rows_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"poisoned{suffix}"
+    LISTS[kind](path)
+    with pytest.raises(UsageError, match="not a list of poisoned rows") as error:
+        read_poisoned(path, 10)
+    assert "\n" not in error.value.line

@@ -14,7 +14,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.errors import CorruptError, GradstoreError, MismatchError, NonFiniteError, UsageError
+from gradstore.errors import CorruptError, MismatchError, NonFiniteError, UsageError
 from gradstore.explain.surrogate.one_vs_rest import epoch_orders
 from gradstore.store.feature_store import FeatureStore
 

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageError
-from gradstore.kernels.gram_file import open_gram
+from gradstore.kernels.gram_matrix import open_gram
 from gradstore.model.parameters import parameter_blocks
 
 pytestmark = [

@@ -30,7 +30,7 @@ from gradstore.arithmetic.product import multiply
 from gradstore.errors import CorruptError, LockedError, MismatchError, NonFiniteError, NoSpaceError, UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.kernels.gram import StoreTiles
-from gradstore.kernels.gram_file import open_gram
+from gradstore.kernels.gram_matrix import open_gram
 from gradstore.kernels.gram_tiles import Grid, nothing, plan_grid
 from gradstore.machine.threads import Workers
 from gradstore.store.feature_store import FeatureStore

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from synthetic import write_store
 
-from gradstore.kernels.gram_file import open_gram
+from gradstore.kernels.gram_matrix import open_gram
 
 
 def test_features_ten_times_larger_than_memory(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_only_regular_files_of_the_right_size_are_read(
     record("S8", "forged FAISS files", injected=1, recovered=1, refused=0, silent=0, control=control)
 
 
+@pytest.mark.parametrize("suffix", [".faiss", ".json"])
+def test_a_directory_in_its_place_is_one_line(suffix: str, store: FeatureStore, record: Record) -> None:
+    Session(store, faiss="Flat")
+    file = index_file(store).with_suffix(suffix)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match=r"cannot be saved in its store|this path cannot be used"):
+        Session(store, faiss="Flat")
+    record("S8", "forged FAISS files", injected=1, recovered=0, refused=1, silent=0, control="see a foreign index")
+
+
 def test_a_file_that_others_can_write_to_is_built_anew(store: FeatureStore) -> None:
     """It could be changed between its digest and its use."""
     Session(store, faiss="Flat")
@@ -175,7 +186,9 @@ def test_a_copied_store_builds_its_index_again_and_says_so(
     monkeypatch.setenv("GRADSTORE_CACHE", str(fast / "another machine"))
     shutil.copytree(store.path, fast / "copy")
     assert Session(FeatureStore(fast / "copy"), faiss="Flat").faiss.event == STRANGER
-    assert Session(FeatureStore(fast / "copy"), faiss="Flat").faiss.event == "opened"
+    session = Session(FeatureStore(fast / "copy"), faiss="Flat")
+    assert session.faiss.event == "opened"
+    assert session.topk(store, 1, mode="approx").indices[:, 0].tolist() == list(range(64)), "mapped, and still there"
 
 
 def unreadable_by_mode(key: Path) -> None:
@@ -242,8 +255,8 @@ HOSTILE = [
     *("HNSW0", "HNSW1", "IVF8_HNSW0,Flat", "PQ4x0", "IVF8,PQ4x4fs_0", "ZnLattice0x10_6", "IVF8,FlatPanorama0"),
     *("RR0,Flat", "HNSW8_0+PQ4", "IVF8,PQ4,Refine(HNSW0)", "HNSW999999999", "RR99999999,Flat", "IVF1000000000,Flat"),
     *("PQ4x24", "IVF0,Flat", "PQ0", "IVF1e9,Flat", "IVF99999999999,Flat", "OPQ9999", "", " ", ",,,", "Flat,Flat"),
-    *("x" * 100_000, "IVF8(" * 2000, "IDMap,Flat", "PCA9999,Flat", "LSH", "PQ1000", "IVF-8,Flat", "a\0b", "é", "/etc/x"),
-    *("OnDisk(/tmp/x)", "IVF8,OnDisk", "Flat\nFlat"),
+    *("x" * 100_000, "IVF8(" * 2000, "IDMap,Flat", "PCA9999,Flat", "LSH", "PQ1000", "IVF-8,Flat", "a\0b", "é"),
+    *("/etc/x", "OnDisk(/tmp/x)", "IVF8,OnDisk", "Flat\nFlat"),
 ]
 
 
@@ -275,6 +288,9 @@ index.search(rows, 2)
     assert done.returncode < 0
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF1024,Flat", "PQ4x8", "OPQ4,PQ4", "IVF8,PQ4,RFlat", "SQ8", "PCA8,Flat", "RaBitQ"])
+GOOD = ["Flat", "IVF1024,Flat", "PQ4x8", "OPQ4,PQ4", "IVF8,PQ4,RFlat", "SQ8", "PCA8,Flat", "RaBitQ"]
+
+
+@pytest.mark.parametrize("factory", GOOD)
 def test_a_good_factory_string_passes(factory: str) -> None:
     require_sound(factory, 64)

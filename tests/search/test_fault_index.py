@@ -24,7 +24,7 @@ from gradstore.store.files.tensor_file import under_digest
 
 pytestmark = pytest.mark.soak
 
-CONTROL = "contents not checked: 18 of 39 forged indexes ended in an uncaught exception"
+CONTROL = "see strange facts"
 
 
 @pytest.fixture
@@ -60,18 +60,38 @@ def require_right(store: FeatureStore) -> str:
 def test_strange_facts_under_a_right_digest(
     store: FeatureStore, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(60, 2000)
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
     whole = file.read_bytes()
     tensors, binding = load(whole), binding_of(whole)
     spots = [(), *(place for place in places(binding) if place and place != ("facts", "recall"))]
-    for _ in range(count):
-        file.write_bytes(sealed(tensors, with_strange_value(rng, binding, spots)))
+    failures = 0
+    for i in range(count):
+        strange = with_strange_value(rng, binding, spots)
+        file.write_bytes(sealed(tensors, strange))
         require_right(store)
-    record("S11", "forged indexes", injected=count, recovered=count, refused=0, silent=0, control=CONTROL)
+        failures += i < 30 and fails_without_checks(tensors, strange)
+    assert failures > 5
+    control = f"facts not checked: {failures} of 30 end in an uncaught exception or a wrong number"
+    record("S11", "forged indexes", injected=count, recovered=count, refused=0, silent=0, control=control)
+
+
+def fails_without_checks(tensors: dict[str, np.ndarray], binding: Any) -> bool:
+    """The control: facts that are believed."""
+    try:
+        facts = binding["facts"]
+        rows = sum(int(rows) for rows, digest in binding["shards"] if len(digest) == 64)
+        sampled = np.random.default_rng(0).choice(int(facts["fitted"]), int(facts["sampled"]), replace=False)
+        return rows != len(tensors["rest"]) or bool(dict(facts["recall"])) or not len(sampled)
+    except Exception:
+        return True
 
 
 def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda tensors: tensors.__setitem__(name, np.ascontiguousarray(change(tensors[name])))
+
+
+def in_another_dtype(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32 if array.dtype == np.float64 else np.float64)
 
 
 ARRAYS = ("directions", "scales", "factor", "coordinates", "rest", "error")
@@ -79,14 +99,14 @@ FORGERIES: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
     **{f"no {name}": lambda tensors, name=name: tensors.pop(name) for name in ARRAYS},
     **{f"fewer {name}": changed(name, lambda array: array[:-1]) for name in ARRAYS},
     **{f"flat {name}": changed(name, np.ravel) for name in ARRAYS if name not in ("rest", "error")},
-    **{f"{name} in another dtype": changed(name, lambda array: array.astype(np.float64 if array.dtype != np.float64 else np.float32)) for name in ARRAYS},
-    **{f"{name} of NaN": changed(name, lambda array: array * np.float16(np.nan)) for name in ARRAYS if name != "directions"},
+    **{f"{name} in another dtype": changed(name, in_another_dtype) for name in ARRAYS},
+    **{f"{name} of NaN": changed(name, lambda array: array * np.float16(np.nan)) for name in ARRAYS[1:]},
     "empty directions": changed("directions", lambda array: array[:, :0]),
     "negative rest": changed("rest", lambda array: -array),
     "negative error": changed("error", lambda array: -array - 1),
     "a factor of zeros": changed("factor", np.zeros_like),
     "another array": lambda tensors: tensors.__setitem__("more", np.ones(3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -99,10 +119,8 @@ def test_arrays_that_do_not_fit_are_built_anew(name: str, store: FeatureStore, r
     record("S11", "forged indexes", injected=1, recovered=1, refused=0, silent=0, control=CONTROL)
 
 
-def test_mutated_indexes_are_built_anew(
-    store: FeatureStore, amount: Callable[[int, int], int], record: Record
-) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(60, 2000)
+def test_mutated_indexes_are_built_anew(store: FeatureStore, amount: Callable[[int, int], int], record: Record) -> None:
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
     whole = file.read_bytes()
     for _ in range(count):
         file.write_bytes(mutated(rng, whole))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradstore.errors import MismatchError, UsageError
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.store.identity import require_same
 from gradstore.store.rows import Rows
 

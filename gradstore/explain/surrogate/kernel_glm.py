@@ -21,7 +21,7 @@ from gradstore.explain.surrogate.map_rows import ArrayRows, StoreRows, scores
 from gradstore.explain.surrogate.saved import load_fitted, save_fitted
 from gradstore.explain.surrogate.training_data import TrainingData, kernel_on, new_array, training_data
 from gradstore.kernels.feature_map import FeatureMap
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.rows import Rows
 

@@ -37,6 +37,7 @@ _REPORT: dict[str, tuple[type, ...]] = {
     "n_features_in_": (int,),
 }
 _MOST_BYTES = 64 << 30
+_LONGEST_PATH = 4096
 
 
 def save_fitted(model: Any, path: Path) -> Path:
@@ -112,6 +113,7 @@ def _binding(said: Any) -> Binding:
     sources = found.source if isinstance(found.source, list) else [found.source]
     identity = found.identity
     _require(found.kind in KINDS and all(isinstance(source, str) for source in sources), "what it is bound to")
+    _require(not any("\0" in source or len(source.encode()) > _LONGEST_PATH for source in sources), "its source")
     _require(isinstance(identity, dict) or (identity is None and found.kind == "array"), "what it is bound to")
     if found.kind == "gram":
         _require(isinstance(found.source, str) and isinstance((identity or {}).get("data_a"), str), "its matrix")
@@ -126,8 +128,12 @@ def _kept(model: Any, name: str) -> bool:
 def _require_format(found: Any, file: TensorFile, path: Path) -> None:
     """The file is a surrogate of a version that is known: the first had no digest, and no other may be without."""
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") not in (1, VERSION):
-        got = f"{found.get('format')!s:.40} {found.get('version')!s:.20}" if isinstance(found, dict) else "something else"
-        raise CorruptError("this is no surrogate that is known", where=path, expected=f"{FORMAT} 1 or {VERSION}", got=got)
+        got = (
+            f"{found.get('format')!s:.40} {found.get('version')!s:.20}" if isinstance(found, dict) else "something else"
+        )
+        raise CorruptError(
+            "this is no surrogate that is known", where=path, expected=f"{FORMAT} 1 or {VERSION}", got=got
+        )
     _require(file.sealed == (found["version"] != 1), "its digest")
 
 
@@ -152,4 +158,6 @@ def _require(holds: bool, what: str) -> None:
 def _damaged(path: Path, error: Exception) -> CorruptError:
     lines = str(error).splitlines()
     got = lines[0][:120] if lines else type(error).__name__
-    return CorruptError("this is no surrogate, or a damaged one", where=path, got=got, hint="Fit it again: `gradstore fit`")
+    return CorruptError(
+        "this is no surrogate, or a damaged one", where=path, got=got, hint="Fit it again: `gradstore fit`"
+    )

@@ -17,7 +17,7 @@ from gradstore.explain.surrogate.training_gram import assembled, store_gram
 from gradstore.indices import class_indices
 from gradstore.kernels.definitions import PROJECTED, Kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.store.rows import Rows
 
 ON_ARRAYS = ("linear", "cosine")

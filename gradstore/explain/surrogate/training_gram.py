@@ -13,7 +13,7 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import Kernel
 from gradstore.kernels.gram import gram
-from gradstore.kernels.gram_file import Gram
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.rows import Rows
 

@@ -16,7 +16,8 @@ from gradstore.kernels.exact.example_selection import Selection
 from gradstore.kernels.exact.independent_rows import require_independent_rows
 from gradstore.kernels.exact.jacobian_tiles import JacobianTiles
 from gradstore.kernels.exact.representations import RepresentationTiles
-from gradstore.kernels.gram_file import Gram, Report, write_tiles
+from gradstore.kernels.gram_file import Report, write_tiles
+from gradstore.kernels.gram_matrix import Gram
 from gradstore.kernels.gram_tiles import Tile
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.machine.devices import full_float32

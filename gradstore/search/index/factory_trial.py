@@ -1,13 +1,16 @@
 """Run as a script, in a process of its own: whether FAISS can make, train, fill and ask an index of a factory string.
 
-Arguments: dimensions and the string. Output: JSON, what FAISS says against it, or "".
+Arguments: dimensions and the string. Output: JSON, what FAISS says against it, or "". It may take 3 GB beside what
+importing FAISS takes, which is much where that brings CUDA.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -16,11 +19,18 @@ import numpy as np
 # As many vectors as an 8-bit quantiser has centroids, which are then copied rather than searched for.
 _VECTORS = 256
 _BYTES = 1 << 28
-_TOO_FEW = re.compile(r"[Nn]umber of training points \(\d+\) should be at least as large as number of clusters \((\d+)\)")
+_MEMORY = 3 << 30
+_STATE = Path("/proc/self/statm")  # pages of address space come first; Linux only
+_TOO_FEW = re.compile(
+    r"[Nn]umber of training points \(\d+\) should be at least as large as number of clusters \((\d+)\)"
+)
 
 
 def main(width: int, factory: str) -> None:
     """Print what is against a factory string."""
+    if _STATE.exists():
+        limit = int(_STATE.read_text().split()[0]) * resource.getpagesize() + _MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps(trial(width, factory, _VECTORS)))
 
 

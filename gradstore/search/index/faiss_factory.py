@@ -1,10 +1,10 @@
-"""Factory strings of FAISS that are known to work here: FAISS itself ends the process for some, and hangs for others."""
+"""Factory strings of FAISS that are known to work here: for some, FAISS itself ends the process or never answers."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gradstore.errors import UsageError
 from gradstore.store.files.confined import answer_of
@@ -13,7 +13,7 @@ from gradstore.store.files.confined import answer_of
 _FAST_SCAN_LIMIT = 4096
 _LONGEST = 200
 _TRIAL = Path(__file__).with_name("factory_trial.py")
-_MEMORY, _SECONDS = 4 << 30, 20
+_MEMORY, _SECONDS = 32 << 30, 20
 
 
 def require_sound(factory: str, width: int) -> None:
@@ -24,11 +24,11 @@ def require_sound(factory: str, width: int) -> None:
         width: dimensions of the vectors.
 
     Raises:
-        UsageError: FAISS refuses it; or an index of a few random vectors crashes, hangs, takes more than 4 GB or writes
+        UsageError: FAISS refuses it; or an index of a few random vectors crashes, hangs, takes more than 3 GB or writes
             a file; or its answers would be wrong at this width.
     """
     if not 0 < len(factory) <= _LONGEST or not factory.isascii() or not factory.isprintable():
-        raise _refusal(factory, f"at most {_LONGEST} plain characters")
+        _refuse(factory, f"at most {_LONGEST} plain characters")
     if "rabitqfs" in factory.lower() and width >= _FAST_SCAN_LIMIT:
         raise UsageError(
             "this FAISS index returns wrong neighbours at so many dimensions",
@@ -38,7 +38,7 @@ def require_sound(factory: str, width: int) -> None:
         )
     against = _tried(factory, width)
     if against:
-        raise _refusal(factory, got=against)
+        _refuse(factory, got=against)
 
 
 @lru_cache(maxsize=256)
@@ -47,18 +47,18 @@ def _tried(factory: str, width: int) -> str:
     return found if isinstance(found, str) else "an answer that is none"
 
 
-def _refusal(factory: str, expected: str | None = None, got: str | None = None) -> UsageError:
+def refuse_with(factory: str, error: Exception) -> NoReturn:
+    """Refuse where FAISS says something only with the store's own vectors, such as that they are too few."""
+    lines = str(error).strip().splitlines()
+    _refuse(factory, got=lines[-1].strip() if lines else type(error).__name__)
+
+
+def _refuse(factory: str, expected: str | None = None, got: str | None = None) -> NoReturn:
     shown = repr(factory if len(factory) <= 60 else factory[:57] + "…")
-    return UsageError(
+    raise UsageError(
         "FAISS refuses this index",
         where="--faiss",
         expected=expected,
         got=shown if got is None else f"{shown}: {got}",
         hint="IVF256,Flat and HNSW32 are such strings",
-    )
-
-
-def refused_by_faiss(factory: str, error: Exception) -> UsageError:
-    """What FAISS says against a string only with the store's own vectors, such as that they are too few, as an error."""
-    lines = str(error).strip().splitlines()
-    return _refusal(factory, got=lines[-1].strip() if lines else type(error).__name__)
+    ) from None

@@ -21,7 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, UsageError
 from gradstore.machine.user_cache import made_user_key, user_key
 from gradstore.search.index.index_file import shard_digests
 from gradstore.store.feature_store import FeatureStore
@@ -79,6 +79,9 @@ def write_sealed(
 
     Returns:
         Whether it is kept: not where this user's cache cannot be written, and with it no key.
+
+    Raises:
+        UsageError: it cannot be written there.
     """
     key = made_user_key()
     if key is None:
@@ -95,6 +98,8 @@ def write_sealed(
         )
         os.replace(temporary, path)
         disk.replace_file(_note_of(path), json.dumps({"note": note, "seal": _seal(key, note)}).encode())
+    except (OSError, RuntimeError) as error:
+        raise UsageError("the FAISS index cannot be saved in its store", where=path, got=str(error)[-200:]) from error
     finally:
         temporary.unlink(missing_ok=True)
     return True

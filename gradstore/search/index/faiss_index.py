@@ -19,7 +19,7 @@ import torch
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.search.index.basis import Basis
-from gradstore.search.index.faiss_factory import refused_by_faiss, require_sound
+from gradstore.search.index.faiss_factory import refuse_with, require_sound
 from gradstore.search.index.faiss_file import read_sealed, write_sealed
 from gradstore.search.index.store_index import SketchIndex
 from gradstore.search.query_batch import QueryGroup
@@ -150,7 +150,7 @@ def _trained(faiss: ModuleType, sketch: SketchIndex, factory: str, space: str, w
         if not index.is_trained:
             index.train(_training_vectors(sketch, space))
     except (RuntimeError, MemoryError) as error:
-        raise refused_by_faiss(factory, error) from None
+        refuse_with(factory, error)
     return index
 
 

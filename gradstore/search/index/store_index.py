@@ -191,9 +191,7 @@ def _most_bytes(store: FeatureStore, phi: FeatureMap) -> int:
     return directions + factor + len(store) * (2 * MAX_SIZE + 8) + (1 << 20) + 128 * len(store.manifest.shards)
 
 
-def _checked(
-    store: FeatureStore, phi: FeatureMap, saved: Saved
-) -> tuple[Basis, RowSketch, Mapping[str, Any]] | None:
+def _checked(store: FeatureStore, phi: FeatureMap, saved: Saved) -> tuple[Basis, RowSketch, Mapping[str, Any]] | None:
     """The parts of a saved index, where each has the form that this store's must have."""
     arrays, facts, n = saved.arrays, saved.facts, sum(rows for rows, _ in saved.shards)
     if set(arrays) != set(_FORMS) or any(arrays[name].dtype != dtype for name, dtype in _FORMS.items()):
@@ -224,8 +222,10 @@ def _checked(
 
 def _are_facts(facts: Mapping[str, Any], n: int) -> bool:
     fitted, sampled, recall = facts.get("fitted"), facts.get("sampled"), facts.get("recall")
-    counted = type(fitted) is int and type(sampled) is int and 0 < sampled <= fitted <= n  # type: ignore[operator]
-    measured = isinstance(recall, dict) and all(isinstance(value, float) and 0 <= value <= 1 for value in recall.values())
+    counted = type(fitted) is int and type(sampled) is int and 0 < sampled <= fitted <= n
+    measured = isinstance(recall, dict) and all(
+        isinstance(value, float) and 0 <= value <= 1 for value in recall.values()
+    )
     return set(facts) == {"fitted", "sampled", "recall"} and counted and measured
 
 

@@ -24,13 +24,7 @@ def row_digests(schema: Schema, columns: Mapping[str, np.ndarray], threads: int 
     Returns:
         First 16 bytes of each hash, uint8 [n, 16].
     """
-    n, parts = len(columns["row"]), list(_parts(schema, columns))
-    if threads == 1 or n * schema.row_bytes < 1 << 20:
-        return _hash_rows(schema.version, parts)
-    step = -(-n // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        spans = ([part[low : low + step] for part in parts] for low in range(0, n, step))
-        return np.concatenate(list(pool.map(lambda span: _hash_rows(schema.version, span), spans)))
+    return hash_rows(schema.version, list(_parts(schema, columns)), threads)
 
 
 class PartedDigests:
@@ -48,11 +42,21 @@ class PartedDigests:
         """uint8 [r, 16] of the r rows from number `low` on, whose features [r, c, K] these are."""
         n = len(features)
         # Features come first in a row.
-        return _hash_rows(self._version, [_bytes_of(features), *(part[low : low + n] for part in self._rest)])
+        return hash_rows(self._version, [_bytes_of(features), *(part[low : low + n] for part in self._rest)])
+
+
+def hash_rows(version: int, parts: Sequence[np.ndarray], threads: int = 1) -> np.ndarray:
+    """Digests uint8 [n, 16] of rows, each its slices of all parts uint8 [n, size], by a format version's hash."""
+    n = len(parts[0])
+    if threads == 1 or sum(part.nbytes for part in parts) < 1 << 20:
+        return _hash_rows(version, parts)
+    step = -(-n // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        spans = ([part[low : low + step] for part in parts] for low in range(0, n, step))
+        return np.concatenate(list(pool.map(lambda span: _hash_rows(version, span), spans)))
 
 
 def _hash_rows(version: int, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Digests uint8 [n, 16] of rows, each its slices of all parts uint8 [n, size]."""
     new = hash_of(version)
 
     def digest_of(first: np.ndarray, *rest: np.ndarray) -> bytes:

@@ -47,7 +47,7 @@ def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
 def _parse(path: str, header: str) -> Any:
     """What `plain_contents` says of a shard's datasets, asked once for a file of this header."""
     found = plain_contents(path)
-    return found["datasets"] if isinstance(found, dict) else found
+    return found if isinstance(found, str) else found.get("datasets", found.get("unreadable"))
 
 
 def plain_contents(path: str) -> Any:
@@ -57,8 +57,8 @@ def plain_contents(path: str) -> Any:
         path: of the file; it is parsed, and of its data nothing is read.
 
     Returns:
-        {"datasets": name -> [shape, dtype, offset], "attributes": name -> text or integer}, or text that names the
-        first other thing in it or says how the parser ended.
+        {"datasets": name -> [shape, dtype, offset], "attributes": name -> text or integer}; or {"unreadable": what HDF5
+        says}; or text that names the first other thing in it, or says how the parser ended.
     """
     return answer_of(_PARSER, path)
 

@@ -1,7 +1,7 @@
 """Run as a script, in a confined process: print what an untrusted HDF5 file contains, without reading its data.
 
-Output: JSON, {"datasets": dataset -> [shape, dtype, offset], "attributes": name -> value}, or one string that names the
-first thing that no file of gradstore's ever has.
+Output: JSON, {"datasets": dataset -> [shape, dtype, offset], "attributes": name -> value}; or one string that names the
+first thing that no file of gradstore's ever has; or {"unreadable": what HDF5 says}.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def main(path: str) -> None:
     """Print the contents of one file."""
     try:
         found: object = contents(path)
-    except (RefusedError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except RefusedError as error:
+        found = str(error)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        found = {"unreadable": str(error).splitlines()[0] if str(error) else type(error).__name__}
     print(json.dumps(found))
 
 
@@ -72,7 +74,7 @@ def _attributes(owner: h5py.h5g.GroupID | h5py.h5d.DatasetID, most: int) -> dict
         _require(plain and not kind.committed() and attribute.shape == (), f"the attribute {attribute.name!r}")
         value = np.zeros((), kind.dtype)
         attribute.read(value)
-        found[attribute.name.decode()] = value[()].decode() if value.dtype.kind == "S" else int(value)
+        found[attribute.name.decode()] = value.tolist().decode() if value.dtype.kind == "S" else int(value)
     return found
 
 

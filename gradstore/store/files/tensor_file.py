@@ -72,7 +72,7 @@ def read_tensors(path: Path, name: str, most: int, disk: Disk | None = None) -> 
         if not 8 <= size <= most:
             raise ValueError(f"{size} bytes where at most {most} are possible")
         content = np.empty(size, np.uint8)
-        disk.read_into(fd, memoryview(content), 0, path)
+        disk.read_into(fd, raw(content), 0, path)
     try:
         metadata, arrays = _parse(content)
         text = metadata[name]
@@ -87,7 +87,10 @@ def read_tensors(path: Path, name: str, most: int, disk: Disk | None = None) -> 
 
 
 def plain_json(text: str, depth: int = 8) -> Any:
-    """A JSON value that is not nested deeper than `depth`.
+    """Read a JSON value that is not nested deeper than `depth`.
+
+    Returns:
+        The value.
 
     Raises:
         ValueError: it is, or it is no JSON.
