@@ -29,7 +29,7 @@ from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest import Shard
 from gradstore.store.files.shard_file import ShardFile
 from gradstore.store.store_writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
-from gradstore.store.verify import Damage, find_damage
+from gradstore.store.verify import Damage, find_damage, require_read
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,6 +121,7 @@ def featurize(
         ProjectError: the project is wrong.
         MismatchError: `out` holds a store of another identity.
         LockedError: another process is writing it.
+        CorruptError: the disk fails to read a shard; nothing is dropped.
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
             not that by P.
@@ -277,7 +278,7 @@ class _Run:
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
     """Make the damaged shards of a store missing, so that they are computed again."""
-    damage = find_damage(writer.path, writer.manifest, writer.disk)
+    damage = require_read(find_damage(writer.path, writer.manifest, writer.disk), writer.path)
     if damage:
         if on_damage is not None:
             on_damage(damage)

@@ -26,6 +26,7 @@ from gradstore.kernels.gram_tiles import CELL, Tile
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.layout import ShardLayout, file_layout
+from gradstore.store.files.target import target_of
 from gradstore.store.schema import Column, raw
 
 FORMAT = "gradstore-gram"
@@ -185,7 +186,7 @@ def open_gram_writer(
         raise UsageError("the directory does not exist", where=path.parent)
     part = path.with_name(f".{path.name}.part")
     fd = disk.lock(part)
-    if fd is None or not _is_at(fd, part):
+    if fd is None or not disk.is_at(fd, part):
         raise LockedError(
             "another process is writing this Gram matrix",
             where=path,
@@ -286,11 +287,6 @@ def _has_header(fd: int, layout: ShardLayout, path: Path, disk: Disk) -> bool:
     return True
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether an open file still has its name: its writer may have finished between our opening and locking it."""
-    return path.exists() and os.path.samestat(os.fstat(fd), os.stat(path))
-
-
 def _cells(columns: range) -> slice:
     return slice(columns.start // CELL, -(-columns.stop // CELL))
 
@@ -327,6 +323,7 @@ def write_tiles(
         Errors: those of `open_gram_writer` and `finished_gram`.
     """
     disk = disk or Disk()
+    path = target_of(path, streams=False).path
     found = finished_gram(path, shape, dtype, attributes, disk)
     if found is not None:
         return found

@@ -18,12 +18,14 @@ from gradstore.store.files.disk import Disk
 from gradstore.store.files.lock import LOCK, writer_lock
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
 from gradstore.store.files.manifest_file import read_manifest, write_manifest
+from gradstore.store.files.output import remove_leftovers
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
 from gradstore.store.identity import require_same
 
 RUN_LOG = "run.jsonl"
 _TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
 _SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
+_INDEX = r"index-[a-z0-9]+\.(?:safetensors|faiss|json)"
 
 
 class StoreWriter:
@@ -118,6 +120,7 @@ class StoreWriter:
         for name in sorted(os.listdir(self.path)):
             if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept):
                 self.disk.remove(self.path / name)
+        remove_leftovers(self.path, _INDEX, self.disk)
 
     def log(self, **event: Any) -> None:
         """Add one line to the run log, which is a record for people and no part of the store's identity."""
@@ -174,6 +177,7 @@ def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWrite
     disk = disk or Disk()
     read_manifest(path, disk)
     with writer_lock(path, disk):
+        remove_leftovers(path, _INDEX, disk)
         yield StoreWriter(path, read_manifest(path, disk), disk)
 
 

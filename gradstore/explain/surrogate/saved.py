@@ -14,6 +14,7 @@ from safetensors.numpy import save as serialise
 from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate.binding import Binding
 from gradstore.store.files.disk import Disk, MissingFileError
+from gradstore.store.files.output import write_output
 
 FORMAT = "gradstore-surrogate"
 VERSION = 1
@@ -37,11 +38,7 @@ def save_fitted(model: Any, path: Path) -> Path:
         "classes": None if "classes_" in tensors else model.classes_.tolist(),
     }
     described["report"]["logit_error_"] = repr(model.logit_error_)
-    disk = Disk()
-    target = path.absolute()
-    disk.make_directory(target.parent)
-    disk.replace_file(target, serialise(tensors, metadata={"gradstore": json.dumps(described)}))
-    return target
+    return write_output(path, [serialise(tensors, metadata={"gradstore": json.dumps(described)})]).absolute()
 
 
 def load_fitted(cls: type, path: Path) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +24,8 @@ from gradstore.search.index.index_file import shard_digests
 from gradstore.search.index.store_index import SketchIndex
 from gradstore.search.query_batch import QueryGroup
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.output import new_file, write_output
+from gradstore.store.files.target import target_of
 from gradstore.store.rows import Rows
 
 SPACES = ("sketch", "full")
@@ -237,18 +237,27 @@ def _binding(sketch: SketchIndex, factory: str) -> list[str]:
 
 
 def _save(faiss: ModuleType, index: Any, path: Path, sketch: SketchIndex, factory: str) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        faiss.write_index(index, str(temporary))
+    disk = sketch.store.disk
+    with new_file(target_of(path, of_store=True), disk) as (fd, temporary):
+        faiss.write_index(index, faiss.PyCallbackIOWriter(_Appended(disk, fd, path)))
         note = {
             "binding": _binding(sketch, factory),
             "shards": shard_digests(sketch.store),
             "sha256": _file_digest(temporary),
         }
-        os.replace(temporary, path)
-        Disk().replace_file(path.with_suffix(".json"), json.dumps(note).encode())
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_output(path.with_suffix(".json"), [json.dumps(note).encode()], of_store=True, disk=disk)
+
+
+class _Appended:
+    """Takes the bytes of an index as FAISS hands them over."""
+
+    def __init__(self, disk: Disk, fd: int, path: Path) -> None:
+        self._disk, self._fd, self._path, self._end = disk, fd, path, 0
+
+    def __call__(self, piece: bytes) -> int:
+        self._disk.write(self._fd, piece, self._end, self._path)
+        self._end += len(piece)
+        return len(piece)
 
 
 def _file_digest(path: Path) -> str:

@@ -22,6 +22,10 @@ _SECONDS = 20
 _PARSER = Path(__file__).with_name("foreign_parser.py")
 
 
+class UnreadHeaderError(UnsafeError):
+    """Nobody could say what a header holds."""
+
+
 def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
     """Refuse a shard whose HDF5 header is not exactly that of its schema.
 
@@ -29,7 +33,8 @@ def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
     attributes; nothing else: no further objects, links, filters, external storage, virtual datasets or type names.
 
     Raises:
-        UnsafeError: anything else is in the file, or parsing it crashes, hangs or takes more than 1 GB.
+        UnsafeError: anything else is in the file.
+        UnreadHeaderError: parsing it crashes, hangs or takes more than 1 GB.
     """
     expected = {
         column.name: [[shard.rows, *column.shape], column.dtype.str, shard.offsets[column.name]]
@@ -57,11 +62,25 @@ def _parse(path: str, header: str) -> Any:
         done = subprocess.run(
             command, env=environment, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL, check=False
         )
-        return json.loads(done.stdout) if done.returncode == 0 else f"a parser that ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS} s"
+    except subprocess.TimeoutExpired as error:
+        raise _unread(path, f"no answer within {_SECONDS} s") from error
+    except OSError as error:
+        raise _unread(path, f"no parser: {error.strerror}") from error
+    if done.returncode:
+        raise _unread(path, f"a parser that ended with status {done.returncode}")
+    try:
+        return json.loads(done.stdout)
     except ValueError:
         return "an answer that cannot be read"
+
+
+def _unread(path: str, got: str) -> UnreadHeaderError:
+    return UnreadHeaderError(
+        "the header of this shard is not the one that gradstore composes, and reading it has failed",
+        where=path,
+        got=got,
+        hint="Try again with more free memory; do not open it with other HDF5 tools",
+    )
 
 
 def _first_difference(found: Any, expected: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ def main(path: str) -> None:
     try:
         found: object = contents(path)
     except (RefusedError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if "errno = " in str(error):  # the system's, which says nothing of the file
+            raise
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
     print(json.dumps(found))
 

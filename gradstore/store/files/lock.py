@@ -47,9 +47,8 @@ def _locked(path: Path, disk: Disk) -> int:
                 hint="Wait for it to finish, or stop it; finished shards are kept",
             )
         # Someone may have removed the file between our opening and our locking it; a lock on it would bind nobody.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return fd
+        if disk.is_at(fd, path):
+            return fd
         os.close(fd)
 
 
