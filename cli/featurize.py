@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, memory_option, project_options, settings_options
+from .options import as_json, lock_option, memory_option, project_options, settings_options
 from .output import print_json, say
 from .progress import FeaturizeBar
 from .stopping import keeping, rows_kept
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
 @click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
+@lock_option()
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(

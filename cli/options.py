@@ -13,6 +13,7 @@ from gradstore.arithmetic.names import Choice
 from gradstore.kernels.definitions import PROJECTED
 from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.store.files.lock import LOCKS
 
 from .output import say
 
@@ -86,6 +87,15 @@ def settings_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def lock_option(when: str = "") -> Callable[[F], F]:
+    """`--lock`; `when` it is heeded, a few words that begin its help."""
+    ways = "; ".join(f"{name}: {meaning}" for name, meaning in LOCKS.items())
+    text = f"{when}: how other writers are kept out" if when else "How other writers are kept out"
+    return click.option(
+        "--lock", default="auto", show_default=True, type=click.Choice(list(LOCKS)), help=f"{text}. {ways}."
+    )
 
 
 def memory_option(default: str) -> Callable[[F], F]:

@@ -77,6 +77,7 @@ def featurize(
     verify: bool = True,
     grow_from: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    lock: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -106,6 +107,8 @@ def featurize(
         grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
             store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
         workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
+        lock: how other writers are kept out: "auto", which is `flock`, or an owner file where the file system has
+            none; "flock"; "file"; or "none". See `gradstore.store.files.lock.LOCKS`.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
@@ -141,7 +144,7 @@ def featurize(
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
-    with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
+    with open_writer(Path(out), plan.manifest, disk, plan.data_of_first, lock) as writer:
         if verify:
             _drop_damaged(writer, on_damage)
         if writer.manifest.missing:

@@ -57,6 +57,7 @@ def import_features(
     logits: Any = None,
     classes: Sequence[str] | None = None,
     dtype: str = "float16",
+    lock: str = "auto",
     disk: Disk | None = None,
 ) -> FeatureStore:
     """Copy features [n, K] or [n, c, K] into a store (`gradstore.store.import_features`).
@@ -75,6 +76,7 @@ def import_features(
         logits: float [n, classes]; default NaN.
         classes: names of the classes; default "0", "1", ….
         dtype: of the stored features.
+        lock: how other writers are kept out: "auto", "flock", "file" or "none"; see `gradstore.store.files.lock.LOCKS`.
         disk: where bytes go.
 
     Returns:
@@ -96,7 +98,7 @@ def import_features(
         raise UsageError("labels or logits do not fit", where=source, expected=f"[{n}] and [{n}, {c}]", got=given)
     schema = Schema(c, K, width, dtype)
     manifest = _manifest(schema, provenance, features, truth, split, classes)
-    with open_writer(Path(out), manifest, disk) as writer:
+    with open_writer(Path(out), manifest, disk, lock=lock) as writer:
         writer.require_space()
         with in_background(writer) as background:
             for index in writer.missing:

@@ -108,6 +108,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     repair: bool = False,
+    lock: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     disk: Disk | None = None,
 ) -> Verification:
@@ -118,6 +119,8 @@ def verify(
         repair: drop the damaged shards, so that the same `gradstore featurize` command computes just those again. Only
             what was read and is not what was written is damage, and a file that is missing; one that the disk fails to
             read is reported and kept.
+        lock: with `repair`, how other writers are kept out: "auto", "flock", "file" or "none"; see
+            `gradstore.store.files.lock.LOCKS`.
         progress: called with (rows read, rows stored).
         disk: where bytes come from.
 
@@ -133,7 +136,7 @@ def verify(
     if not repair:
         store = FeatureStore(path, disk=disk)
         return _verification(store, find_damage(store.path, store.manifest, store.disk, progress))
-    with open_for_repair(Path(path), disk) as writer:
+    with open_for_repair(Path(path), disk, lock) as writer:
         store = FeatureStore(path, disk=disk)
         damage = find_damage(store.path, store.manifest, store.disk, progress)
         writer.drop(found.shard for found in damage if not found.unread)
