@@ -78,6 +78,16 @@ def slow(seconds: float) -> WatchedDisk:
     return WatchedDisk(lambda name, arguments: time.sleep(seconds))
 
 
+def without_flock(kind: str = "ENOLCK") -> WatchedDisk:
+    """A network file system that has no `flock`."""
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "_flock":
+            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    return WatchedDisk(before)
+
+
 class NoLockDisk(Disk):
     """A control: a lock that nobody holds."""
 

@@ -83,13 +83,14 @@ def owner_lock(path: Path, disk: Disk) -> Iterator[OwnerLock]:
     fd = disk.open_new(own)
     try:
         disk.write(fd, json.dumps(vars(owner)).encode(), 0, own)
-        _Attempt(path, own, fd, owner, disk).take(path)
-        _remove_old(path, fd, owner, disk)
         held = OwnerLock(path, owner, disk)
-        with _beating(fd, own, disk):
-            try:
+        try:
+            _Attempt(path, own, fd, owner, disk).take(path)
+            _remove_old(path, fd, owner, disk)
+            with _beating(fd, own, disk):
                 yield held
-            finally:
+        finally:
+            for _ in range(2):  # a disk may fail once
                 with suppress(GradstoreError):
                     held.require_held()
                     disk.remove(path)
