@@ -55,6 +55,13 @@ def hold(path: str, said: str, locks: bool, flock: bool = True, **_: Any) -> Non
         say(said, f"exit {error.exit_code}: {error}")
 
 
+def write_one(path: str, kind: str, letter: str, source: str, seconds: float = 0.001, **_: Any) -> None:
+    """Write one output of a kind, slowly."""
+    import outputs
+
+    outputs.WRITERS[kind](Path(path), letter, slow(seconds), Path(source))
+
+
 def run_command(arguments: list[str], stderr: str, shard_flops: float, **_: Any) -> None:
     """A whole command, as from the shell, with small shards."""
     import gradstore_cli
@@ -74,7 +81,7 @@ def say(said: str, line: str) -> None:
     os.close(fd)
 
 
-JOBS = {job.__name__: job for job in (write_slowly, append_naively, hold, run_command)}
+JOBS = {job.__name__: job for job in (write_slowly, append_naively, hold, write_one, run_command)}
 
 
 def child(order: dict[str, Any]) -> None:
