@@ -62,8 +62,9 @@ def write_one(path: str, kind: str, letter: str, source: str, seconds: float = 0
     outputs.WRITERS[kind](Path(path), letter, slow(seconds), Path(source))
 
 
-def run_command(arguments: list[str], stderr: str, shard_flops: float, **_: Any) -> None:
+def run_command(arguments: list[str], stderr: str, shard_flops: float, folder: str = ".", **_: Any) -> None:
     """A whole command, as from the shell, with small shards."""
+    os.chdir(folder)
     import gradstore_cli
 
     import gradstore.featurization.plan

@@ -69,10 +69,10 @@ def race(forks: Forks, path: Path, kind: str, source: Path, chance: random.Rando
 def test_of_two_writers_one_of_which_is_killed_the_result_is_whole(
     forks: Forks, source: Path, fast: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    chance, rounds, races, killed = random.Random(0), amount(30, 300), 0, 0
+    chance, races, killed = random.Random(0), 0, 0
     for kind, name in KINDS.items():
         whole = expected(kind, fast / f"whole-{kind}", source)
-        for i in range(rounds):
+        for i in range(amount(30 if kind == "npy" else 8, 300)):  # the one that was wrong in 6 of 30
             path = fast / f"{kind}{i}" / name
             path.parent.mkdir()
             statuses = race(forks, path, kind, source, chance)
@@ -85,15 +85,15 @@ def test_of_two_writers_one_of_which_is_killed_the_result_is_whole(
             assert path.read_bytes() == whole["a"]
             races += 1
     assert killed > races / 4
-    bad = bad_races_with_a_fixed_name(forks, fast, source, chance)
-    why = f"one temporary name for all: {bad} of 30 are not whole, or fail"
+    bad = bad_races_with_a_fixed_name(forks, fast, source, chance, 20)
+    why = f"one temporary name for all: {bad} of 20 are not whole, or fail"
     record("F19", "two writers of one output, one killed", injected=races, recovered=races, refused=0, silent=0,
            control=why)  # fmt: skip
 
 
-def bad_races_with_a_fixed_name(forks: Forks, fast: Path, source: Path, chance: random.Random) -> int:
+def bad_races_with_a_fixed_name(forks: Forks, fast: Path, source: Path, chance: random.Random, races: int) -> int:
     whole, bad = [letter.encode() * 50_000 for letter in LETTERS], 0
-    for i in range(30):
+    for i in range(races):
         path = fast / f"fixed{i}" / "x"
         path.parent.mkdir()
         statuses = race(forks, path, "fixed_name", source, chance)
