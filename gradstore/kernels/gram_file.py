@@ -26,6 +26,7 @@ from gradstore.kernels.gram_tiles import CELL, Tile
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.layout import ShardLayout, file_layout
+from gradstore.store.files.lock import locked_file
 from gradstore.store.files.target import target_of
 from gradstore.store.schema import Column, raw
 
@@ -185,14 +186,12 @@ def open_gram_writer(
     if not path.parent.is_dir():
         raise UsageError("the directory does not exist", where=path.parent)
     part = path.with_name(f".{path.name}.part")
-    fd = disk.lock(part)
-    if fd is None or not disk.is_at(fd, part):
-        raise LockedError(
-            "another process is writing this Gram matrix",
-            where=path,
-            hint="Wait for it to finish, or stop it; finished tiles are kept",
-        )
-    try:
+    refusal = LockedError(
+        "another process is writing this Gram matrix",
+        where=path,
+        hint="Wait for it to finish, or stop it; finished tiles are kept",
+    )
+    with locked_file(part, disk, refusal) as fd:
         if not _is_begun(fd, part, disk):
             _begin(part, fd, layout, disk)
         elif not _has_header(fd, layout, part, disk):
@@ -210,8 +209,6 @@ def open_gram_writer(
             raise
         writer.require_whole()
         disk.publish(part, path)
-    finally:
-        os.close(fd)
 
 
 def finished_gram(

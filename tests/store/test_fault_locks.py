@@ -19,8 +19,11 @@ from conftest import Record
 from faulty_disk import KilledError, WatchedDisk, failing, without_flock
 from forking import Forks
 from small_store import columns, data, files, fill, plan, write
+from synthetic import clustered, write_store
 
 from gradstore.errors import CorruptError, LockedError, UnsafeError, UsageError
+from gradstore.kernels.gram import gram
+from gradstore.kernels.gram_file import open_gram_writer
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files import owner_file
 from gradstore.store.files.disk import Disk
@@ -200,6 +203,21 @@ def test_a_takeover_may_die_at_any_call(
             os.utime(old, (0, 0))
     with owner_lock(path, Disk()):
         assert len(list(fast.glob(".lock.owner*"))) == 2  # the lock and its owner's name for it
+
+
+def test_a_gram_matrix_is_locked_without_flock(fast: Path) -> None:
+    store = write_store(fast / "store", clustered(40, 2, 32))
+    tiles = gram(store, memory="64MB")
+    attributes: dict[str, str | int] = {"formula": "any", "symmetric": 1}
+    (tile,) = tiles
+    with open_gram_writer(fast / "g.h5", (40, 40), "float32", attributes, without_flock()) as writer:
+        with (
+            pytest.raises(LockedError, match="another process is writing this Gram matrix"),
+            open_gram_writer(fast / "g.h5", (40, 40), "float32", attributes, without_flock()),
+        ):
+            pass
+        writer.write(tile)
+    assert sorted(os.listdir(fast)) == ["g.h5", "store"]
 
 
 def test_who_was_taken_for_dead_publishes_nothing(fast: Path) -> None:

@@ -87,6 +87,37 @@ def _flock(directory: Path, disk: Disk, *, needed: bool) -> Iterator[bool]:
         os.close(fd)
 
 
+@contextmanager
+def locked_file(path: Path, disk: Disk, refusal: LockedError) -> Iterator[int]:
+    """Open a file, created where missing, as its only writer: by `flock`, or where there is none by an owner file.
+
+    Args:
+        path: the file.
+        disk: where it is.
+        refusal: what to raise where another process writes it.
+
+    Yields:
+        Its descriptor, open within the block.
+
+    Raises:
+        LockedError: the refusal.
+    """
+    with ExitStack() as held:
+        try:
+            fd = disk.lock(path)
+        except NoFlockError:
+            try:
+                held.enter_context(owner_lock(path.with_name(f"{path.name}.owner"), disk))
+            except LockedError as error:
+                raise refusal from error
+            fd = disk.open_in_place(path)
+        if fd is not None:
+            held.callback(os.close, fd)
+        if fd is None or not disk.is_at(fd, path):  # its writer may finish between our opening and locking it
+            raise refusal
+        yield fd
+
+
 def _locked(path: Path, disk: Disk) -> int:
     while True:
         fd = disk.lock(path)
