@@ -140,13 +140,13 @@ def test_a_call_that_fails_leaves_nothing_behind(kind: str, source: Path, fast: 
             found = refusal(kind, path, failing(at, error, False), source)
             if found is not None:
                 refused += 1
-                kept = 5 if kind in ("npy", "safetensors") and error in ("EIO",) else status
-                assert found.exit_code in (status, kept, 2 if kind == "index" and status == 5 else status), found
+                # An index is not needed: that it cannot be saved is said as what can be done instead.
+                assert found.exit_code == (2 if kind == "index" and status == 5 else status), found
                 assert "\n" not in str(found)
             assert path.read_bytes() in whole.values()
-            assert os.listdir(path.parent) == [path.name] or "_unlink" in str(found)
+            assert os.listdir(path.parent) == [path.name]
     assert refused > injected / 2
-    record("F20", f"a call that fails while an output is written: {kind}", injected=injected,
+    record("F20", "a call that fails while an output is written", injected=injected,
            recovered=injected - refused, refused=refused, silent=0, control=written_in_place(fast))  # fmt: skip
 
 
@@ -200,14 +200,18 @@ def test_a_new_file_that_is_taken_for_a_leftover_is_begun_again(fast: Path) -> N
 def test_a_store_loses_the_leftovers_of_its_indexes(fast: Path) -> None:
     write(fast / "store")
     for clean in (lambda: write(fast / "store"), lambda: open_for_repair(fast / "store").__enter__()):
-        dead = fast / "store/.index-classes.safetensors.0123abcd.tmp"
+        dead = fast / f"store/.index-classes.safetensors.{output._host()}0123abcd.tmp"
+        other = fast / f"store/.index-classes.safetensors.{int(output._host(), 16) ^ 1:04x}0123abcd.tmp"
+        other.write_bytes(b"of a writer on another host, whose lock may not be seen here")
         dead.write_bytes(b"half")
         mine = fast / "store/.notes.0123abcd.tmp"
         mine.write_bytes(b"mine")
         clean()
         assert not dead.exists()
         assert mine.exists()
+        assert other.exists()
         mine.unlink()
+        other.unlink()
 
 
 # -- what an output must not replace ------------------------------------------------------------------------------

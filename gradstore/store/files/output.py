@@ -1,9 +1,10 @@
 """The one way to write an output: tables, pages, surrogates, exports, indexes, project files. Whole or not at all.
 
-It is written beside its place under a random name, `.<name>.<8 digits>.tmp`, synced, renamed, and its folder synced. As
-long as it is written its temporary file is locked by `flock`, which ends with the process however that ends: so the
-next writer of the same output knows which ones nobody writes any more, and removes these alone. Two writers never share
-a temporary file, and whoever renames last wins, with a whole file. Where a file system has no `flock` leftovers stay.
+It is written beside its place under a random name, `.<name>.<12 digits>.tmp`, synced, renamed, and its folder synced.
+As long as it is written its temporary file is locked by `flock`, which ends with the process however that ends: so the
+next writer of the same output knows which ones nobody writes any more, and removes these alone. Some network file
+systems have no `flock`, or one that other hosts do not see: there leftovers stay, and the first digits stand for the
+host. Two writers never share a temporary file, and whoever renames last wins, with a whole file.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import re
 import secrets
 import select
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 from gradstore.errors import GradstoreError, UsageError
@@ -99,14 +102,14 @@ def new_file(target: Target, disk: Disk, size: int = 0, *, keep: bool = False) -
 
 
 def remove_leftovers(folder: Path, stem: str, disk: Disk) -> None:
-    """Remove temporary files that no process writes any more.
+    """Remove temporary files of this host that no process writes any more.
 
     Args:
         folder: where they are.
         stem: a regular expression of the names that outputs have, such as those of indexes.
         disk: where files are.
     """
-    pattern = re.compile(rf"\.(?:{stem})\.[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"\.(?:{stem})\.{_host()}[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
         for name in os.listdir(folder):
             if pattern.fullmatch(name):
@@ -128,7 +131,7 @@ def _begin(target: Target, disk: Disk) -> tuple[int, Path]:
     """A new temporary file that this process holds the lock of."""
     mode = 0o666 if target.mode is None else 0o600  # of a private file nobody sees a byte meanwhile
     for _ in range(_TRIES):
-        temporary = target.path.with_name(f".{_stem(target.path)}.{secrets.token_hex(4)}.tmp")
+        temporary = target.path.with_name(f".{_stem(target.path)}.{_host()}{secrets.token_hex(4)}.tmp")
         fd = disk.open_new(temporary, mode)
         try:
             with suppress(NoFlockError):
@@ -150,6 +153,11 @@ def _publish_new(temporary: Path, path: Path, disk: Disk) -> None:
         raise UsageError("this file exists and is left alone", where=path, hint="Name another file")
     disk.remove(temporary)
     disk.sync_directory(path.parent)
+
+
+def _host() -> str:
+    """Four digits that stand for this host."""
+    return sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def _stem(path: Path) -> str:
