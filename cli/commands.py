@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from gradstore.errors import GradstoreError
+from gradstore.errors import ClosedError, GradstoreError
 
 from .attribute import attribute
 from .check import check
@@ -125,7 +125,8 @@ def _status(arguments: list[str], traceback: bool) -> int:
     except GradstoreError as error:
         if traceback:
             raise
-        say_error(error)
+        if not isinstance(error, ClosedError):  # as for stdout, of which nobody reads any more
+            say_error(error)
         return error.exit_code
     except Exception as error:
         if traceback:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import alone_option, as_json, memory_option, project_options, settings_options
+from .options import alone_option, as_json, lock_option, memory_option, project_options, settings_options
 from .output import print_json, say
 from .progress import CountBar, FeaturizeBar
 from .stopping import keeping, rows_kept
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     help="Whose inputs are compared before going on: all stored rows', or those of 256 random ones.",
 )
 @alone_option
+@lock_option()
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(

@@ -10,17 +10,19 @@ import click
 
 from .options import as_json, kernel_option, memory_option
 from .output import print_json, print_pairs, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from gradstore.explain.surrogate import KernelGLM
 
 
 @click.command(
+    cls=Writing,
     short_help="Fit a surrogate of the network.",
     epilog="Example: gradstore fit stores/train --out surrogate.safetensors --alpha auto",
 )
 @click.argument("train", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write, or to replace.")
+@output_option("--out", "File to write, or to replace.", required=True)
 @kernel_option
 @click.option(
     "--backend",

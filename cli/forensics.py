@@ -11,6 +11,7 @@ from gradstore.kernels.definitions import PROJECTED
 
 from .options import as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from gradstore.explain.forensics import Forensics
@@ -20,6 +21,7 @@ SHOWN = 10
 
 
 @click.command(
+    cls=Writing,
     short_help="Flag queries that trace back to poison.",
     epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html",
 )
@@ -42,7 +44,7 @@ SHOWN = 10
     show_default=True,
     help=kernel_help() + " May be repeated.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
+@output_option("--html", "Write a page with pictures.")
 @memory_option("1GB")
 @as_json
 def forensics(

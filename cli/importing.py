@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
+from .options import as_json, lock_option
 from .output import print_json, say
 from .stopping import keeping, rows_kept
 
@@ -34,6 +34,7 @@ from .stopping import keeping, rows_kept
 @click.option("--labels", type=click.Path(path_type=Path), help="A .npy file of labels.")
 @click.option("--logits", type=click.Path(path_type=Path), help="A .npy file of the network's outputs.")
 @click.option("--dtype", default="float16", show_default=True, help="Of the stored features: float16, float32 or int8.")
+@lock_option()
 @as_json
 def import_command(
     source: Path,
@@ -48,6 +49,7 @@ def import_command(
     labels: Path | None,
     logits: Path | None,
     dtype: str,
+    lock: str,
     as_json: bool,
 ) -> None:
     """Make a store of features [n, K] or [n, c, K] that another tool left in SOURCE: .npy, or a raw memory map."""
@@ -65,6 +67,7 @@ def import_command(
             labels=None if labels is None else read_array(labels),
             logits=None if logits is None else read_array(logits),
             dtype=dtype,
+            lock=lock,
         )
     if as_json:
         print_json({"store": str(out), **store.card()})

@@ -17,9 +17,10 @@ from .output import print_json, say
 @as_json
 def init(path: Path, as_json: bool) -> None:
     """Write a commented project file, by default project.py, that runs as it is."""
-    from gradstore.model.starter_file import write_starter
+    from gradstore.model.starter_file import STARTER
+    from gradstore.store.files.output import write_output
 
-    write_starter(path)
+    write_output(path, [STARTER.encode()], keep=True)
     if as_json:
         print_json({"project": str(path)})
     else:

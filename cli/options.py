@@ -13,6 +13,7 @@ from gradstore.arithmetic.names import Choice
 from gradstore.kernels.definitions import PROJECTED
 from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.store.files.lock import LOCKS
 
 from .output import say
 
@@ -92,6 +93,15 @@ def alone_option(function: F) -> F:
     """`--alone`."""
     text = "Compute each example by itself, for a model that looks at its batch; slower, as `check --alone` measures."
     return click.option("--alone", is_flag=True, help=text)(function)
+
+
+def lock_option(when: str = "") -> Callable[[F], F]:
+    """`--lock`; `when` it is heeded, a few words that begin its help."""
+    ways = "; ".join(f"{name}: {meaning}" for name, meaning in LOCKS.items())
+    text = f"{when}: how other writers are kept out" if when else "How other writers are kept out"
+    return click.option(
+        "--lock", default="auto", show_default=True, type=click.Choice(list(LOCKS)), help=f"{text}. {ways}."
+    )
 
 
 def memory_option(default: str) -> Callable[[F], F]:

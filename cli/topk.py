@@ -11,6 +11,7 @@ from gradstore.arithmetic.names import ENGINES
 
 from .options import as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
 from .output import print_json, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ SHOWN = 20
 
 
 @click.command(
+    cls=Writing,
     short_help="List the most similar training examples.",
     epilog="Examples: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html, "
     'gradstore topk stores/train project.py --split test --rows 0:100 --classes "cat - dog"',
@@ -47,8 +49,8 @@ SHOWN = 20
 )
 @choice_option("--engine", ENGINES, "With exact, for the same answer:")
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
-@click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")
+@output_option("--csv", "Write query_row, rank, train_row, similarity to a file.")
+@output_option("--html", "Write a page with pictures (the first 50 queries).")
 @memory_option("1GB")
 @as_json
 def topk(

@@ -110,3 +110,9 @@ class UnsafeError(GradstoreError):
     """The input could run code or read another file, so it was refused."""
 
     exit_code = 9
+
+
+class ClosedError(GradstoreError):
+    """Nobody reads an output that is a pipe."""
+
+    exit_code = 141

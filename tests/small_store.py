@@ -17,7 +17,7 @@ from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import Schema
 from gradstore.store.store_writer import StoreWriter, open_writer
-from gradstore.store.verify import find_damage
+from gradstore.store.verify import find_damage, require_read
 
 SCHEMA = Schema(c=2, K=12, classes=2, dtype="float16", preview=(4,))
 N, SHARD_ROWS, GROUP = 22, 8, 4
@@ -93,7 +93,8 @@ def write(
 ) -> None:
     """Create, continue, mend or append to the store of the first n rows."""
     with open_writer(path, plan(n, shard_rows=shard_rows), disk, data) as writer:
-        writer.drop(found.shard for found in find_damage(path, writer.manifest, writer.disk))
+        damage = require_read(find_damage(path, writer.manifest, writer.disk), path)
+        writer.drop(found.shard for found in damage)
         fill(writer, each)
 
 

@@ -33,7 +33,7 @@ from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest import Manifest, Shard
 from gradstore.store.files.shard_file import ShardFile
 from gradstore.store.store_writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
-from gradstore.store.verify import Damage, find_damage
+from gradstore.store.verify import Damage, find_damage, require_read
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,6 +83,7 @@ def featurize(
     workers: int = 1,
     alone: bool = False,
     data_check: str = "all",
+    lock: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -117,6 +118,8 @@ def featurize(
             slower, as `gradstore check --alone` measures. A store that was begun otherwise does not go on so.
         data_check: "all" reads every stored row's input again and compares its digest; "sample" does so for 256 random
             rows, and a note says what that can miss.
+        lock: how other writers are kept out: "auto", which is `flock`, or an owner file where the file system has
+            none; "flock"; "file"; or "none". See `gradstore.store.files.lock.LOCKS`.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
@@ -133,6 +136,7 @@ def featurize(
         ProjectError: the project is wrong.
         MismatchError: `out` holds a store of another identity, or a stored row has other inputs now.
         LockedError: another process is writing it.
+        CorruptError: the disk fails to read a shard; nothing is dropped.
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
             not that by P.
@@ -162,7 +166,7 @@ def featurize(
         if on_note is not None:
             on_note(note)
     same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)
-    with open_writer(Path(out), plan.manifest, disk, plan.data_of, same) as writer:
+    with open_writer(Path(out), plan.manifest, disk, plan.data_of, same, lock) as writer:
         if verify:
             _drop_damaged(writer, on_damage)
         mark_poisoned(plan, writer, on_note)
@@ -304,7 +308,7 @@ class _Run:
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
     """Make the damaged shards of a store missing, so that they are computed again."""
-    damage = find_damage(writer.path, writer.manifest, writer.disk)
+    damage = require_read(find_damage(writer.path, writer.manifest, writer.disk), writer.path)
     if damage:
         if on_damage is not None:
             on_damage(damage)

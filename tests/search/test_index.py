@@ -218,7 +218,7 @@ def test_a_store_that_cannot_be_written_is_one_line(
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("gradstore.search.index.index_file.save_file", refuse)
+    monkeypatch.setattr("gradstore.store.files.disk.Disk._pwrite", refuse)
     with pytest.raises(UsageError, match=r"the index cannot be saved .*Permission denied.* Use mode exact"):
         open_index(small, rebuild=True)
     assert not list(small.path.glob("*.tmp"))
