@@ -1,4 +1,4 @@
-"""F12: every stored row's input is compared before a store goes on; labels and marks are annotations, and may change."""
+"""F12: every stored row's input is compared before a store goes on; labels and marks may change: annotations."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ from gradstore.machine.user_cache import made_user_key, user_key
 from gradstore.search.index.index_file import shard_digests
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.output import new_file, write_output
+from gradstore.store.files.target import target_of
 
 _MOST_NOTE = 16 << 20  # bytes of a note: some 80 a shard
 _CHUNK = 1 << 20

@@ -7,6 +7,7 @@ with a digest of everything in the file. Whatever does not agree is computed aga
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import UnsafeError
-from gradstore.store.files.confined import answer_of
+from gradstore.store.files.confined import Unanswered, answer_of
 from gradstore.store.files.manifest import Shard
 from gradstore.store.schema import Schema
 
