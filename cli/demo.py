@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
+from .options import PATH, as_json
 from .output import print_json, say
 from .stopping import ON, keeping
 
@@ -15,7 +15,7 @@ from .stopping import ON, keeping
 @click.command(
     short_help="Find the poison in a digits classifier.", epilog="Example: gradstore demo demo && open demo/report.html"
 )
-@click.argument("directory", default="demo", type=click.Path(path_type=Path))
+@click.argument("directory", default="demo", type=PATH)
 @click.option(
     "--seed",
     default=0,

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, memory_option, project_options, settings_options
+from gradstore.errors import shown
+from gradstore.machine.byte_counts import AUTO
+
+from .options import PATH, as_json, memory_option, parse_count, project_options, settings_options
 from .output import print_json, say
 from .progress import FeaturizeBar
 from .stopping import keeping, rows_kept
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 )
 @project_options
 @settings_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
+@click.option("--out", required=True, type=PATH, help="Directory of the store.")
 @click.option(
     "--batch-size",
     default="auto",
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Read existing shards first, compute damaged ones again.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
-@click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), help="Processes, on the CPU.")
+@click.option("--grow-from", type=PATH, help="A store with a smaller --proj-dim to take over.")
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(
@@ -90,8 +93,9 @@ def _say_damage(damage: Sequence[Damage]) -> None:
 
 
 def _batch_size(value: str) -> int | None:
-    if value == "auto":
+    if value == AUTO:
         return None
-    if not value.isdigit() or int(value) < 1:
-        raise click.BadParameter(f"expected auto or a positive integer, got {value!r}")
-    return int(value)
+    size = parse_count(value)
+    if size is None:
+        raise click.BadParameter(f"expected auto or a positive integer, got {shown(value)}")
+    return size

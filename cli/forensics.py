@@ -9,7 +9,7 @@ import click
 
 from gradstore.kernels.definitions import PROJECTED
 
-from .options import as_json, kernel_help, memory_option
+from .options import FILE, PATH, as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ SHOWN = 10
     short_help="Flag queries that trace back to poison.",
     epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html",
 )
-@click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
+@click.argument("queries", nargs=-1, required=True, type=PATH)
 @click.option(
     "--poisoned",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Poisoned training rows: one index a line, or a .npy mask or index array.  [default: what the store knows]",
 )
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours that vote.")
@@ -42,7 +42,7 @@ SHOWN = 10
     show_default=True,
     help=kernel_help() + " May be repeated.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
+@click.option("--html", type=FILE, help="Write a page with pictures.")
 @memory_option("1GB")
 @as_json
 def forensics(

@@ -12,7 +12,7 @@ import click
 from gradstore.arithmetic.names import ARITHMETICS
 from gradstore.kernels.definitions import EXACT, PROJECTED
 
-from .options import as_json, assignments_option, choice_option, memory_option
+from .options import FILE, PATH, as_json, assignments_option, choice_option, memory_option
 from .output import print_json, print_pairs, say
 from .progress import CountBar
 from .stopping import ON, keeping
@@ -23,12 +23,12 @@ from .stopping import ON, keeping
     epilog="Examples: gradstore gram stores/train stores/test --out gram.h5   "
     "gradstore gram project.py train test --kernel trntk --out exact.h5",
 )
-@click.argument("source", metavar="STORE|PROJECT.PY", type=click.Path(path_type=Path))
+@click.argument("source", metavar="STORE|PROJECT.PY", type=PATH)
 @click.argument("sides", nargs=-1, metavar="[STORE|SPLIT]...")
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="HDF5 file to write; continued where it was interrupted.",
 )
 @click.option(

@@ -9,7 +9,7 @@ import click
 
 from gradstore.arithmetic.names import ENGINES
 
-from .options import as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
+from .options import FILE, PATH, as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ SHOWN = 20
     epilog="Examples: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html, "
     'gradstore topk stores/train project.py --split test --rows 0:100 --classes "cat - dog"',
 )
-@click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", metavar="QUERIES|PROJECT.PY", type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
+@click.argument("queries", metavar="QUERIES|PROJECT.PY", type=PATH)
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
 @kernel_option
 @click.option("--rows", callback=parse_rows, help="Query rows, e.g. 0:100 or 3,5,8.  [default: all]")
@@ -47,8 +47,8 @@ SHOWN = 20
 )
 @choice_option("--engine", ENGINES, "With exact, for the same answer:")
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
-@click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")
+@click.option("--csv", type=FILE, help="Write query_row, rank, train_row, similarity to a file.")
+@click.option("--html", type=FILE, help="Write a page with pictures (the first 50 queries).")
 @memory_option("1GB")
 @as_json
 def topk(

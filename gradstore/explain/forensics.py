@@ -218,7 +218,7 @@ def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
     stored = str(path).endswith(".npy")
     try:
         value = np.load(path, allow_pickle=False) if stored else _read_lines(Path(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UsageError(
             "not a list of poisoned rows",
             where=path,

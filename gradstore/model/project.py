@@ -250,6 +250,8 @@ def _run(file: Path) -> ModuleType:
         sys.path.insert(0, str(file.parent))
     try:
         code = compile(file.read_bytes(), str(file), "exec")
+    except OSError as error:
+        raise ProjectError("the project file cannot be read", where=file, got=error.strerror) from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ProjectError(

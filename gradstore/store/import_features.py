@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def read_array(path: Path) -> np.ndarray:
     """
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UsageError("this is no .npy array", where=path, got=str(error)[:120]) from error
 
 
@@ -130,10 +131,11 @@ def _mapped(source: Path, shape: Sequence[int] | None, dtype: str) -> np.ndarray
         else:
             if dtype not in ("float16", "float32"):
                 raise ValueError(f"dtype {dtype!r}")
+            size, item = source.stat().st_size, np.dtype(dtype).itemsize
+            if min(shape, default=0) < 1 or size != item * math.prod(shape):
+                raise ValueError(f"{size} bytes for shape {list(shape)} of {dtype}")
             array = np.memmap(source, dtype, mode="r", shape=tuple(shape))
-            if array.nbytes != source.stat().st_size:
-                raise ValueError(f"{source.stat().st_size} bytes for shape {list(shape)} of {dtype}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         hint = "For a raw memory map give its shape and dtype" if shape is None else None
         raise UsageError("this is no array of features", where=source, got=str(error)[:120], hint=hint) from error
     if array.ndim not in (2, 3) or array.dtype.kind != "f" or 0 in array.shape:
