@@ -43,7 +43,7 @@ SHOWN = 10
     help=kernel_help() + " May be repeated.",
 )
 @click.option("--html", type=FILE, help="Write a page with pictures.")
-@memory_option("1GB")
+@memory_option("1GB", result=True)
 @as_json
 def forensics(
     train: Path,
@@ -74,7 +74,7 @@ def forensics(
         write_forensics(forensics_page(results), html)
         say(f"wrote {html}")
     if as_json:
-        print_json([result.as_dict() for result in results] if len(results) > 1 else results[0].as_dict())
+        print_json((result.streamed() for result in results) if len(results) > 1 else results[0].streamed())
         return
     for i, result in enumerate(results):
         click.echo("\n" if i else "", nl=False)
@@ -95,10 +95,10 @@ def _print(result: Forensics) -> None:
         pairs["recall"] = _proportion(found.recall, f"{found.tp} of {found.tp + found.fn} poisoned are flagged")
         pairs["counts"] = f"TP {found.tp}  FP {found.fp}  FN {found.fn}  TN {found.tn}"
     print_pairs(pairs)
-    culprits = result.culprits()
+    culprits = result.culprits(SHOWN)
     if culprits:
         click.echo()
-        rows = [(str(row), str(count), "yes" if result.poisoned[row] else "no") for row, count in culprits[:SHOWN]]
+        rows = [(str(row), str(count), "yes" if result.poisoned[row] else "no") for row, count in culprits]
         print_table(("training row", "flagged queries that point to it", "poisoned"), rows, right=(0, 1))
 
 

@@ -133,8 +133,9 @@ def settings_options(function: F) -> F:
     return function
 
 
-def memory_option(default: str) -> Callable[[F], F]:
-    """`--memory`; "auto" where it depends on the device."""
+def memory_option(default: str, *, result: bool = False) -> Callable[[F], F]:
+    """`--memory`; "auto" where it depends on the device; whether the `result` counts."""
+    beside = "the result included" if result else "beside the model and the result"
     auto = "; auto is 2GB on a CPU and three quarters of a GPU's memory" if default == AUTO else ""
     return click.option(
         "--memory",
@@ -142,7 +143,7 @@ def memory_option(default: str) -> Callable[[F], F]:
         callback=partial(_promised, or_auto=default == AUTO),
         show_default=True,
         metavar="BYTES",
-        help=f"Memory to use beside the model and the result, e.g. 2GB{auto}.",
+        help=f"Memory to use, {beside}, e.g. 2GB{auto}.",
     )
 
 

@@ -48,8 +48,8 @@ SHOWN = 20
 @choice_option("--engine", ENGINES, "With exact, for the same answer:")
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
 @click.option("--csv", type=FILE, help="Write query_row, rank, train_row, similarity to a file.")
-@click.option("--html", type=FILE, help="Write a page with pictures (the first 50 queries).")
-@memory_option("1GB")
+@click.option("--html", type=FILE, help="Write a page with pictures (the first 50 of queries and neighbours).")
+@memory_option("1GB", result=True)
 @as_json
 def topk(
     train: Path,
@@ -103,7 +103,7 @@ def topk(
             save(path)
             say(f"wrote {path}")
     if as_json:
-        print_json(result.records())
+        print_json(map(result.record, range(len(result.rows))))
     else:
         _print(result)
 
@@ -119,7 +119,7 @@ def _featurize(
 
 def _print(result: TopK) -> None:
     rows = []
-    for record in result.records()[:SHOWN]:
+    for record in map(result.record, range(min(SHOWN, len(result.rows)))):
         near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}{_error(n)}" for n in record["neighbours"]]
         rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", *near))
     ranks = [f"#{rank}" for rank in range(1, result.k + 1)]
