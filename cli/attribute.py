@@ -56,7 +56,13 @@ def _print(record: dict[str, Any]) -> None:
     question = f"why {record['class']}" + (f" rather than {other}" if other else "")
     click.echo(on_one_line(f"query row {record['row']}, {record['predicted']} by the surrogate: {question}?") + "\n")
     rows = [
-        (sign, str(item["row"]), item["label"] or "—", f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
+        (
+            sign,
+            str(item["row"]),
+            on_one_line(item["label"] or "—"),
+            f"{item['attribution']:+.4f}",
+            f"{item['similarity']:.3f}",
+        )
         for sign, name in (("for", "contributors"), ("against", "opponents"))
         for item in record[name]
     ]

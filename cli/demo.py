@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .options import PATH, as_json
-from .output import print_json, say
+from .output import print_json, printable, say
 from .stopping import ON, keeping
 
 
@@ -39,4 +39,4 @@ def demo(directory: Path, seed: int, proj_dim: int | None, as_json: bool) -> Non
     if as_json:
         print_json(result.as_dict())
     else:
-        click.echo(result.summary())
+        click.echo(printable(result.summary()))

@@ -11,7 +11,7 @@ from gradstore.errors import shown
 from gradstore.machine.byte_counts import AUTO
 
 from .options import PATH, as_json, memory_option, parse_count, project_options, settings_options
-from .output import print_json, say
+from .output import print_json, print_path, say
 from .progress import FeaturizeBar
 from .stopping import keeping, rows_kept
 
@@ -72,7 +72,7 @@ def featurize(
         print_json({"store": str(out), **store.card()})
     else:
         say(f"{out}: {store.card()['features']}, " + ("finished" if bar.used else "was finished before; nothing to do"))
-        click.echo(out)
+        print_path(out)
 
 
 def _announce(plan: Plan) -> None:

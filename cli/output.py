@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -79,6 +80,11 @@ def say_error(error: GradstoreError) -> None:
         say(f"  {field}")
         for heading, value in zip(headings, values, strict=True):
             say(f"    {heading}: {value}")
+
+
+def print_path(path: Path) -> None:
+    """A path on stdout, as it is for another program and harmless for a terminal."""
+    click.echo(on_one_line(str(path)) if sys.stdout.isatty() else path)
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import click
 from gradstore.arithmetic.names import ENGINES
 
 from .options import FILE, PATH, as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
-from .output import print_json, print_table, say
+from .output import on_one_line, print_json, print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +121,7 @@ def _print(result: TopK) -> None:
     rows = []
     for record in map(result.record, range(min(SHOWN, len(result.rows)))):
         near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}{_error(n)}" for n in record["neighbours"]]
-        rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", *near))
+        rows.append((str(record["row"]), _name(record["label"]), _name(record["predicted"]), *near))
     ranks = [f"#{rank}" for rank in range(1, result.k + 1)]
     click.echo(f"the {result.k} most similar training rows by {result.kernel}: row (label), similarity\n")
     print_table(("query", "label", "predicted", *ranks), rows, right=(0,))
@@ -130,7 +130,11 @@ def _print(result: TopK) -> None:
 
 
 def _label(label: str | None) -> str:
-    return f" ({label})" if label is not None else ""
+    return f" ({_name(label)})" if label is not None else ""
+
+
+def _name(label: str | None) -> str:
+    return on_one_line(label or "")
 
 
 def _error(neighbour: dict[str, Any]) -> str:
