@@ -43,7 +43,7 @@ SHOWN = 10
     help=kernel_help() + " May be repeated.",
 )
 @click.option("--html", type=FILE, help="Write a page with pictures.")
-@memory_option("1GB", result=True)
+@memory_option("1GB", "the results of a kernel included")
 @as_json
 def forensics(
     train: Path,

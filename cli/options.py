@@ -133,9 +133,8 @@ def settings_options(function: F) -> F:
     return function
 
 
-def memory_option(default: str, *, result: bool = False) -> Callable[[F], F]:
-    """`--memory`; "auto" where it depends on the device; whether the `result` counts."""
-    beside = "the result included" if result else "beside the model and the result"
+def memory_option(default: str, counts: str = "beside the model and the result") -> Callable[[F], F]:
+    """`--memory`; "auto" where it depends on the device; `counts` says what it covers."""
     auto = "; auto is 2GB on a CPU and three quarters of a GPU's memory" if default == AUTO else ""
     return click.option(
         "--memory",
@@ -143,7 +142,7 @@ def memory_option(default: str, *, result: bool = False) -> Callable[[F], F]:
         callback=partial(_promised, or_auto=default == AUTO),
         show_default=True,
         metavar="BYTES",
-        help=f"Memory to use, {beside}, e.g. 2GB{auto}.",
+        help=f"Memory to use, {counts}, e.g. 2GB{auto}.",
     )
 
 

@@ -49,7 +49,7 @@ SHOWN = 20
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
 @click.option("--csv", type=FILE, help="Write query_row, rank, train_row, similarity to a file.")
 @click.option("--html", type=FILE, help="Write a page with pictures (the first 50 of queries and neighbours).")
-@memory_option("1GB", result=True)
+@memory_option("1GB", "the result included, an index beside it")
 @as_json
 def topk(
     train: Path,
