@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import as_json, assignments_option
+from .options import FILE, PATH, as_json, assignments_option
 from .output import print_json, say
 from .progress import CountBar
 
@@ -17,11 +17,11 @@ from .progress import CountBar
     epilog="Examples: gradstore annotate stores/train --from project.py   "
     "gradstore annotate stores/train --from labels.csv --note 'cleaned by hand'",
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.option(
     "--from",
     "source",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="A project file, or a CSV file with the columns row, and label or poisoned.",
 )
 @click.option("--split", help="Of the project.  [default: that of the store]")

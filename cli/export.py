@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json, memory_option
+from .options import PATH, as_json, memory_option
 from .output import print_json, say
 from .writing import OutputFile, Writing
 
@@ -16,7 +16,7 @@ from .writing import OutputFile, Writing
     short_help="Write a store's arrays as .npy or .safetensors.",
     epilog="Examples: gradstore export stores/train train.npy   gradstore export stores/train train.safetensors",
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.argument("file", type=OutputFile())
 @memory_option("256MB")
 @as_json

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
+from .options import FILE, as_json
 from .output import print_json, say
 
 
 @click.command(
     short_help="Write a project file to start from.", epilog="Example: gradstore init && gradstore check project.py"
 )
-@click.argument("path", default="project.py", type=click.Path(path_type=Path))
+@click.argument("path", default="project.py", type=FILE)
 @as_json
 def init(path: Path, as_json: bool) -> None:
     """Write a commented project file, by default project.py, that runs as it is."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json, lock_option
+from .options import PATH, as_json, lock_option
 from .output import print_json, print_table, say
 
 
@@ -14,7 +14,7 @@ from .output import print_json, print_table, say
     short_help="Compare every stored byte with its digest.",
     epilog="Examples: gradstore verify stores/train   gradstore verify stores/train --repair",
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.option("--repair", is_flag=True, help="Drop damaged shards, for featurize to compute again.")
 @lock_option("With --repair")
 @as_json

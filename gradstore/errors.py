@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LONGEST = 60  # characters of a value that an error shows
+
 
 class GradstoreError(Exception):
     """Base of every error that a caller can act on.
@@ -56,6 +58,12 @@ class GradstoreError(Exception):
     def __str__(self) -> str:
         """The line, and below it the table where there is one."""
         return "\n".join([self.line, *aligned(self.table)])
+
+
+def shown(value: object) -> str:
+    """A value as an error shows what it got, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from gradstore.store.identity import require_same, without_data
 from gradstore.store.rows import Rows, require_comparable
 
 _POINTS = 120
+_PAIR = 64  # bytes a feature of a pair takes: as read, its Φ, and both rows in float64 with a copy
+_TOGETHER = 64  # pairs at a time, so that they stay in a cache
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Residuals:
         lines = (
             [int(i), int(j), *(repr(float(value)) for value in values)] for i, j, *values in zip(*columns, strict=True)
         )
-        return write_csv(path, [header, *lines])
+        return write_csv(path, chain([header], lines))
 
 
 def residual(
@@ -161,7 +164,7 @@ def residual(
         kernel: a name in `gradstore.kernels.definitions.PROJECTED` that has an exact kin.
         pairs: how many pairs, at least.
         seed: of the sample.
-        memory: bytes that the exact kernel may take.
+        memory: bytes that the exact kernel, and then the projected one, may take, beside the pairs.
         device: for the exact kernel.
 
     Returns:
@@ -194,7 +197,8 @@ def residual(
     exact = np.block(
         [[exact_values(x, y, rows_a=rows_x, rows_b=rows_y) for y, rows_y in splits_b] for x, rows_x in splits_a]
     )
-    projected, errors = _projected(FeatureMap.of(chosen, a, parse_bytes(memory)), a, other, rows_a, rows_b)
+    budget = parse_bytes(memory)
+    projected, errors = _projected(FeatureMap.of(chosen, a, budget), a, other, rows_a, rows_b, budget)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), exact.ravel(), projected.ravel(), errors.ravel())
     return Residuals(kernel, *flat, a=a, b=other)
@@ -231,19 +235,21 @@ def _places(*chosen: tuple[Rows, np.ndarray]) -> list[tuple[Rows, np.ndarray]]:
 
 
 def _projected(
-    phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
+    phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray, memory: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel values and their standard errors, [n, m]; holds the features of rows_b and of one row of rows_a."""
-    right = torch.from_numpy(b.features[rows_b])
-    maps = [phi_of.rows(b.read(int(row), int(row) + 1), b.where) for row in rows_b]
-    phi, norms = torch.cat([phi for phi, _ in maps]).double(), torch.cat([norm for _, norm in maps])
-    values, errors = [], []
-    for row in rows_a:
-        own, norm = phi_of.rows(a.read(int(row), int(row) + 1), a.where)
-        values.append((own.double() @ phi.T / (norm[:, None] * norms))[0])
-        left = torch.from_numpy(a.features[int(row)])
-        errors.append(torch.cat([standard_errors(left[None], part[None], phi_of.kernel) for part in right]))
-    return torch.stack(values).numpy(), torch.stack(errors).numpy()
+    """Kernel values and their standard errors, [n, m]; holds the features of one row of rows_a and some of rows_b."""
+    values, errors = np.empty((len(rows_a), len(rows_b))), np.empty((len(rows_a), len(rows_b)))
+    step = int(np.clip(memory // (_PAIR * b.shape[1] * b.shape[2]), 1, _TOGETHER))
+    for span in (slice(at, at + step) for at in range(0, len(rows_b), step)):
+        right = torch.from_numpy(b.features[rows_b[span]])
+        maps = [phi_of.rows(b.read(int(row), int(row) + 1), b.where) for row in rows_b[span]]
+        phi, norms = torch.cat([phi for phi, _ in maps]).double(), torch.cat([norm for _, norm in maps])
+        for i, row in enumerate(rows_a.tolist()):
+            own, norm = phi_of.rows(a.read(row, row + 1), a.where)
+            values[i, span] = (own.double() @ phi.T / (norm[:, None] * norms))[0].numpy()
+            left = torch.from_numpy(a.features[row]).expand_as(right)
+            errors[i, span] = standard_errors(left, right, phi_of.kernel).numpy()
+    return values, errors
 
 
 def _require_same_project(project: Project, store: Rows, places: np.ndarray) -> None:

@@ -12,12 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import NoSpaceError, UsageError
+from gradstore.errors import CorruptError, NoSpaceError, UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.lock import LOCK, OWNER, writer_lock
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
-from gradstore.store.files.manifest_file import read_manifest, write_manifest
+from gradstore.store.files.manifest_file import parse_manifest, read_manifest, write_manifest
 from gradstore.store.files.output import remove_leftovers
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
 from gradstore.store.identity import require_same
@@ -158,12 +158,13 @@ def open_writer(
         Its writer, which says what is missing.
 
     Raises:
-        UsageError: `path` exists and is not a store.
+        UsageError: `path` exists and is not a store, or the plan is of one that could not be opened again.
         MismatchError: `path` is a store of another identity; the difference is listed field by field.
         LockedError: another process is writing it.
         CorruptError: the manifest is damaged.
     """
     disk = disk or Disk()
+    _require_readable(plan, path)
     _require_store_or_nothing(path)
     disk.make_directory(path)
     with writer_lock(path, disk, lock) as require_lock:
@@ -196,6 +197,15 @@ def open_for_repair(path: Path, disk: Disk | None = None, lock: str = "auto") ->
         writer = StoreWriter(path, read_manifest(path, disk), disk)
         writer.require_lock = require_lock
         yield writer
+
+
+def _require_readable(plan: Manifest, path: Path) -> None:
+    """Refuse what a reader would refuse, such as a name of a class that is no text, before it is written."""
+    try:
+        parse_manifest(plan.to_bytes(), path)
+    except CorruptError as error:
+        hint = "Change the name, label or setting that is meant"
+        raise UsageError("a store cannot hold this", where=path, got=error.got, hint=hint) from error
 
 
 def _continued(

@@ -259,3 +259,45 @@ def test_places_that_cannot_be_written_get_one_line(folder: Path, tmp_path: Path
 
 def test_the_first_help_keeps_its_lines(folder: Path) -> None:
     assert "\n  A first look:       gradstore demo\n" in run(folder, "--help").out
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        [{"row": 1, "label": "a\nb", "near": [{"s": 0.5}, []]}, {"row": 2, "label": None, "near": []}],
+        {"kernel": "größe", "flagged": [{"row": 1}, {"row": 2}], "none": [], "nested": {"a": [1, 2]}},
+        [{"flagged": [1, 2], "k": 3}, {"flagged": [], "k": 4}],
+        "text",
+    ],
+)
+def test_streamed_json_is_what_json_writes(value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def streamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: streamed(held) for name, held in value.items()}
+        return map(streamed, value) if isinstance(value, list) else value
+
+    output.print_json(streamed(value))
+    assert capsys.readouterr().out == json.dumps(value, indent=2) + "\n"
+    output.print_json(value)
+    assert capsys.readouterr().out == json.dumps(value, indent=2) + "\n"
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        output.print_json(iter([{"similarity": float("nan")}]))
+
+
+def test_streamed_results_are_those_of_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradstore as gs
+
+    monkeypatch.chdir(folder)
+    train, test = gs.open("train"), gs.open("test")
+    expected = json.dumps(gs.topk(train, test, 3).records(), indent=2)
+    assert run(folder, "topk train test -k 3 --json").out == expected + "\n"
+    expected = json.dumps(gs.forensics(train, [test], k=3, votes=1).as_dict(), indent=2)
+    assert run(folder, "forensics train test -k 3 --votes 1 --json").out == expected + "\n"
