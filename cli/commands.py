@@ -93,6 +93,7 @@ for _command in (
     attribute,
     evaluate,
     verify,
+    annotate,
     export,
     import_command,
 ):

@@ -138,6 +138,11 @@ class FeatureStore(Rows):
         """Names of the classes, as annotations have them or the project had."""
         return self.annotations.classes or self.manifest.classes
 
+    @property
+    def note(self) -> str:
+        """What people noted of the store."""
+        return self.annotations.note
+
     @cached_property
     def labels(self) -> np.ndarray:
         """True classes, int64 [n]; see `Rows.labels`."""

@@ -245,6 +245,11 @@ class Rows(ABC):
         """Which rows are poisoned, bool [n], or None where that is not known. Annotations decide."""
         return self.column("poisoned").astype(bool) if self.schema.truth else None
 
+    @property
+    def note(self) -> str:
+        """What people noted of them; see annotations."""
+        return ""
+
     @cached_property
     def input_digests(self) -> np.ndarray | None:
         """First 16 bytes of BLAKE3 over each row's inputs, uint8 [n, 16], zeros where they are not known; or None."""
@@ -290,6 +295,7 @@ class Rows(ABC):
             "classes": ", ".join(self.classes[:10]) + (" …" if len(self.classes) > 10 else ""),
             "inputs": self._inputs_card(),
             "poisoned": "not known" if self.poisoned is None else f"{int(self.poisoned.sum())} rows",
+            **({"note": self.note} if self.note else {}),
             "fingerprint": self.fingerprint,
         }
 
