@@ -20,6 +20,7 @@ import click
 
 from gradstore.errors import ClosedError, GradstoreError, NoSpaceError, UsageError
 
+from .annotate import annotate
 from .attribute import attribute
 from .check import check
 from .demo import demo
