@@ -125,9 +125,9 @@ class _Loader(SourceFileLoader):
 
 def _is_importable(entry: Path) -> bool:
     """Whether it is a module or a package."""
-    if not entry.stem.isidentifier():
-        return False
-    return entry.suffix == ".py" if entry.is_file() else entry.is_dir() and any(entry.glob("*.py"))
+    if entry.is_dir():
+        return entry.name.isidentifier() and any(entry.glob("*.py"))
+    return entry.suffix == ".py" and entry.stem.isidentifier()
 
 
 def _are_of_projects(modules: Mapping[str, ModuleType]) -> bool:

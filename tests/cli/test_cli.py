@@ -121,7 +121,11 @@ def test_init_check_info(folder: Path) -> None:
         ("check project.py -o size=3", 3, "-o size: unknown project option (expected seed, n, label, got size)"),
         ("check project.py --split val", 2, "--split: unknown split (expected one of train, test, got 'val')"),
         ("featurize project.py --split train --out train --proj-dim 128", 4, "differ in 1 field(s)"),
-        ("featurize project.py --split train --out train --proj-dim 256 -o seed=1", 4, "has other inputs than when it was stored"),
+        (
+            "featurize project.py --split train --out train --proj-dim 256 -o seed=1",
+            4,
+            "has other inputs than when it was stored",
+        ),
         ("featurize project.py --split train --out . --proj-dim 128", 2, "exists and is not a gradstore store"),
         ("info", 2, "name a store, or give --system"),
         ("frobnicate", 2, "No such command"),
