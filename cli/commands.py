@@ -20,11 +20,8 @@ import click
 
 from gradstore.errors import ClosedError, GradstoreError, NoSpaceError, UsageError
 
-<<<<<<< HEAD
-from .annotate import annotate
-=======
 from .allocator import return_large_blocks
->>>>>>> budgets
+from .annotate import annotate
 from .attribute import attribute
 from .check import check
 from .demo import demo
