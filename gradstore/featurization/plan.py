@@ -25,6 +25,7 @@ from gradstore.store.schema import ONE_ROW, Schema
 
 GROUP, LARGE_GROUP = 16, 64
 SHARD_BYTES = 256 << 20
+MOST_SHARDS = 10_000  # the manifest lists them all, and is written with each
 # Work after which a shard is published, so that an interruption costs seconds: fixed numbers, not a measurement,
 # because shard boundaries must not depend on the clock.
 _SHARD_FLOPS = {"cpu": 4e12, "cuda": 1e15}
@@ -171,7 +172,8 @@ class Plan:
     def _shard_rows(self, schema: Schema, group: int) -> int:
         by_work = self._shard_flops() / self._row_flops(schema)
         rows = min(by_work, SHARD_BYTES / schema.row_bytes)
-        return max(1, int(rows) // group) * group
+        least = -(-len(self.examples) // (MOST_SHARDS * group))  # groups, however much work they are
+        return max(1, int(rows) // group, least) * group
 
     def _shard_flops(self) -> float:
         return _SHARD_FLOPS.get(self.device.type, 4e12)
