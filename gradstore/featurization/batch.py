@@ -90,7 +90,7 @@ def compute(
     sums = _grown(plan, parts, spans, watch, smaller, independence, audited=audited)
     seen = None
     if independence is not None:
-        seen = independence.look(inputs, labels, rows, sums.logits, sums.gradient)
+        seen = independence.look(inputs, labels, parts, rows, sums.logits, sums.gradient)
         sums = replace(sums, handover=Handover(plan.device))
         watch.lap("checks")
     columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64), "input_digest": digests}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -209,6 +210,14 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 def slice_rows(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Rows start:stop of stacked inputs."""
     return {name: x[start:stop] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[start:stop]
+
+
+def joined_rows(parts: Sequence[Inputs]) -> Inputs:
+    """Stacked inputs one after another, copied."""
+    first = parts[0]
+    if isinstance(first, dict):
+        return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index]
+    return torch.cat(list(parts))  # type: ignore[arg-type]
 
 
 def one_row(inputs: Inputs, i: int) -> Tensor | dict[str, Tensor]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from gradstore.featurization.gradient_audit import GradientAudit
-from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.plan import Plan, joined_rows
 from gradstore.featurization.second_look import Again, SecondLook
 from gradstore.jacobians.subject import length, take
 from gradstore.model.examples import Inputs
@@ -104,13 +104,20 @@ class RowIndependence:
         return audit
 
     def look(
-        self, inputs: Inputs, labels: np.ndarray, rows: range, logits: Tensor, audit: GradientAudit | None
+        self,
+        inputs: Inputs,
+        labels: np.ndarray,
+        groups: Sequence[Inputs],
+        rows: range,
+        logits: Tensor,
+        audit: GradientAudit | None,
     ) -> SecondLook:
         """Compute logits again and read inputs again.
 
         Args:
             inputs: of the batch, as they were read.
             labels: of the batch.
+            groups: its inputs by groups, on the device.
             rows: which rows it has.
             logits: of the batch, [n, classes], on the device.
             audit: of the batch, which has seen its blocks.
@@ -124,7 +131,8 @@ class RowIndependence:
         draw = self._draw(rows)
         self._read_again(inputs, labels, rows, draw)
         seen = SecondLook(logits.detach().float(), rows, self._plan.engine.rounding(logits))
-        inputs = to_device(inputs, self._plan.device)
+        if self._plan.device.type != "cpu":
+            inputs = joined_rows(groups)
         alone = self._some_alone(seen, inputs, draw)
         if self._group > 1 and alone < len(rows):
             self._all_beside_others(seen, inputs)
@@ -166,8 +174,7 @@ class RowIndependence:
 
     def _first_again(self, seen: SecondLook, inputs: Inputs) -> None:
         if self._first is None:
-            first = take(inputs, torch.zeros(1, dtype=torch.int64, device=self._plan.device))
-            self._first = seen.rows[0], first, seen.logits[:1].clone()
+            self._first = seen.rows[0], joined_rows([take(inputs, slice(0, 1))]), seen.logits[:1].clone()
             return
         row, example, stored = self._first
         (found,) = self._plan.engine.logits([example])

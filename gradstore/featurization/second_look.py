@@ -29,9 +29,9 @@ class SecondLook:
 
     def add(self, places: Sequence[int], found: Tensor, how: str) -> None:
         """Note logits [r, classes] of the rows at these places of the batch; `how` ends "has other logits …"."""
-        at = torch.tensor(places, device=self.logits.device)
         rows = tuple(self.rows[i] for i in places)
-        self.comparisons.append(Again(rows, self.rows, self.logits[at], found, self.typical, self.tolerance, how))
+        stored = torch.stack([self.logits[i] for i in places])  # an index would be copied, and a GPU waited for
+        self.comparisons.append(Again(rows, self.rows, stored, found, self.typical, self.tolerance, how))
 
     def add_gradient(self, comparison: GradientComparison) -> None:
         """Note a gradient."""
