@@ -74,6 +74,7 @@ def annotate(
             values["note"] = note
             changes.append("note")
         said = read_annotations(path, writer.manifest, disk).changed(", ".join(changes), **values)
+        writer.require_lock()
         write_annotations(path, writer.manifest, said, disk)
     return FeatureStore(path, disk=disk)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as serialise
 
 from gradstore.errors import CorruptError
 from gradstore.machine.clock import now_utc
 from gradstore.store.files.disk import Disk, MissingFileError
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.files.tensor_file import TensorFile, plain_json, read_tensors, under_digest
+from gradstore.store.files.tensor_header import tensor_pieces
 
 ANNOTATIONS = "annotations.safetensors"
 _NAME, _VERSION = "annotations", 1
@@ -95,7 +95,7 @@ def write_annotations(path: Path, manifest: Manifest, said: Annotations, disk: D
             "history": said.history,
         }
     )
-    disk.replace_file(path / ANNOTATIONS, serialise(kept, metadata=under_digest(_NAME, text, kept)))
+    disk.replace_file(path / ANNOTATIONS, b"".join(tensor_pieces(kept, under_digest(_NAME, text, kept))))
 
 
 def _checked(found: TensorFile, manifest: Manifest) -> Annotations:

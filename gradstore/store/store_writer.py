@@ -24,7 +24,7 @@ from gradstore.store.identity import require_same
 from gradstore.store.schema import Schema
 
 RUN_LOG = "run.jsonl"
-_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
+_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json|annotations\.safetensors)\.tmp")
 _SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
 _INDEX = r"index-[a-z0-9]+\.(?:safetensors|faiss|json)"
 

@@ -62,7 +62,7 @@ def test_a_store_is_written_and_locked_without_flock(kind: str, fast: Path, capl
     assert not list(path.glob(".lock.owner*"))
     with (
         pytest.raises(UsageError, match=r"this file system has no flock\. Use --lock auto"),
-        open_writer(path, plan(), without_flock(kind), data, "flock"),
+        open_writer(path, plan(), without_flock(kind), data, lock="flock"),
     ):
         pass
 

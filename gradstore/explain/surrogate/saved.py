@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as serialise
 
 from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate.binding import KINDS, Binding
@@ -21,6 +20,7 @@ from gradstore.kernels.definitions import PROJECTED
 from gradstore.store.files.disk import MissingFileError
 from gradstore.store.files.output import write_output
 from gradstore.store.files.tensor_file import TensorFile, plain_json, read_tensors, under_digest
+from gradstore.store.files.tensor_header import tensor_pieces
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +55,8 @@ def save_fitted(model: Any, path: Path) -> Path:
         "classes": None if "classes_" in tensors else model.classes_.tolist(),
     }
     described["report"]["logit_error_"] = repr(model.logit_error_)
-    return write_output(
-        path, [serialise(tensors, under_digest("gradstore", json.dumps(described), tensors))]
-    ).absolute()
+    pieces = tensor_pieces(tensors, under_digest("gradstore", json.dumps(described), tensors))
+    return write_output(path, pieces).absolute()
 
 
 def load_fitted(cls: type, path: Path) -> Any:

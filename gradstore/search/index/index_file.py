@@ -19,8 +19,7 @@ from gradstore.errors import CorruptError, GradstoreError, NoSpaceError, UnsafeE
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.output import write_output
 from gradstore.store.files.tensor_file import plain_json, read_tensors, under_digest
-from gradstore.store.files.tensor_header import tensor_header
-from gradstore.store.schema import raw
+from gradstore.store.files.tensor_header import tensor_pieces
 
 VERSION = 3
 _DAMAGED = "it is damaged"
@@ -71,9 +70,7 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
         {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
     )
     metadata = under_digest("binding", binding, arrays)
-    order = sorted(arrays, key=lambda name: -arrays[name].itemsize)  # so that each is aligned
-    header = tensor_header({name: (str(arrays[name].dtype), arrays[name].shape) for name in order}, metadata)
-    pieces: tuple[bytes | memoryview, ...] = (header, *(raw(arrays[name]) for name in order))
+    pieces = tensor_pieces(arrays, metadata)
     try:
         write_output(path, pieces, size=sum(map(len, pieces)), of_store=True, disk=disk)
     except (UsageError, CorruptError) as error:
