@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import as_json
+from .options import PATH, as_json
 from .output import on_one_line, print_json, print_table, say
 
 
@@ -15,15 +15,13 @@ from .output import on_one_line, print_json, print_table, say
     short_help="Divide a prediction among the training examples.",
     epilog="Example: gradstore attribute surrogate.safetensors stores/test --row 3 --class cat --rather-than dog",
 )
-@click.argument("surrogate", type=click.Path(path_type=Path))
-@click.argument("queries", type=click.Path(path_type=Path))
+@click.argument("surrogate", type=PATH)
+@click.argument("queries", type=PATH)
 @click.option("--row", required=True, type=click.IntRange(0), help="Row of the query.")
 @click.option("--class", "wanted", help="Class to explain.  [default: the predicted one]")
 @click.option("--rather-than", help="Class to compare it with.")
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Examples for and against.")
-@click.option(
-    "--train", type=click.Path(path_type=Path), help="Training store.  [default: where the surrogate was fitted]"
-)
+@click.option("--train", type=PATH, help="Training store.  [default: where the surrogate was fitted]")
 @as_json
 def attribute(
     surrogate: Path,
@@ -58,7 +56,13 @@ def _print(record: dict[str, Any]) -> None:
     question = f"why {record['class']}" + (f" rather than {other}" if other else "")
     click.echo(on_one_line(f"query row {record['row']}, {record['predicted']} by the surrogate: {question}?") + "\n")
     rows = [
-        (sign, str(item["row"]), item["label"] or "—", f"{item['attribution']:+.4f}", f"{item['similarity']:.3f}")
+        (
+            sign,
+            str(item["row"]),
+            on_one_line(item["label"] or "—"),
+            f"{item['attribution']:+.4f}",
+            f"{item['similarity']:.3f}",
+        )
         for sign, name in (("for", "contributors"), ("against", "opponents"))
         for item in record[name]
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,8 +18,10 @@ from typing import Any
 
 import click
 
-from gradstore.errors import GradstoreError
+from gradstore.errors import ClosedError, GradstoreError, NoSpaceError, UsageError
 
+from .allocator import return_large_blocks
+from .annotate import annotate
 from .attribute import attribute
 from .check import check
 from .demo import demo
@@ -32,13 +36,14 @@ from .importing import import_command
 from .index import index
 from .info import info
 from .init import init
-from .output import say, say_error
+from .output import on_one_line, say, say_error
 from .residual import residual
 from .stopping import Stopped, Terminated
 from .topk import topk
 from .verify import verify
 
 TRACEBACK = "--traceback"
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # torch's, of a processor and of a GPU
 
 
 class _Commands(click.Group):
@@ -90,6 +95,7 @@ for _command in (
     attribute,
     evaluate,
     verify,
+    annotate,
     export,
     import_command,
 ):
@@ -104,6 +110,7 @@ def run(arguments: list[str]) -> None:
     # A terminal says itself how large it is; these are what it was when a shell exported them.
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
+    return_large_blocks()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_status([word for word in arguments if word != TRACEBACK], traceback))
 
@@ -120,19 +127,37 @@ def _status(arguments: list[str], traceback: bool) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(arguments, Stopped(stop))
     except click.ClickException as error:
+        message = on_one_line(error.format_message())  # click repeats some words just as they were typed
+        error.format_message = lambda: message  # type: ignore[method-assign]
         error.show()
         return error.exit_code
     except GradstoreError as error:
         if traceback:
             raise
-        say_error(error)
+        if not isinstance(error, ClosedError):  # as for stdout, of which nobody reads any more
+            say_error(error)
         return error.exit_code
     except Exception as error:
         if traceback:
             raise
+        refused = refusal(error)
+        if refused is not None:
+            say_error(refused)
+            return refused.exit_code
         line = str(error).splitlines()[0] if str(error) else ""
         say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
         return 1
+
+
+def refusal(error: Exception) -> GradstoreError | None:
+    """What the system refuses, a file or memory, as the error it is for a user; None where it is a mistake of ours."""
+    if isinstance(error, OSError) and error.filename is not None:
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
+        return kind("the system refuses it", where=os.fspath(error.filename), got=error.strerror)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        hint = "Ask for less: fewer rows, a smaller -k or --proj-dim, or another --memory"
+        return UsageError("the memory of this machine, or what a process may have of it, does not suffice", hint=hint)
+    return None
 
 
 class _Notes(logging.Handler):

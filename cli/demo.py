@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
-from .output import print_json, say
+from .options import PATH, as_json
+from .output import print_json, printable, say
 from .stopping import ON, keeping
 
 
 @click.command(
     short_help="Find the poison in a digits classifier.", epilog="Example: gradstore demo demo && open demo/report.html"
 )
-@click.argument("directory", default="demo", type=click.Path(path_type=Path))
+@click.argument("directory", default="demo", type=PATH)
 @click.option(
     "--seed",
     default=0,
@@ -39,4 +39,4 @@ def demo(directory: Path, seed: int, proj_dim: int | None, as_json: bool) -> Non
     if as_json:
         print_json(result.as_dict())
     else:
-        click.echo(result.summary())
+        click.echo(printable(result.summary()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import as_json
+from .options import MOST, PATH, as_json
 from .output import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     short_help="Measure how faithful a surrogate is.",
     epilog="Example: gradstore evaluate surrogate.safetensors stores/test",
 )
-@click.argument("surrogate", type=click.Path(path_type=Path))
-@click.argument("queries", type=click.Path(path_type=Path))
-@click.option("--bootstrap", default=200, show_default=True, type=click.IntRange(0), help="Resamples for the errors.")
+@click.argument("surrogate", type=PATH)
+@click.argument("queries", type=PATH)
+@click.option(
+    "--bootstrap", default=200, show_default=True, type=click.IntRange(0, MOST), help="Resamples for the errors."
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the resamples and halves.")
 @as_json
 def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json: bool) -> None:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
-from .options import as_json, memory_option
+from .options import PATH, as_json, memory_option
 from .output import print_json, say
+from .writing import OutputFile, Writing
 
 
 @click.command(
+    cls=Writing,
     short_help="Write a store's arrays as .npy or .safetensors.",
     epilog="Examples: gradstore export stores/train train.npy   gradstore export stores/train train.safetensors",
 )
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
+@click.argument("file", type=OutputFile())
 @memory_option("256MB")
 @as_json
 def export(store: Path, file: Path, memory: str, as_json: bool) -> None:

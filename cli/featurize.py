@@ -7,9 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import alone_option, as_json, memory_option, project_options, settings_options
-from .output import print_json, say
-from .progress import FeaturizeBar
+from gradstore.errors import shown
+from gradstore.machine.byte_counts import AUTO
+
+from .options import (
+    PATH,
+    alone_option,
+    as_json,
+    lock_option,
+    memory_option,
+    parse_count,
+    project_options,
+    settings_options,
+)
+from .output import print_json, print_path, say
+from .progress import CountBar, FeaturizeBar
 from .stopping import keeping, rows_kept
 
 if TYPE_CHECKING:
@@ -25,7 +37,7 @@ if TYPE_CHECKING:
 )
 @project_options
 @settings_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
+@click.option("--out", required=True, type=PATH, help="Directory of the store.")
 @click.option(
     "--batch-size",
     default="auto",
@@ -40,9 +52,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="Read existing shards first, compute damaged ones again.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, on the CPU.")
-@click.option("--grow-from", type=click.Path(path_type=Path), help="A store with a smaller --proj-dim to take over.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), help="Processes, on the CPU.")
+@click.option("--grow-from", type=PATH, help="A store with a smaller --proj-dim to take over.")
+@click.option(
+    "--data-check",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "sample"]),
+    help="Whose inputs are compared before going on: all stored rows', or those of 256 random ones.",
+)
 @alone_option
+@lock_option()
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")
 @as_json
 def featurize(
@@ -55,7 +75,7 @@ def featurize(
     import gradstore as gs
 
     project = gs.load_project(project_file, options)
-    with keeping(lambda: rows_kept(out)), FeaturizeBar(split) as bar:
+    with keeping(lambda: rows_kept(out)), CountBar("stored inputs", "rows") as compared, FeaturizeBar(split) as bar:
         store = gs.featurize(
             project,
             split=split,
@@ -63,6 +83,7 @@ def featurize(
             on_plan=_announce,
             on_damage=_say_damage,
             on_note=say,
+            on_data_check=compared.once,
             progress=bar.show,
             **settings,
         )
@@ -70,7 +91,7 @@ def featurize(
         print_json({"store": str(out), **store.card()})
     else:
         say(f"{out}: {store.card()['features']}, " + ("finished" if bar.used else "was finished before; nothing to do"))
-        click.echo(out)
+        print_path(out)
 
 
 def _announce(plan: Plan) -> None:
@@ -92,8 +113,9 @@ def _say_damage(damage: Sequence[Damage]) -> None:
 
 
 def _batch_size(value: str) -> int | None:
-    if value == "auto":
+    if value == AUTO:
         return None
-    if not value.isdigit() or int(value) < 1:
-        raise click.BadParameter(f"expected auto or a positive integer, got {value!r}")
-    return int(value)
+    size = parse_count(value)
+    if size is None:
+        raise click.BadParameter(f"expected auto or a positive integer, got {shown(value)}")
+    return size

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import as_json, kernel_option, memory_option
+from .options import MOST, PATH, as_json, kernel_option, memory_option
 from .output import print_json, print_pairs, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from gradstore.explain.surrogate import KernelGLM
 
 
 @click.command(
+    cls=Writing,
     short_help="Fit a surrogate of the network.",
     epilog="Example: gradstore fit stores/train --out surrogate.safetensors --alpha auto",
 )
-@click.argument("train", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write, or to replace.")
+@click.argument("train", type=PATH)
+@output_option("--out", "File to write, or to replace.", required=True)
 @kernel_option
 @click.option(
     "--backend",
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
     type=click.Choice(["labels", "predictions", "probabilities"]),
     help="What is learnt: the labels, or the network's own outputs.",
 )
-@click.option("--max-iter", default=2000, show_default=True, type=click.IntRange(1), help="Iterations or epochs.")
+@click.option("--max-iter", default=2000, show_default=True, type=click.IntRange(1, MOST), help="Iterations or epochs.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of orders and rows held out.")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Where sgd may put a Gram matrix (4 n² bytes).")
+@click.option("--scratch", type=PATH, help="Where sgd may put a Gram matrix (4 n² bytes).")
 @memory_option("2GB")
 @as_json
 def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: int, **settings: Any) -> None:

@@ -9,8 +9,9 @@ import click
 
 from gradstore.kernels.definitions import PROJECTED
 
-from .options import as_json, kernel_help, memory_option
+from .options import FILE, PATH, as_json, kernel_help, memory_option
 from .output import print_json, print_pairs, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from gradstore.explain.forensics import Forensics
@@ -20,14 +21,15 @@ SHOWN = 10
 
 
 @click.command(
+    cls=Writing,
     short_help="Flag queries that trace back to poison.",
     epilog="Example: gradstore forensics stores/train stores/test stores/stamped --html forensics.html",
 )
-@click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
+@click.argument("queries", nargs=-1, required=True, type=PATH)
 @click.option(
     "--poisoned",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Poisoned training rows: one index a line, or a .npy mask or index array.  [default: what the store knows]",
 )
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours that vote.")
@@ -42,8 +44,8 @@ SHOWN = 10
     show_default=True,
     help=kernel_help() + " May be repeated.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures.")
-@memory_option("1GB")
+@output_option("--html", "Write a page with pictures.")
+@memory_option("1GB", "the results of a kernel included")
 @as_json
 def forensics(
     train: Path,
@@ -74,7 +76,7 @@ def forensics(
         write_forensics(forensics_page(results), html)
         say(f"wrote {html}")
     if as_json:
-        print_json([result.as_dict() for result in results] if len(results) > 1 else results[0].as_dict())
+        print_json((result.streamed() for result in results) if len(results) > 1 else results[0].streamed())
         return
     for i, result in enumerate(results):
         click.echo("\n" if i else "", nl=False)
@@ -95,10 +97,10 @@ def _print(result: Forensics) -> None:
         pairs["recall"] = _proportion(found.recall, f"{found.tp} of {found.tp + found.fn} poisoned are flagged")
         pairs["counts"] = f"TP {found.tp}  FP {found.fp}  FN {found.fn}  TN {found.tn}"
     print_pairs(pairs)
-    culprits = result.culprits()
+    culprits = result.culprits(SHOWN)
     if culprits:
         click.echo()
-        rows = [(str(row), str(count), "yes" if result.poisoned[row] else "no") for row, count in culprits[:SHOWN]]
+        rows = [(str(row), str(count), "yes" if result.poisoned[row] else "no") for row, count in culprits]
         print_table(("training row", "flagged queries that point to it", "poisoned"), rows, right=(0, 1))
 
 

@@ -12,25 +12,22 @@ import click
 from gradstore.arithmetic.names import ARITHMETICS
 from gradstore.kernels.definitions import EXACT, PROJECTED
 
-from .options import as_json, assignments_option, choice_option, memory_option
+from .options import PATH, as_json, assignments_option, choice_option, memory_option
 from .output import print_json, print_pairs, say
 from .progress import CountBar
 from .stopping import ON, keeping
+from .writing import Writing, output_option
 
 
 @click.command(
+    cls=Writing,
     short_help="Write the matrix of kernel values between all rows.",
     epilog="Examples: gradstore gram stores/train stores/test --out gram.h5   "
     "gradstore gram project.py train test --kernel trntk --out exact.h5",
 )
-@click.argument("source", metavar="STORE|PROJECT.PY", type=click.Path(path_type=Path))
+@click.argument("source", metavar="STORE|PROJECT.PY", type=PATH)
 @click.argument("sides", nargs=-1, metavar="[STORE|SPLIT]...")
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="HDF5 file to write; continued where it was interrupted.",
-)
+@output_option("--out", "HDF5 file to write; continued where it was interrupted.", required=True, streams=False)
 @click.option(
     "--kernel",
     help=f"From stores {', '.join(PROJECTED)}; from a project {', '.join(EXACT)}.  "

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
+from gradstore.errors import shown
+
+from .options import FILE, PATH, as_json, lock_option, parse_count
 from .output import print_json, say
 from .stopping import keeping, rows_kept
 
@@ -16,8 +18,8 @@ from .stopping import keeping, rows_kept
     short_help="Make a store of another tool's memory map.",
     epilog="Example: gradstore import trak/0/grads.mmap --out stores/train --tool trak --model resnet9.pt",
 )
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the store.")
+@click.argument("source", type=PATH)
+@click.option("--out", required=True, type=PATH, help="Directory of the store.")
 @click.option("--tool", required=True, help="What computed the features, e.g. trak or projection_ntk.")
 @click.option("--model", required=True, help="Any text that names the weights; other models are never compared.")
 @click.option("--projection", default="unknown", show_default=True, help="Kind of the projection.")
@@ -31,9 +33,10 @@ from .stopping import keeping, rows_kept
     type=click.Choice(["float16", "float32"]),
     help="Of a raw map.",
 )
-@click.option("--labels", type=click.Path(path_type=Path), help="A .npy file of labels.")
-@click.option("--logits", type=click.Path(path_type=Path), help="A .npy file of the network's outputs.")
+@click.option("--labels", type=FILE, help="A .npy file of labels.")
+@click.option("--logits", type=FILE, help="A .npy file of the network's outputs.")
 @click.option("--dtype", default="float16", show_default=True, help="Of the stored features: float16, float32 or int8.")
+@lock_option()
 @as_json
 def import_command(
     source: Path,
@@ -48,6 +51,7 @@ def import_command(
     labels: Path | None,
     logits: Path | None,
     dtype: str,
+    lock: str,
     as_json: bool,
 ) -> None:
     """Make a store of features [n, K] or [n, c, K] that another tool left in SOURCE: .npy, or a raw memory map."""
@@ -65,6 +69,7 @@ def import_command(
             labels=None if labels is None else read_array(labels),
             logits=None if logits is None else read_array(logits),
             dtype=dtype,
+            lock=lock,
         )
     if as_json:
         print_json({"store": str(out), **store.card()})
@@ -75,7 +80,7 @@ def import_command(
 def _sizes(shape: str | None) -> tuple[int, ...] | None:
     if shape is None:
         return None
-    try:
-        return tuple(int(size) for size in shape.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected sizes like 50000,4096, got {shape!r}", param_hint="--shape") from None
+    sizes = [parse_count(size) for size in shape.split(",")]
+    if None in sizes:
+        raise click.BadParameter(f"expected sizes like 50000,4096, got {shown(shape)}", param_hint="--shape")
+    return tuple(size for size in sizes if size)

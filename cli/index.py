@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json, kernel_option, memory_option
+from .options import PATH, as_json, kernel_option, memory_option
 from .output import print_json, print_pairs
 from .progress import CountBar
 
@@ -15,7 +15,7 @@ from .progress import CountBar
     short_help="Build the index of a training store.",
     epilog="Example: gradstore index stores/train, then gradstore topk stores/train stores/test --mode certified",
 )
-@click.argument("train", type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
 @kernel_option
 @click.option("--size", type=int, help="Dimensions of the sketch, at most 512.  [default: what 1 % of the store holds]")
 @click.option("--faiss", metavar="FACTORY", help='Build a FAISS index besides, e.g. "HNSW32" or "RaBitQ".')

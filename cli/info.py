@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
+from .options import PATH, as_json
 from .output import print_json, print_pairs
 
 
@@ -14,7 +14,7 @@ from .output import print_json, print_pairs
     short_help="Describe a store, or this machine.",
     epilog="Examples: gradstore info stores/train   gradstore info --system",
 )
-@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("store", required=False, type=PATH)
 @click.option("--system", is_flag=True, help="Say which projection path, devices and libraries this machine has.")
 @as_json
 def info(store: Path | None, system: bool, as_json: bool) -> None:

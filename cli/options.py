@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from gradstore.arithmetic.names import Choice
+from gradstore.errors import shown
 from gradstore.kernels.definitions import PROJECTED
-from gradstore.machine.byte_counts import PROMISED, format_bytes, parse_bytes
+from gradstore.machine.byte_counts import AUTO, PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.store.files.lock import LOCKS
 
 from .output import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MOST = 10**6
+"""Repetitions that an option may ask for: with more, a command would end in no time that a person waits."""
+
 _MOST_ROWS = 10**8  # that a list of spans may name
+
+
+class PathType(click.Path):
+    """A path, which need not be there. What no system could open is refused, and pipes and devices, which never end.
+
+    Args:
+        file: whether it is a file, and may be no directory.
+    """
+
+    def __init__(self, *, file: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._file = file
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.Path`."""
+        problem = _problem_of(os.fspath(value), file=self._file)
+        if problem:
+            self.fail(f"{shown(os.fspath(value))}: {problem}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _problem_of(path: str, *, file: bool) -> str:
+    """Why nothing can be done with a path; empty where something could be."""
+    if not path:
+        return "the path is empty"
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # as of a zero byte
+        return str(error)
+    except OSError as error:
+        return (error.strerror or "unusable") if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ""
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "a pipe or a device, not a file"
+    return "a directory, not a file" if file and stat.S_ISDIR(mode) else ""
+
+
+PATH, FILE = PathType(), PathType(file=True)
 
 
 def as_json(function: F) -> F:
@@ -29,7 +75,7 @@ def as_json(function: F) -> F:
 def project_options(function: F) -> F:
     """The project file and `-o`."""
     function = assignments_option()(function)
-    return click.argument("project_file", metavar="PROJECT.PY", type=click.Path(path_type=Path))(function)
+    return click.argument("project_file", metavar="PROJECT.PY", type=PATH)(function)
 
 
 def assignments_option(when: str = "") -> Callable[[F], F]:
@@ -94,16 +140,25 @@ def alone_option(function: F) -> F:
     return click.option("--alone", is_flag=True, help=text)(function)
 
 
-def memory_option(default: str) -> Callable[[F], F]:
-    """`--memory`; "auto" where it depends on the device."""
-    auto = "; auto is 2GB on a CPU and three quarters of a GPU's memory" if default == "auto" else ""
+def lock_option(when: str = "") -> Callable[[F], F]:
+    """`--lock`; `when` it is heeded, a few words that begin its help."""
+    ways = "; ".join(f"{name}: {meaning}" for name, meaning in LOCKS.items())
+    text = f"{when}: how other writers are kept out" if when else "How other writers are kept out"
+    return click.option(
+        "--lock", default="auto", show_default=True, type=click.Choice(list(LOCKS)), help=f"{text}. {ways}."
+    )
+
+
+def memory_option(default: str, counts: str = "beside the model and the result") -> Callable[[F], F]:
+    """`--memory`; "auto" where it depends on the device; `counts` says what it covers."""
+    auto = "; auto is 2GB on a CPU and three quarters of a GPU's memory" if default == AUTO else ""
     return click.option(
         "--memory",
         default=default,
-        callback=_promised,
+        callback=partial(_promised, or_auto=default == AUTO),
         show_default=True,
         metavar="BYTES",
-        help=f"Memory to use beside the model and the result, e.g. 2GB{auto}.",
+        help=f"Memory to use, {counts}, e.g. 2GB{auto}.",
     )
 
 
@@ -135,24 +190,29 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str | 
     for part in value.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})\s*(?::\s*(\d{1,18})\s*)?", part, re.ASCII)
         if match is None:
-            raise click.BadParameter(f"expected rows such as 0:100 or 3,5,8, got {value!r}", context, parameter)
+            raise click.BadParameter(f"expected rows such as 0:100 or 3,5,8, got {shown(value)}", context, parameter)
         start = int(match.group(1))
         spans.append(range(start, int(match.group(2)) if match.group(2) else start + 1))
         if not spans[-1]:
-            raise click.BadParameter(f"there are no rows in {part.strip()!r}", context, parameter)
+            raise click.BadParameter(f"there are no rows in {shown(part.strip())}", context, parameter)
     if sum(map(len, spans)) > _MOST_ROWS and len(spans) > 1:
-        raise click.BadParameter(f"more rows than any split has: {value!r}", context, parameter)
+        raise click.BadParameter(f"more rows than any split has: {shown(value)}", context, parameter)
     return spans[0] if len(spans) == 1 else [row for span in spans for row in span]
 
 
-def _promised(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def _promised(context: click.Context, parameter: click.Parameter, value: str, *, or_auto: bool) -> str:
     """A budget; of one that is too small to be promised, the user is told so."""
-    if value != "auto" and parse_bytes(value) < PROMISED:
+    if not (or_auto and value == AUTO) and parse_bytes(value, or_auto=or_auto) < PROMISED:
         say(
             f"note: --memory is kept from {format_bytes(PROMISED)} up; with {value}, tens of megabytes more may "
             "be taken, for the C library keeps some of what is freed"
         )
     return value
+
+
+def parse_count(text: str) -> int | None:
+    """A positive whole number, in digits that everybody reads; None where it is none."""
+    return int(text) if re.fullmatch(r"\s*0*[1-9]\d{0,17}\s*", text, re.ASCII) else None
 
 
 def _parse_assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -161,6 +221,6 @@ def _parse_assignments(context: click.Context, parameter: click.Parameter, value
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name.isidentifier():
-            raise click.BadParameter(f"expected NAME=VALUE, got {value!r}", context, parameter)
+            raise click.BadParameter(f"expected NAME=VALUE, got {shown(value)}", context, parameter)
         options[name] = text
     return options

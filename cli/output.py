@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -21,6 +23,7 @@ from rich.text import Text
 
 from gradstore.errors import GradstoreError, aligned
 
+_PIECE = 1 << 16  # characters of JSON that are written together
 _GAP = 2  # spaces between columns
 _UNBOUNDED = 1 << 16  # columns of what is no terminal
 _ROOM = 16  # columns within which text is still broken at words
@@ -28,8 +31,34 @@ _KEPT = "\n\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # Persian and emoji 
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    """One JSON value on stdout; an iterator, or what iterators a mapping holds, as lists that are never held."""
+    held = ""
+    for piece in _json(value):
+        held += piece
+        if len(held) > _PIECE:
+            click.echo(held, nl=False)
+            held = ""
+    click.echo(held)
+
+
+def _json(value: Any, indent: str = "") -> Iterator[str]:
+    """The text that `json.dumps` with an indent of 2 gives of lists in place of iterators, in pieces."""
+    inner = f"\n{indent}  "
+    if isinstance(value, Iterator):
+        items, brackets = (_json(item, f"{indent}  ") for item in value), "[]"
+    elif isinstance(value, Mapping) and any(isinstance(held, Iterator) for held in value.values()):
+        items = (chain([f"{json.dumps(name)}: "], _json(held, f"{indent}  ")) for name, held in value.items())
+        brackets = "{}"
+    else:
+        yield json.dumps(value, indent=2, allow_nan=False).replace("\n", f"\n{indent}")
+        return
+    yield brackets[0]
+    some = False
+    for item in items:
+        yield f",{inner}" if some else inner
+        yield from item
+        some = True
+    yield f"\n{indent}{brackets[1]}" if some else brackets[1]
 
 
 def say(message: str = "") -> None:
@@ -51,6 +80,11 @@ def say_error(error: GradstoreError) -> None:
         say(f"  {field}")
         for heading, value in zip(headings, values, strict=True):
             say(f"    {heading}: {value}")
+
+
+def print_path(path: Path) -> None:
+    """A path on stdout, as it is for another program and harmless for a terminal."""
+    click.echo(on_one_line(str(path)) if sys.stdout.isatty() else path)
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:

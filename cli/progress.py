@@ -69,6 +69,12 @@ class CountBar:
         """Show how much is done."""
         self._show(done, total, [])
 
+    def once(self, done: int, total: int) -> None:
+        """Show how much is done, and stop drawing when all is, for another bar to come."""
+        self(done, total)
+        if done == total:
+            self._bar.stop()
+
     def _show(self, done: int, total: int, more: list[str]) -> None:
         now = time.monotonic()
         if not self.used:

@@ -8,22 +8,24 @@ from typing import Any
 
 import click
 
-from .options import as_json, kernel_option, memory_option, project_options
+from .options import PATH, as_json, kernel_option, memory_option, project_options
 from .output import print_json, print_pairs, say
+from .writing import Writing, output_option
 
 
 @click.command(
+    cls=Writing,
     short_help="Compare a projected kernel with the exact one on sampled pairs.",
     epilog="Example: gradstore residual project.py stores/train stores/test --html residual.html",
 )
 @project_options
-@click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", required=False, type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
+@click.argument("queries", required=False, type=PATH)
 @kernel_option
 @click.option("--pairs", default=900, show_default=True, type=click.IntRange(1), help="Pairs of examples.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the sample.")
-@click.option("--csv", type=click.Path(path_type=Path), help="Write every pair to a file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with the distribution of residuals.")
+@output_option("--csv", "Write every pair to a file.")
+@output_option("--html", "Write a page with the distribution of residuals.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @memory_option("2GB")
 @as_json

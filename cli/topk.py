@@ -9,8 +9,9 @@ import click
 
 from gradstore.arithmetic.names import ENGINES
 
-from .options import as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
-from .output import print_json, print_table, say
+from .options import PATH, as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
+from .output import on_one_line, print_json, print_table, say
+from .writing import Writing, output_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,12 +23,13 @@ SHOWN = 20
 
 
 @click.command(
+    cls=Writing,
     short_help="List the most similar training examples.",
     epilog="Examples: gradstore topk stores/train stores/test -k 5 --rows 0:20 --html topk.html, "
     'gradstore topk stores/train project.py --split test --rows 0:100 --classes "cat - dog"',
 )
-@click.argument("train", type=click.Path(path_type=Path))
-@click.argument("queries", metavar="QUERIES|PROJECT.PY", type=click.Path(path_type=Path))
+@click.argument("train", type=PATH)
+@click.argument("queries", metavar="QUERIES|PROJECT.PY", type=PATH)
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Neighbours a query.")
 @kernel_option
 @click.option("--rows", callback=parse_rows, help="Query rows, e.g. 0:100 or 3,5,8.  [default: all]")
@@ -47,9 +49,9 @@ SHOWN = 20
 )
 @choice_option("--engine", ENGINES, "With exact, for the same answer:")
 @click.option("--error-bars", is_flag=True, help="Show each similarity's standard error, which the projection brings.")
-@click.option("--csv", type=click.Path(path_type=Path), help="Write query_row, rank, train_row, similarity to a file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures (the first 50 queries).")
-@memory_option("1GB")
+@output_option("--csv", "Write query_row, rank, train_row, similarity to a file.")
+@output_option("--html", "Write a page with pictures (the first 50 of queries and neighbours).")
+@memory_option("1GB", "the result included, an index beside it")
 @as_json
 def topk(
     train: Path,
@@ -75,6 +77,7 @@ def topk(
     --rows of --split are then featurized on the spot.
     """
     import gradstore as gs
+    from gradstore.store.shared_inputs import shared_inputs
 
     store = gs.open(train)
     if queries.suffix == ".py":
@@ -93,6 +96,10 @@ def topk(
         engine=engine,
         error_bars=error_bars,
     )
+    seen = shared_inputs(store, asked) if asked != store else ()
+    if len(seen):
+        some = ", ".join(str(asked.rows[i]) for i in seen[:5]) + (" …" if len(seen) > 5 else "")
+        say(f"note: {len(seen)} of {len(asked)} queries are training rows, byte for byte: rows {some} of {asked.split}")
     if result.search.note:
         say(f"note: {result.search.note}")
     if mode != "exact":
@@ -103,7 +110,7 @@ def topk(
             save(path)
             say(f"wrote {path}")
     if as_json:
-        print_json(result.records())
+        print_json(map(result.record, range(len(result.rows))))
     else:
         _print(result)
 
@@ -119,9 +126,9 @@ def _featurize(
 
 def _print(result: TopK) -> None:
     rows = []
-    for record in result.records()[:SHOWN]:
+    for record in map(result.record, range(min(SHOWN, len(result.rows)))):
         near = [f"{n['row']}{_label(n['label'])}\n{n['similarity']:.3f}{_error(n)}" for n in record["neighbours"]]
-        rows.append((str(record["row"]), record["label"] or "", record["predicted"] or "", *near))
+        rows.append((str(record["row"]), _name(record["label"]), _name(record["predicted"]), *near))
     ranks = [f"#{rank}" for rank in range(1, result.k + 1)]
     click.echo(f"the {result.k} most similar training rows by {result.kernel}: row (label), similarity\n")
     print_table(("query", "label", "predicted", *ranks), rows, right=(0,))
@@ -130,7 +137,11 @@ def _print(result: TopK) -> None:
 
 
 def _label(label: str | None) -> str:
-    return f" ({label})" if label is not None else ""
+    return f" ({_name(label)})" if label is not None else ""
+
+
+def _name(label: str | None) -> str:
+    return on_one_line(label or "")
 
 
 def _error(neighbour: dict[str, Any]) -> str:

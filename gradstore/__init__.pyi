@@ -3,6 +3,7 @@ from .explain.attribution import attribute as attribute
 from .explain.faithfulness import evaluate as evaluate
 from .explain.forensics import forensics as forensics
 from .explain.surrogate.kernel_glm import KernelGLM as KernelGLM
+from .featurization.annotate_from import annotate_from_project as annotate_from_project
 from .featurization.featurize import featurize as featurize
 from .featurization.on_the_spot import featurize_queries as featurize_queries
 from .kernels.exact.exact_gram import exact_gram as exact_gram
@@ -15,6 +16,7 @@ from .model.project import load_project as load_project
 from .projection.projection import Projection as Projection
 from .search.session import Session as Session
 from .search.topk import topk as topk
+from .store.annotate import annotate as annotate
 from .store.concatenated import concat as concat
 from .store.feature_store import open as open
 from .store.rows import Rows as Rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LONGEST = 60  # characters of a value that an error shows
+
 
 class GradstoreError(Exception):
     """Base of every error that a caller can act on.
@@ -58,6 +60,12 @@ class GradstoreError(Exception):
         return "\n".join([self.line, *aligned(self.table)])
 
 
+def shown(value: object) -> str:
+    """A value as an error shows what it got, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table whose rows have as many cells each, indented."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -110,3 +118,9 @@ class UnsafeError(GradstoreError):
     """The input could run code or read another file, so it was refused."""
 
     exit_code = 9
+
+
+class ClosedError(GradstoreError):
+    """Nobody reads an output that is a pipe."""
+
+    exit_code = 141

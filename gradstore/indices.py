@@ -14,7 +14,7 @@ from typing import Any, NoReturn, SupportsIndex
 import numpy as np
 import torch
 
-from gradstore.errors import GradstoreError, UsageError
+from gradstore.errors import GradstoreError, UsageError, shown
 
 RowChoice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
 """Some of n rows."""
@@ -58,7 +58,7 @@ def chosen_rows(
     array = _as_array(rows, n)
     if array is None:
         kinds = "Give a list, a range, a slice, an array or a tensor"
-        refuse("neither a mask nor indices of rows", _shown(rows), kinds)
+        refuse("neither a mask nor indices of rows", shown(rows), kinds)
     if array.dtype == bool:
         if array.shape != (n,):
             got = f"{_size(array)} booleans" if array.ndim else f"the single boolean {array}"
@@ -95,7 +95,7 @@ def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> 
     except TypeError:
         index = -1
     if not 0 <= index < n:
-        raise UsageError(f"no such {what}", where=where, expected=_those(n), got=_shown(row))
+        raise UsageError(f"no such {what}", where=where, expected=_those(n), got=shown(row))
     return index
 
 
@@ -137,13 +137,13 @@ def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: o
     except (TypeError, ValueError, RuntimeError):
         array = np.array(None)
     if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
-        raise UsageError("labels are masked", where=where, expected="whole numbers, -1 for none", got=_shown(labels))
+        raise UsageError("labels are masked", where=where, expected="whole numbers, -1 for none", got=shown(labels))
     if array.dtype.kind in "bi" or array.size == 0:
         return array.astype(np.int64)
     values = array.astype(np.float64) if array.dtype.kind in "uf" else np.full(array.shape, np.nan)
     whole = (values == np.round(values)) & (np.abs(values) < 2**53)
     if not whole.all():
-        first = _shown(array[~whole].tolist()[0] if array.ndim else labels)
+        first = shown(array[~whole].tolist()[0] if array.ndim else labels)
         raise UsageError("labels are no indices of classes", where=where, expected="whole numbers", got=first)
     return array.astype(np.int64)
 
@@ -174,11 +174,6 @@ def _as_array(rows: Any, n: int) -> np.ndarray | None:
 
 def _those(n: int) -> str:
     return f"0 to {n - 1}" if n else "none, for there are no rows"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _size(array: np.ndarray) -> object:

@@ -13,6 +13,7 @@ from gradstore.store.files.disk import Disk
 
 CALLS = (
     "_open",
+    "_stat",
     "_pwrite",
     "_preadv",
     "_allocate",
@@ -21,6 +22,8 @@ CALLS = (
     "_begin_sync",
     "_flock",
     "_replace",
+    "_link",
+    "_touch",
     "_unlink",
     "_mkdir",
 )
@@ -75,6 +78,16 @@ def slow(seconds: float) -> WatchedDisk:
     return WatchedDisk(lambda name, arguments: time.sleep(seconds))
 
 
+def without_flock(kind: str = "ENOLCK") -> WatchedDisk:
+    """A network file system that has no `flock`."""
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "_flock":
+            raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
+
+    return WatchedDisk(before)
+
+
 class NoLockDisk(Disk):
     """A control: a lock that nobody holds."""
 
@@ -96,8 +109,8 @@ class LoggingDisk(Disk):
         self._fds: dict[int, int | Path] = {}
         self._inodes = 0
 
-    def _open(self, path: Path, flags: int) -> int:
-        fd = super()._open(path, flags)
+    def _open(self, path: Path, flags: int, mode: int = 0o666) -> int:
+        fd = super()._open(path, flags, mode)
         if path.is_dir():
             self._fds[fd] = path
             return fd

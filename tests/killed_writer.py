@@ -14,7 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from faulty_disk import NoLockDisk, slow
+from faulty_disk import NoLockDisk, slow, without_flock
 from small_store import ROWS, N, columns, data, fill, plan, write
 
 from gradstore.errors import GradstoreError
@@ -42,10 +42,11 @@ def append_naively(path: str, n: int, acks: str, **_: Any) -> None:
             os.write(notes, b"%d\n" % i)
 
 
-def hold(path: str, said: str, locks: bool, **_: Any) -> None:
+def hold(path: str, said: str, locks: bool, flock: bool = True, **_: Any) -> None:
     """Try to be the writer; say so, or why not; hold on until the file `said + .go` is there."""
     try:
-        with open_writer(Path(path), plan(N), Disk() if locks else NoLockDisk(), data) as writer:
+        disk = (Disk() if flock else without_flock()) if locks else NoLockDisk()
+        with open_writer(Path(path), plan(N), disk, data) as writer:
             say(said, f"won {os.getpid()}")
             while not Path(said + ".go").exists():
                 time.sleep(0.002)
@@ -54,8 +55,16 @@ def hold(path: str, said: str, locks: bool, **_: Any) -> None:
         say(said, f"exit {error.exit_code}: {error}")
 
 
-def run_command(arguments: list[str], stderr: str, shard_flops: float, **_: Any) -> None:
+def write_one(path: str, kind: str, letter: str, source: str, seconds: float = 0.001, **_: Any) -> None:
+    """Write one output of a kind, slowly."""
+    import outputs
+
+    outputs.WRITERS[kind](Path(path), letter, slow(seconds), Path(source))
+
+
+def run_command(arguments: list[str], stderr: str, shard_flops: float, folder: str = ".", **_: Any) -> None:
     """A whole command, as from the shell, with small shards."""
+    os.chdir(folder)
     import gradstore_cli
 
     import gradstore.featurization.plan
@@ -73,7 +82,7 @@ def say(said: str, line: str) -> None:
     os.close(fd)
 
 
-JOBS = {job.__name__: job for job in (write_slowly, append_naively, hold, run_command)}
+JOBS = {job.__name__: job for job in (write_slowly, append_naively, hold, write_one, run_command)}
 
 
 def child(order: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ def damage(folder: Path) -> None:
     """Flip a bit of the training store's features."""
     (shard,) = (folder / "train").glob("shard-*.h5")
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 3] ^= 1
     shard.write_bytes(data)
 
 
@@ -87,6 +87,7 @@ CASES = [
     Case("evaluate", "evaluate fitted.safetensors test --bootstrap 20", WIDE),
     Case("verify", "verify train", NARROW),
     Case("verify-damaged", "verify train", NARROW, status=5, prepare=damage),
+    Case("annotate", "annotate train --note mended"),
     Case("export", "export train features.npy"),
     Case("import", "import features.npy --out imported --tool trak --model resnet9"),
     Case("demo", "demo there --proj-dim 64", stable=False),  # trains a network

@@ -17,13 +17,16 @@ from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import Schema
 from gradstore.store.store_writer import StoreWriter, open_writer
-from gradstore.store.verify import find_damage
+from gradstore.store.verify import find_damage, require_read
 
-SCHEMA = Schema(c=2, K=12, classes=2, dtype="float16", preview=(4,), truth=True)
+SCHEMA = Schema(c=2, K=12, classes=2, dtype="float16", preview=(4,))
 N, SHARD_ROWS, GROUP = 22, 8, 4
 
 
-def data(n: int) -> dict[str, Any]:
+def data(schema: Schema, n: int) -> dict[str, Any]:
+    """What a store of this schema says of the first n rows."""
+    if schema.has_inputs:
+        return {"length": n}
     return {
         "length": n,
         "labels": hashlib.sha256(str(n).encode()).hexdigest(),
@@ -42,13 +45,13 @@ def plan(n: int = N, seed: int = 0, shard_rows: int = SHARD_ROWS) -> Manifest:
         "classes": SCHEMA.classes,
         "layout": "per-class",
         "dtype": SCHEMA.dtype,
-        "data": data(n),
+        "data": data(SCHEMA, n),
     }
     return Manifest(identity, fingerprint_of(identity), SCHEMA, n, shard_rows, GROUP, "train", ("a", "b"), "text")
 
 
 def row(i: int) -> dict[str, np.ndarray]:
-    """Every dataset of row i but its digest; any two rows differ in every dataset but the truth."""
+    """Every dataset of row i but its digest, of all versions; any two rows differ in all but what is 0 or 1."""
     rng = np.random.default_rng(i)
     return {
         "features": rng.standard_normal((SCHEMA.c, SCHEMA.K)).astype(np.float16),
@@ -59,6 +62,8 @@ def row(i: int) -> dict[str, np.ndarray]:
         "row": np.int64(i),
         "norm": rng.random(SCHEMA.c),
         "poisoned": np.uint8(i % 3 == 0),
+        "input_digest": np.random.default_rng(i + 1_000_000).integers(0, 256, 16).astype(np.uint8),
+        "skipped": np.uint8(0),
         "preview": rng.integers(1, 255, 4).astype(np.uint8),
     }
 
@@ -88,13 +93,15 @@ def write(
 ) -> None:
     """Create, continue, mend or append to the store of the first n rows."""
     with open_writer(path, plan(n, shard_rows=shard_rows), disk, data) as writer:
-        writer.drop(found.shard for found in find_damage(path, writer.manifest, writer.disk))
+        damage = require_read(find_damage(path, writer.manifest, writer.disk), path)
+        writer.drop(found.shard for found in damage)
         fill(writer, each)
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Everything that counts in a store: not the lock, and not the run log."""
-    return {f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.name not in (".lock", "run.jsonl")}
+    """Everything that counts in a store: not the lock, the run log and the annotations, which tell the time."""
+    others = (".lock", "run.jsonl", "annotations.safetensors")
+    return {f.name: f.read_bytes() for f in sorted(path.iterdir()) if f.name not in others}
 
 
 def wrong_rows(store: FeatureStore) -> list[int]:
@@ -102,6 +109,9 @@ def wrong_rows(store: FeatureStore) -> list[int]:
     read = store.read(0, len(store))
     expected = columns(range(len(store))) if len(store) else {}
     bad = {
-        i for name, want in expected.items() for i in range(len(store)) if read[name][i].tobytes() != want[i].tobytes()
+        i
+        for name, want in expected.items()
+        for i in range(len(store))
+        if name in read and read[name][i].tobytes() != want[i].tobytes()
     }
     return sorted(bad)

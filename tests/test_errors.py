@@ -27,6 +27,7 @@ def test_parts_that_are_not_given_leave_no_trace() -> None:
         ("NoSpaceError", 7),
         ("NonFiniteError", 8),
         ("UnsafeError", 9),
+        ("ClosedError", 141),
     ],
 )
 def test_each_kind_has_its_exit_status(kind: str, status: int) -> None:

@@ -21,6 +21,7 @@ from gradstore.projection import Projection
 from gradstore.report.page import write_demo
 from gradstore.search.topk import topk
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.target import target_of
 
 SPLITS = ("train", "test", "stamped")
 
@@ -51,6 +52,7 @@ def run(
         Others: as `featurize` and `topk`.
     """
     folder, dim, say = Path(directory), proj_dim or default_dim(), progress or (lambda line: None)
+    target_of(folder / "report.html")  # said before the work, not after it
     seconds: dict[str, float] = {}
     with _timed(seconds, "train"):
         project = trained_project(folder, seed, say)

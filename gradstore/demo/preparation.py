@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch.utils.data import TensorDataset
 from gradstore.errors import UsageError
 from gradstore.machine.threads import one_torch_thread
 from gradstore.model.project import Project, load_project
+from gradstore.store.files.output import write_output
 
 
 def project_text(seed: int = 0) -> str:
@@ -41,12 +40,7 @@ def trained_project(folder: Path, seed: int, say: Callable[[str], None]) -> Proj
     """
     file, text = folder / "project.py", project_text(seed)
     if not file.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(file, text.encode())
-        except OSError as error:
-            reason = error.strerror
-            raise UsageError("the folder cannot be used", where=folder, got=reason, hint="Choose another") from error
+        write_output(file, [text.encode()])
     elif file.read_text(encoding="utf-8") != text:
         raise UsageError(
             "the folder holds another project.py",
@@ -60,7 +54,7 @@ def trained_project(folder: Path, seed: int, say: Callable[[str], None]) -> Proj
         kind, digits = type(project.model), project.splits["train"]
         poisoned = int(project.poisoned_mask("train").sum())  # type: ignore[union-attr]
         say(f"training a small network on {len(digits):,} digits, {poisoned} of them poisoned")
-        _write(weights, save(train(lambda: kind(classes=10), digits, seed)))
+        write_output(weights, [save(train(lambda: kind(classes=10), digits, seed))])
     return project.prepare()
 
 
@@ -109,13 +103,3 @@ def train(
 def _batches(n: int, batch: int, epochs: int) -> Iterator[Tensor]:
     for _ in range(epochs):
         yield from torch.randperm(n)[: n - n % batch].split(batch)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Make a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -32,16 +32,18 @@ def run_in_processes(
     Args:
         task: runs in a process of its own, which inherits what it closes over; its result is pickled.
         items: pickled.
-        workers: processes.
+        workers: processes; no more than there are items are started.
         done: told of each result, in the calling process.
 
     Raises:
         concurrent.futures.process.BrokenProcessPool: a process was killed.
         BaseException: what a task or `done` raised first. By then no process is left.
     """
-    others = set(multiprocessing.active_children())
+    others, items = set(multiprocessing.active_children()), list(items)
+    if not items:
+        return
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _begin, (task, os.getpid()))
+    pool = ProcessPoolExecutor(min(workers, len(items)), context, _begin, (task, os.getpid()))
     try:
         with warnings.catch_warnings():
             # Forking a process with threads is deprecated; workers use none of the pools that threads may hold.

@@ -6,7 +6,8 @@ logits: a strictly increasing function of p_y that does not round to one value w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,7 +149,7 @@ def faithfulness(
     same = (predicted[0] == predicted[1]).astype(float)
     clear = ~(saturated(ours) | saturated(theirs))
     rng = np.random.default_rng(seed)
-    resamples = [rng.integers(0, len(labels), len(labels)) for _ in range(bootstrap)]
+    resamples = Resamples(rng, len(labels), bootstrap)
 
     def over(statistic: Callable[..., Measure], *columns: np.ndarray) -> Measure:
         return with_error(statistic, columns, resamples)
@@ -222,9 +223,29 @@ def tied_pairs(values: np.ndarray) -> int:
     return int((counts * (counts - 1) // 2).sum())
 
 
-def with_error(
-    statistic: Callable[..., Measure], columns: tuple[np.ndarray, ...], resamples: list[np.ndarray]
-) -> Measure:
+class Resamples:
+    """Rows drawn with replacement, as many as there are; the same whenever they are gone through, one held at a time.
+
+    Args:
+        rng: draws them; is left as it was.
+        rows: of each.
+        count: resamples.
+    """
+
+    def __init__(self, rng: np.random.Generator, rows: int, count: int) -> None:
+        self._rng, self._rows, self._count = copy.deepcopy(rng), rows, count
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """int64 [rows] each."""
+        rng = copy.deepcopy(self._rng)
+        return (rng.integers(0, self._rows, self._rows) for _ in range(self._count))
+
+
+def with_error(statistic: Callable[..., Measure], columns: tuple[np.ndarray, ...], resamples: Resamples) -> Measure:
     """A measure with its bootstrap standard error over resamples where it is defined; None below two of those."""
     found = statistic(*columns)
     if found.value is None or not resamples:

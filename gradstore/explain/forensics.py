@@ -12,10 +12,12 @@ import numpy as np
 
 from gradstore.errors import GradstoreError, UsageError
 from gradstore.indices import RowChoice, row_mask
+from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.report.page import write_forensics
 from gradstore.report.shown_rows import provenance, shown_example
 from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
 from gradstore.search.topk import TopK, topk
+from gradstore.search.topk_result import RESULT_BYTES
 from gradstore.store.array_file import read_array
 from gradstore.store.files.disk import Disk
 from gradstore.store.rows import Rows
@@ -57,12 +59,12 @@ class Forensics:
         fn, tn = int((~self.flagged & self.truth).sum()), int((~self.flagged & ~self.truth).sum())
         return Confusion(tp, fp, fn, tn, wilson(tp, tp + fp), wilson(tp, tp + fn))
 
-    def culprits(self) -> list[tuple[int, int]]:
-        """(training row, flagged queries that have it among their k nearest), most first, then by row."""
+    def culprits(self, most: int | None = None) -> list[tuple[int, int]]:
+        """(training row, flagged queries that have it among their k nearest), most first, then by row; so many."""
         indices = np.concatenate([result.indices for result in self.neighbours])
         rows, counts = np.unique(indices[self.flagged], return_counts=True)
         order = np.lexsort((rows, -counts))
-        return [(int(rows[i]), int(counts[i])) for i in order]
+        return [(int(rows[i]), int(counts[i])) for i in order[:most]]
 
     def locate(self, q: int) -> tuple[TopK, int]:
         """The result of query q's store, and its place in it."""
@@ -74,19 +76,23 @@ class Forensics:
 
     def as_dict(self, culprits: int = 20) -> dict[str, Any]:
         """Plain values for JSON."""
+        return {name: list(v) if name == "flagged" else v for name, v in self.streamed(culprits).items()}
+
+    def streamed(self, culprits: int = 20) -> dict[str, Any]:
+        """The same, with an iterator over the flagged queries, of which there may be very many."""
         found = self.confusion
-        flagged = [self.locate(int(q)) for q in np.flatnonzero(self.flagged)]
+        flagged = (self.locate(int(q)) for q in np.flatnonzero(self.flagged))
         return {
             "kernel": self.kernel,
             "k": self.neighbours[0].k,
             "threshold": self.threshold,
             "queries": len(self.votes),
-            "flagged": [_named(*r.queries.part(int(r.rows[q]))) for r, q in flagged],
+            "flagged": (_named(*r.queries.part(int(r.rows[q]))) for r, q in flagged),
             "votes": np.bincount(self.votes, minlength=self.neighbours[0].k + 1).tolist(),
             "confusion": None if found is None else confusion_dict(found),
             "culprits": [
                 {"row": row, "count": count, "poisoned": bool(self.poisoned[row])}
-                for row, count in self.culprits()[:culprits]
+                for row, count in self.culprits(culprits)
             ],
         }
 
@@ -105,7 +111,7 @@ class Forensics:
             histogram=self._histogram(),
             confusion=self.confusion,
             cases=tuple(shown),
-            culprits=tuple(Culprit(shown_example(self.train, row), count) for row, count in self.culprits()[:culprits]),
+            culprits=tuple(Culprit(shown_example(self.train, row), count) for row, count in self.culprits(culprits)),
         )
 
     def _histogram(self) -> tuple[VoteCount, ...]:
@@ -142,7 +148,7 @@ def forensics(
         k: neighbours that vote.
         votes: votes from which a query is flagged.
         kernel: a name in `gradstore.kernels.definitions.PROJECTED`.
-        memory: bytes held beside the results.
+        memory: bytes, those of the results, 24·m·k, among them.
 
     Returns:
         Votes, flags and, where the truth is known, how often they are right.
@@ -163,11 +169,22 @@ def forensics(
     if not 1 <= votes <= k:
         raise UsageError("the votes cannot be reached", where="--votes", expected=f"1 to k = {k}", got=votes)
     mask = _poisoned_mask(train, poisoned)
-    results = tuple(topk(train, store, k, kernel, memory=memory) for store in stores)
+    left = _beside_others(parse_bytes(memory), stores, k)
+    results = tuple(topk(train, store, k, kernel, memory=room) for store, room in zip(stores, left, strict=True))
     counts = np.concatenate([mask[result.indices].sum(axis=1) for result in results])
     truths = [store.poisoned for store in stores if store.poisoned is not None]
     truth = np.concatenate(truths) if len(truths) == len(stores) else None
     return Forensics(kernel, votes, results, counts, counts >= votes, truth, mask)
+
+
+def _beside_others(memory: int, stores: Sequence[Rows], k: int) -> list[int]:
+    """What a search of each store may take, since the results of the others are held too."""
+    results = [RESULT_BYTES * len(store) * k for store in stores]
+    if sum(results) >= memory:
+        expected = f"more than the {format_bytes(sum(results))} of the results alone"
+        hint = "Ask for a smaller -k, or for fewer queries at a time"
+        raise UsageError("too little memory", where="--memory", expected=expected, got=format_bytes(memory), hint=hint)
+    return [memory - sum(results) + own for own in results]
 
 
 def _named(store: Rows, row: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from scipy.special import expit, log_expit
 
 from gradstore.errors import UsageError
-from gradstore.explain.faithfulness import Measure, checked_labels, is_constant, saturated, with_error
+from gradstore.explain.faithfulness import Measure, Resamples, checked_labels, is_constant, saturated, with_error
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.alpha import log_odds
 from gradstore.explain.surrogate.training_data import two_logits
@@ -124,7 +124,7 @@ def linearise(
         nothing = Measure(None, None, len(judge), why)
         return Linearisation(name, target, {}, nothing, nothing, converged=False, masked=masked)
     parameters, converged = _fitted(name, x[fit][kept[fit]], y[fit][kept[fit]])
-    resamples = [rng.integers(0, len(judge), len(judge)) for _ in range(bootstrap)]
+    resamples = Resamples(rng, len(judge), bootstrap)
     mapped = _CURVES[name](x[judge], **parameters)
     r2 = with_error(lambda a, b, ok: r_squared(a[ok], b[ok]), (mapped, y[judge], kept[judge]), resamples)
     r2 = replace(r2, n=len(judge))

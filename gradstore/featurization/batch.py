@@ -20,14 +20,14 @@ from gradstore.featurization.gradient_audit import GradientAudit
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
 from gradstore.featurization.preview_column import preview_table
-from gradstore.featurization.row_audit import require_finite, require_preserved
+from gradstore.featurization.row_audit import require_finite, require_labels, require_preserved
 from gradstore.featurization.row_independence import RowIndependence
 from gradstore.featurization.second_look import SecondLook
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
 from gradstore.jacobians.reused_memory import reused
 from gradstore.machine.cuda_streams import Beside, Handover, to_host
 from gradstore.machine.devices import full_float32
-from gradstore.model.examples import Inputs
+from gradstore.model.examples import Inputs, input_digests
 from gradstore.projection import Projection
 from gradstore.projection.block_routes import accumulate_block, route
 from gradstore.projection.projection_audit import AuditSchedule, Comparison, ProjectionAudit
@@ -80,6 +80,10 @@ def compute(
     """
     inputs, labels = plan.examples.read(rows)
     plan.examples.require_labels(rows, labels)
+    require_labels(labels, plan.classes, plan.split, rows.start)
+    digests = input_digests(inputs)
+    if smaller is not None:
+        smaller.require_inputs(rows, digests)
     spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     watch = watch or Stopwatch()
@@ -89,7 +93,7 @@ def compute(
         seen = independence.look(inputs, labels, rows, sums.logits, sums.gradient)
         sums = replace(sums, handover=Handover(plan.device))
         watch.lap("checks")
-    columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64)}
+    columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64), "input_digest": digests}
     if truth is not None:
         columns["poisoned"] = truth[rows.start : rows.stop].astype(np.uint8)
     show = plan.project.show

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
 from gradstore.featurization.environment import environment, require_same_environment
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
+from gradstore.featurization.poison_marks import mark_poisoned
 from gradstore.featurization.row_independence import Looked, RowIndependence
+from gradstore.featurization.same_inputs import compare_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.featurization.workers import require_workers, write_shards
 from gradstore.machine.byte_counts import spendable
@@ -27,10 +30,10 @@ from gradstore.model.project import Project
 from gradstore.store.background_writer import Columns, in_background
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
-from gradstore.store.files.manifest import Shard
+from gradstore.store.files.manifest import Manifest, Shard
 from gradstore.store.files.shard_file import ShardFile
 from gradstore.store.store_writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
-from gradstore.store.verify import Damage, find_damage
+from gradstore.store.verify import Damage, find_damage, require_read
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,9 +82,12 @@ def featurize(
     grow_from: str | os.PathLike[str] | None = None,
     workers: int = 1,
     alone: bool = False,
+    data_check: str = "all",
+    lock: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_data_check: Callable[[int, int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     disk: Disk | None = None,
     **settings: Unpack[Given],
@@ -110,9 +116,14 @@ def featurize(
         workers: processes that compute shards, on the CPU, with one thread each; every one takes `memory`.
         alone: compute each example by itself, for a model whose examples look at one another; right by definition, and
             slower, as `gradstore check --alone` measures. A store that was begun otherwise does not go on so.
+        data_check: "all" reads every stored row's input again and compares its digest; "sample" does so for 256 random
+            rows, and a note says what that can miss.
+        lock: how other writers are kept out: "auto", which is `flock`, or an owner file where the file system has
+            none; "flock"; "file"; or "none". See `gradstore.store.files.lock.LOCKS`.
         on_plan: called once with the plan, before anything is written.
         on_damage: called with the damaged shards, if there are any, before they are dropped and computed again.
         on_note: called with a line where the run goes on otherwise than planned, such as with smaller batches.
+        on_data_check: called with (rows compared, rows to compare).
         progress: called after every batch.
         disk: where bytes go; for tests.
         **settings: those of `gradstore.featurization.settings.Settings`, which says what each does; a store keeps them.
@@ -123,8 +134,9 @@ def featurize(
     Raises:
         UsageError: an argument is unusable, `out` exists and is not a store, or memory runs out with one group of rows.
         ProjectError: the project is wrong.
-        MismatchError: `out` holds a store of another identity.
+        MismatchError: `out` holds a store of another identity, or a stored row has other inputs now.
         LockedError: another process is writing it.
+        CorruptError: the disk fails to read a shard; nothing is dropped.
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
             not that by P.
@@ -145,7 +157,7 @@ def featurize(
     )
     smaller = None
     if grown is not None:
-        smaller = SmallerStore(grown, plan.manifest)
+        smaller = SmallerStore(grown, plan.manifest, plan.data_of(grown.schema, plan.manifest.n))
         now = environment(plan.device, plan.projection)
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
@@ -153,9 +165,11 @@ def featurize(
     for note in plan.notes:
         if on_note is not None:
             on_note(note)
-    with open_writer(Path(out), plan.manifest, disk, plan.data_of_first) as writer:
+    same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)
+    with open_writer(Path(out), plan.manifest, disk, plan.data_of, same, lock) as writer:
         if verify:
             _drop_damaged(writer, on_damage)
+        mark_poisoned(plan, writer, on_note)
         if writer.manifest.missing:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
@@ -294,12 +308,30 @@ class _Run:
 
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
     """Make the damaged shards of a store missing, so that they are computed again."""
-    damage = find_damage(writer.path, writer.manifest, writer.disk)
+    damage = require_read(find_damage(writer.path, writer.manifest, writer.disk), writer.path)
     if damage:
         if on_damage is not None:
             on_damage(damage)
         writer.log(event="damage", at=now_utc(), files=[found.file for found in damage])
         writer.drop(found.shard for found in damage)
+
+
+def _require_same_inputs(
+    plan: Plan,
+    path: Path,
+    how: str,
+    disk: Disk,
+    note: Callable[[str], None] | None,
+    progress: Callable[[int, int], None] | None,
+    stored: Manifest,
+) -> None:
+    """Go on with a store only where its rows' inputs are still what they were."""
+    if not stored.shards or not stored.schema.has_inputs:
+        return
+    found = compare_inputs(plan.examples, path, stored, how, disk, progress)
+    for line in found.notes:
+        if note is not None:
+            note(line)
 
 
 def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:

@@ -22,28 +22,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def identity(
-    project: Project,
-    examples: Examples,
-    blocks: Sequence[ParameterBlock],
-    settings: Settings,
-    *,
-    classes: int,
+def model_identity(
+    project: Project, blocks: Sequence[ParameterBlock], settings: Settings, *, classes: int
 ) -> dict[str, Any]:
-    """Name everything that decides what the rows of a store are.
+    """Name everything that decides what the rows of a store are, but for the data; its digest is the fingerprint.
 
     Returns:
         Nested plain values. Not among them: the text of the project file, batch size, device index, workers, paths and
         clocks.
     """
-    model = model_identity(project, blocks, settings, classes=classes)
-    return {**model, "data": data_identity(examples, project.poisoned_mask(examples.split))}
-
-
-def model_identity(
-    project: Project, blocks: Sequence[ParameterBlock], settings: Settings, *, classes: int
-) -> dict[str, Any]:
-    """The identity without the data; its digest is the fingerprint."""
     chosen = settings.identity()
     return {
         "format": MEANING,
@@ -59,8 +46,8 @@ def model_identity(
     }
 
 
-def data_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
-    """Name what a split's data are; each of 64 fixed rows must read the same twice.
+def sampled_identity(examples: Examples, poisoned: np.ndarray | None = None, n: int | None = None) -> dict[str, Any]:
+    """Name what a split's data are as stores before version 3 have it, whose rows have no digests of their inputs.
 
     Args:
         examples: the split.

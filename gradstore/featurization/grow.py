@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import UsageError
+from gradstore.errors import MismatchError, UsageError
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.encoding import exponents
 from gradstore.store.files.manifest import Manifest
@@ -27,18 +28,36 @@ class SmallerStore:
     Args:
         store: the store with the smaller K.
         planned: what the new store shall be, with the same groups of rows.
+        data: what a store of the smaller one's schema says of the same rows.
 
     Raises:
         MismatchError: they differ in more than K; lists the fields.
         UsageError: K does not grow, rows are missing, or the stored digits cannot be taken over exactly.
     """
 
-    def __init__(self, store: FeatureStore, planned: Manifest) -> None:
-        ours, theirs = _without_k(planned.identity), _without_k(store.identity)
+    def __init__(self, store: FeatureStore, planned: Manifest, data: Mapping[str, Any]) -> None:
+        ours, theirs = _without_k({**planned.identity, "data": data}), _without_k(store.identity)
         require_same(theirs, ours, where=store.path, theirs="the smaller store", ours="this run")
         _require_growable(store.require_complete(), planned)
         self._store = store
         self.K = store.schema.K
+
+    def require_inputs(self, rows: range, digests: np.ndarray) -> None:
+        """Refuse rows whose inputs, by their digests [n, 16], are not those of the smaller store.
+
+        Raises:
+            MismatchError: names the first.
+        """
+        if self._store.input_digests is None:
+            return
+        differ = np.flatnonzero((self._store.input_digests[rows.start : rows.stop] != digests).any(axis=1))
+        if differ.size:
+            raise MismatchError(
+                f"row {rows[int(differ[0])]} has other inputs than in the smaller store",
+                where=self._store.path,
+                expected="the same bytes",
+                hint="Featurize again without --grow-from",
+            )
 
     def sums(self, rows: range) -> tuple[Tensor, Tensor, Tensor]:
         """(P g float32 [n, c, K], exponent of each row's scale [n, c], rows [n, c] whose small digits were cut)."""

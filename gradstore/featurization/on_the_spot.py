@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
@@ -28,11 +26,14 @@ class FreshRows(Rows):
 
     _kind = "were featurized on the spot"
 
-    def __init__(self, manifest: Manifest, columns: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, manifest: Manifest, columns: Mapping[str, np.ndarray], poisoned: np.ndarray | None = None
+    ) -> None:
         self.where, self.split = f"{manifest.split} of the project", manifest.split
         self.schema, self.classes, self.fingerprint = manifest.schema, manifest.classes, manifest.fingerprint
-        self.identity = _identity_of_some(manifest, columns["row"])
-        self._of = manifest.n
+        self.identity = manifest.identity
+        self._of, self._poisoned = manifest.n, poisoned
+        columns = manifest.schema.completed(columns)
         self._columns = {**columns, "digest": row_digests(manifest.schema, columns)}
 
     def __len__(self) -> int:
@@ -75,6 +76,11 @@ class FreshRows(Rows):
             np.copyto(room[: len(part)], part)
             yield at, room[: len(part)]
 
+    @property
+    def poisoned(self) -> np.ndarray | None:
+        """Which rows are poisoned, bool [n], or None where the project does not say."""
+        return self._poisoned
+
     def card(self) -> dict[str, str]:
         """What the rows are, for people."""
         rows = f"{self.split}, {len(self)} of {self._of} rows, featurized on the spot"
@@ -83,14 +89,6 @@ class FreshRows(Rows):
     def column(self, name: str) -> np.ndarray:
         """One small dataset of all rows, copied."""
         return self._columns[name].copy()
-
-
-def _identity_of_some(manifest: Manifest, rows: np.ndarray) -> dict[str, Any]:
-    """The identity of a split's store, whose data says which rows these are where they are not all, in order."""
-    data = dict(manifest.identity["data"])
-    if not np.array_equal(rows, np.arange(manifest.n)):
-        data["rows"] = sha256(rows.tobytes()).hexdigest()
-    return {**manifest.identity, "data": data}
 
 
 def featurize_queries(
@@ -142,6 +140,8 @@ def featurize_queries(
     del kept["digest"]  # is made of the others
     for span, columns in zip(spans, row_columns(plan, spans), strict=True):
         places = np.flatnonzero((wanted >= span.start) & (wanted < span.stop))
-        for name, column in columns.items():
-            kept[name][places] = column[wanted[places] - span.start]
-    return FreshRows(plan.manifest, kept)
+        found = plan.manifest.schema.completed(columns)
+        for name, room in kept.items():
+            room[places] = found[name][wanted[places] - span.start]
+    mask = project.poisoned_mask(split)
+    return FreshRows(plan.manifest, kept, None if mask is None else mask[wanted])

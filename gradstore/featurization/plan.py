@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import UsageError
-from gradstore.featurization.fingerprint import data_identity, identity
+from gradstore.featurization.fingerprint import model_identity, sampled_identity
 from gradstore.featurization.gradient_audit import bytes_needed
 from gradstore.featurization.preview_column import preview_shape
 from gradstore.featurization.row_audit import require_labels
@@ -16,7 +16,7 @@ from gradstore.featurization.settings import Settings
 from gradstore.jacobians import JacobianEngine
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.machine.devices import choose_device, memory_of
-from gradstore.model.examples import Examples, Inputs
+from gradstore.model.examples import Examples, Inputs, sample_rows
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
 from gradstore.store.files.manifest import Manifest
@@ -25,6 +25,7 @@ from gradstore.store.schema import ONE_ROW, Schema
 
 GROUP, LARGE_GROUP = 16, 64
 SHARD_BYTES = 256 << 20
+MOST_SHARDS = 10_000  # the manifest lists them all, and is written with each
 # Work after which a shard is published, so that an interruption costs seconds: fixed numbers, not a measurement,
 # because shard boundaries must not depend on the clock.
 _SHARD_FLOPS = {"cpu": 4e12, "cuda": 1e15}
@@ -77,8 +78,10 @@ class Plan:
         inputs = to_device(self.examples.read(range(min(GROUP, len(self.examples))))[0], self.device)
         logits = project.logits(inputs)
         require_deterministic(logits, project.logits(inputs))
+        self.examples.require_repeatable(sample_rows(len(self.examples)))
         self.classes = int(logits.shape[1])
-        require_labels(self.examples.labels, self.classes, split)
+        if self.examples.label_table is not None:
+            require_labels(self.examples.label_table, self.classes, split)
         self.engine = JacobianEngine(
             project.model,
             self.blocks,
@@ -94,9 +97,11 @@ class Plan:
         self.bytes = n * schema.row_bytes
         self.group_bytes = self.bytes_needed(schema, self.manifest.group)
 
-    def data_of_first(self, n: int) -> dict[str, Any]:
-        """Data identity of the first n rows of the split, by which a store that may be appended to is recognised."""
-        return data_identity(self.examples, self.project.poisoned_mask(self.split), n)
+    def data_of(self, schema: Schema, n: int) -> dict[str, Any]:
+        """Name the first n rows of the split as a store of this schema does; of version 3, whose rows do, by number."""
+        if schema.has_inputs:
+            return {"length": n}
+        return sampled_identity(self.examples, self.project.poisoned_mask(self.split), n)
 
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations, blocks and an audit, and features of three batches: one grows, two are on their way to disk."""
@@ -111,10 +116,10 @@ class Plan:
             classes=self.classes,
             dtype=s.dtype,
             preview=preview_shape(project.show, one_row(inputs, 0)),
-            truth=project.poisoned_mask(self.split) is not None,
         )
         group = self._choose_group(schema)
-        content = identity(project, self.examples, self.blocks, s, classes=self.classes)
+        model = model_identity(project, self.blocks, s, classes=self.classes)
+        content = {**model, "data": self.data_of(schema, len(self.examples))}
         return Manifest(
             identity=content,
             fingerprint=fingerprint_of(content),
@@ -167,7 +172,8 @@ class Plan:
     def _shard_rows(self, schema: Schema, group: int) -> int:
         by_work = self._shard_flops() / self._row_flops(schema)
         rows = min(by_work, SHARD_BYTES / schema.row_bytes)
-        return max(1, int(rows) // group) * group
+        least = -(-len(self.examples) // (MOST_SHARDS * group))  # groups, however much work they are
+        return max(1, int(rows) // group, least) * group
 
     def _shard_flops(self) -> float:
         return _SHARD_FLOPS.get(self.device.type, 4e12)
@@ -180,9 +186,10 @@ class Plan:
 def _notes(own: Tensor, differentiated: Tensor, rounding: float) -> tuple[str, ...]:
     """A line where the model's own logits [n, c] are not those of the pass that is differentiated."""
     error = torch.linalg.vector_norm(own.float() - differentiated, dim=1)
-    if bool((error <= rounding * (1e-3 + torch.linalg.vector_norm(differentiated, dim=1))).all()):
+    differ = error > rounding * (1e-3 + torch.linalg.vector_norm(differentiated, dim=1))  # not so of NaN, which stops
+    if not bool(differ.any()):
         return ()
-    row = int(error.nan_to_num(torch.inf).argmax())
+    row = int((error * differ).nan_to_num().argmax())
     return (
         f"row {row} has other logits (by {float(error[row]):.2g}) when the model runs without gradients and takes a "
         "faster way, as torch's encoders do with padding masks; stored are those of the pass that is differentiated",

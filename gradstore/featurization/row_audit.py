@@ -66,22 +66,24 @@ def require_finite(sq_norm: Tensor, parts: Mapping[str, Tensor], rows: Sequence[
 def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str, scale: float = 1.0) -> None:
     """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
 
+    A class may have no gradient where others have one, as in a net that ends in ReLU: its features are zeros.
+
     Raises:
-        NonFiniteError: names the first row and class whose gradient is zero or whose norm was not kept.
+        NonFiniteError: names the first row whose gradient is zero for all classes, or whose norm was not kept.
     """
-    zero = torch.nonzero(sq_norm == 0)
+    zero = torch.nonzero((sq_norm == 0).all(dim=1))
     if len(zero):
-        i, c = zero[0].tolist()
         raise NonFiniteError(
-            f"the gradient of row {rows[i]}, class {c} is zero",
+            f"the gradient of row {rows[int(zero[0])]} is zero" + (" for every class" if sq_norm.shape[1] > 1 else ""),
             where=f"split {split!r}",
             expected="a gradient, of which a cosine can be taken",
             got="‖g‖² = 0",
-            hint="Widen `parameters=`, or check that this logit depends on them",
+            hint="Widen `parameters=`, or check that the logits depend on them",
         )
     low, high = norm_band(features.shape[-1])
     norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).cpu() * scale
-    ratio = norm.square() / sq_norm.cpu().double()
+    exact = sq_norm.cpu().double()
+    ratio = torch.where((exact == 0) & (norm == 0), 1.0, norm.square() / exact)
     bad = torch.nonzero(~((ratio >= low) & (ratio <= high)))
     if len(bad):
         i, c = bad[0].tolist()
@@ -94,8 +96,8 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str
         )
 
 
-def require_labels(labels: np.ndarray, classes: int, split: str) -> None:
-    """Refuse labels outside -1 … classes - 1 (a single logit has the classes 0 and 1).
+def require_labels(labels: np.ndarray, classes: int, split: str, first: int = 0) -> None:
+    """Refuse labels outside -1 … classes - 1 (a single logit has the classes 0 and 1) of rows from `first` on.
 
     Raises:
         ProjectError: names the first row.
@@ -104,7 +106,7 @@ def require_labels(labels: np.ndarray, classes: int, split: str) -> None:
     bad = np.flatnonzero((labels < -1) | (labels >= top))
     if bad.size:
         raise ProjectError(
-            f"the label of row {bad[0]} is no class",
+            f"the label of row {first + bad[0]} is no class",
             where=f"split {split!r}",
             expected=f"0 to {top - 1}, or -1 for none",
             got=int(labels[bad[0]]),

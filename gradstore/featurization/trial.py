@@ -88,8 +88,9 @@ def _logits(plan: Plan) -> str:
 
 
 def _data(plan: Plan) -> str:
-    labelled = int((plan.examples.labels >= 0).sum())
-    return f"split {plan.split!r}: {len(plan.examples)} rows, {labelled} labelled, sampled rows read the same twice"
+    table, n = plan.examples.label_table, len(plan.examples)
+    labelled = "" if table is None else f", {int((table >= 0).sum())} labelled"
+    return f"split {plan.split!r}: {n} rows{labelled}, sampled rows read the same twice"
 
 
 def _parameters(plan: Plan) -> str:

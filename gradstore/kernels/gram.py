@@ -274,4 +274,4 @@ def _within(device: torch.device, memory: int) -> int:
 
 def _data_digest(store: Rows) -> str:
     """32 digits that stand for what an identity says of the data."""
-    return sha256(json.dumps(store.identity["data"], sort_keys=True).encode()).hexdigest()[:32]
+    return sha256(json.dumps(store.data, sort_keys=True).encode()).hexdigest()[:32]

@@ -23,6 +23,8 @@ from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.digests import BYTES
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.layout import ShardLayout
+from gradstore.store.files.lock import locked_file
+from gradstore.store.files.target import target_of
 from gradstore.store.schema import raw
 
 _PIECE_BYTES = 1 << 20  # of rows whose digests are taken together
@@ -134,14 +136,12 @@ def open_gram_writer(
     if not path.parent.is_dir():
         raise UsageError("the directory does not exist", where=path.parent)
     part = path.with_name(f".{path.name}.part")
-    fd = disk.lock(part)
-    if fd is None or not _is_at(fd, part):
-        raise LockedError(
-            "another process is writing this Gram matrix",
-            where=path,
-            hint="Wait for it to finish, or stop it; finished tiles are kept",
-        )
-    try:
+    refusal = LockedError(
+        "another process is writing this Gram matrix",
+        where=path,
+        hint="Wait for it to finish, or stop it; finished tiles are kept",
+    )
+    with locked_file(part, disk, refusal) as fd:
         version: int | None = VERSIONS[0]
         if not _is_begun(fd, part, disk):
             _begin(part, fd, gram_layout(shape, dtype, attributes, VERSIONS[0]), disk)
@@ -163,8 +163,6 @@ def open_gram_writer(
             raise
         writer.require_whole()
         disk.publish(part, path)
-    finally:
-        os.close(fd)
 
 
 def finished_gram(
@@ -239,11 +237,6 @@ def _has_header(fd: int, layout: ShardLayout, path: Path, disk: Disk) -> bool:
     return True
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether an open file still has its name: its writer may have finished between our opening and locking it."""
-    return path.exists() and os.path.samestat(os.fstat(fd), os.stat(path))
-
-
 def _cells(columns: range) -> slice:
     return slice(columns.start // CELL, -(-columns.stop // CELL))
 
@@ -280,6 +273,7 @@ def write_tiles(
         Errors: those of `open_gram_writer` and `finished_gram`.
     """
     disk = disk or Disk()
+    path = target_of(path, streams=False).path
     found = finished_gram(path, shape, dtype, attributes, disk)
     if found is not None:
         return found

@@ -6,6 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import numpy as np
 import torch
 
 from gradstore.errors import UsageError
-from gradstore.featurization.fingerprint import data_identity, identity_of_model
+from gradstore.featurization.fingerprint import identity_of_model, sampled_identity
 from gradstore.featurization.settings import Settings
 from gradstore.kernels.definitions import PROJECTED, projected_kernel
 from gradstore.kernels.exact.exact_gram import exact_gram
 from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.projection_error import effective_dimension, standard_errors
 from gradstore.machine.byte_counts import parse_bytes
+from gradstore.model.examples import input_digests
 from gradstore.model.project import Project
 from gradstore.report.csv_table import write_csv
 from gradstore.report.page import write_residual
@@ -29,6 +32,8 @@ from gradstore.store.identity import require_same, without_data
 from gradstore.store.rows import Rows, require_comparable
 
 _POINTS = 120
+_PAIR = 64  # bytes a feature of a pair takes: as read, its Φ, and both rows in float64 with a copy
+_TOGETHER = 64  # pairs at a time, so that they stay in a cache
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class Residuals:
         lines = (
             [int(i), int(j), *(repr(float(value)) for value in values)] for i, j, *values in zip(*columns, strict=True)
         )
-        return write_csv(path, [header, *lines])
+        return write_csv(path, chain([header], lines))
 
 
 def residual(
@@ -159,7 +164,7 @@ def residual(
         kernel: a name in `gradstore.kernels.definitions.PROJECTED` that has an exact kin.
         pairs: how many pairs, at least.
         seed: of the sample.
-        memory: bytes that the exact kernel may take.
+        memory: bytes that the exact kernel, and then the projected one, may take, beside the pairs.
         device: for the exact kernel.
 
     Returns:
@@ -184,16 +189,16 @@ def residual(
     other = a if b is None else b
     require_comparable(a, other)
     require_served(chosen, a)
-    for store in (a,) if b is None else (a, b):
-        for part in store.parts:
-            _require_same_project(project, part)
     rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
+    for part, places in _places((a, rows_a), (other, rows_b)):
+        _require_same_project(project, part, places)
     (rows_a, splits_a), (rows_b, splits_b) = _by_part(a, rows_a), _by_part(other, rows_b)
     exact_values = partial(exact_gram, project, kernel=chosen.exact, memory=memory, device=device)
     exact = np.block(
         [[exact_values(x, y, rows_a=rows_x, rows_b=rows_y) for y, rows_y in splits_b] for x, rows_x in splits_a]
     )
-    projected, errors = _projected(FeatureMap.of(chosen, a, parse_bytes(memory)), a, other, rows_a, rows_b)
+    budget = parse_bytes(memory)
+    projected, errors = _projected(FeatureMap.of(chosen, a, budget), a, other, rows_a, rows_b, budget)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), exact.ravel(), projected.ravel(), errors.ravel())
     return Residuals(kernel, *flat, a=a, b=other)
@@ -220,32 +225,43 @@ def _by_part(store: Rows, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[str,
     return ordered, [(part.split, np.array([own for _, own in pairs])) for part, pairs in found.items()]
 
 
+def _places(*chosen: tuple[Rows, np.ndarray]) -> list[tuple[Rows, np.ndarray]]:
+    """The parts that some rows of several stores are from, each with the rows' places there."""
+    found: dict[Rows, list[int]] = {}
+    for store, rows in chosen:
+        for part, own in (store.part(int(row)) for row in rows):
+            found.setdefault(part, []).append(own)
+    return [(part, np.unique(places)) for part, places in found.items()]
+
+
 def _projected(
-    phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray
+    phi_of: FeatureMap, a: Rows, b: Rows, rows_a: np.ndarray, rows_b: np.ndarray, memory: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel values and their standard errors, [n, m]; holds the features of rows_b and of one row of rows_a."""
-    right = torch.from_numpy(b.features[rows_b])
-    maps = [phi_of.rows(b.read(int(row), int(row) + 1), b.where) for row in rows_b]
-    phi, norms = torch.cat([phi for phi, _ in maps]).double(), torch.cat([norm for _, norm in maps])
-    values, errors = [], []
-    for row in rows_a:
-        own, norm = phi_of.rows(a.read(int(row), int(row) + 1), a.where)
-        values.append((own.double() @ phi.T / (norm[:, None] * norms))[0])
-        left = torch.from_numpy(a.features[int(row)])
-        errors.append(torch.cat([standard_errors(left[None], part[None], phi_of.kernel) for part in right]))
-    return torch.stack(values).numpy(), torch.stack(errors).numpy()
+    """Kernel values and their standard errors, [n, m]; holds the features of one row of rows_a and some of rows_b."""
+    values, errors = np.empty((len(rows_a), len(rows_b))), np.empty((len(rows_a), len(rows_b)))
+    step = int(np.clip(memory // (_PAIR * b.shape[1] * b.shape[2]), 1, _TOGETHER))
+    for span in (slice(at, at + step) for at in range(0, len(rows_b), step)):
+        right = torch.from_numpy(b.features[rows_b[span]])
+        maps = [phi_of.rows(b.read(int(row), int(row) + 1), b.where) for row in rows_b[span]]
+        phi, norms = torch.cat([phi for phi, _ in maps]).double(), torch.cat([norm for _, norm in maps])
+        for i, row in enumerate(rows_a.tolist()):
+            own, norm = phi_of.rows(a.read(row, row + 1), a.where)
+            values[i, span] = (own.double() @ phi.T / (norm[:, None] * norms))[0].numpy()
+            left = torch.from_numpy(a.features[row]).expand_as(right)
+            errors[i, span] = standard_errors(left, right, phi_of.kernel).numpy()
+    return values, errors
 
 
-def _require_same_project(project: Project, store: Rows) -> None:
-    """Refuse a store of other weights, parameters, classes or inputs than the project has now."""
-    n, split = store.identity["data"]["length"], store.split
+def _require_same_project(project: Project, store: Rows, places: np.ndarray) -> None:
+    """Refuse a store of other weights, parameters or classes than the project has now, or of other inputs there."""
+    examples = project.examples(store.split)
+    theirs = without_data(store.identity)
     ours = identity_of_model(project, Settings.of(store.identity, where=store.where))
-    inputs = data_identity(project.examples(split), n=n)["sampled rows"]
-    require_same(
-        {**without_data(store.identity), "inputs": store.identity["data"]["sampled rows"]},
-        {**ours, "inputs": inputs},
-        where=store.where,
-        theirs="the store",
-        ours="the project",
-        data=False,
-    )
+    if store.input_digests is None:
+        theirs["inputs"] = store.identity["data"]["sampled rows"]
+        ours["inputs"] = sampled_identity(examples, n=store.identity["data"]["length"])["sampled rows"]
+    else:
+        theirs["inputs"] = sha256(store.input_digests[places].tobytes()).hexdigest()
+        digests = [input_digests(examples.read([int(row)])[0]) for row in store.rows[places]]
+        ours["inputs"] = sha256(b"".join(digest.tobytes() for digest in digests)).hexdigest()
+    require_same(theirs, ours, where=store.where, theirs="the store", ours="the project", data=False)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from gradstore.errors import UsageError
-from gradstore.machine.byte_counts import parse_bytes
+from gradstore.errors import UsageError, shown
+from gradstore.machine.byte_counts import AUTO, parse_bytes
+
+# What torch knows besides, such as xpu, mps or meta, is not what anything here was written for or tried on.
+_NAMED = re.compile(r"cpu|cuda(?::(\d{1,4}))?", re.ASCII)
 
 
 def choose_device(device: str) -> torch.device:
@@ -21,19 +25,23 @@ def choose_device(device: str) -> torch.device:
     Raises:
         UsageError: no such device, or none of that kind on this machine.
     """
+
+    def refuse(problem: str, expected: str = "auto, cpu, cuda or cuda:<index>", hint: str | None = None) -> NoReturn:
+        raise UsageError(problem, where="--device", expected=expected, got=shown(device), hint=hint)
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(
-            "unknown device", where="--device", expected="auto, cpu, cuda or cuda:<index>", got=repr(device)
-        ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "this machine has no usable CUDA device", where="--device", got=repr(device), hint="Use --device cpu"
-        )
-    return chosen
+    named = _NAMED.fullmatch(device) if isinstance(device, str) else None
+    if named is None:
+        refuse("unknown device")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        refuse("this machine has no usable CUDA device", hint="Use --device cpu")
+    index, count = named.group(1), torch.cuda.device_count()
+    if index is not None and int(index) >= count:
+        refuse("no such CUDA device", f"an index below {count}")
+    return torch.device(device)
 
 
 def memory_of(given: int | str, device: torch.device, model: int = 0) -> int:
@@ -51,8 +59,8 @@ def memory_of(given: int | str, device: torch.device, model: int = 0) -> int:
     Raises:
         UsageError: it is no positive number of bytes.
     """
-    if given != "auto":
-        return parse_bytes(given)
+    if given != AUTO:
+        return parse_bytes(given, or_auto=True)
     if device.type != "cuda":
         return parse_bytes("2GB")
     total = int(torch.cuda.get_device_properties(device).total_memory)

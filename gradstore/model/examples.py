@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -66,25 +67,33 @@ class Examples:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """All labels, int64 [n]: from the dataset's own table where it has one, otherwise by reading every row.
-
-        A table is a hint: it is dropped where sampled rows have other labels, as with a `target_transform`; and rows
-        that are stored are held against it (`require_labels`).
-        """
-        table = _label_table(self.dataset)
-        if table is not None and len(table) == len(self):
-            rows = sample_rows(len(self))
-            if np.array_equal(table[rows], [self._label(self._item(int(r)), int(r)) for r in rows]):
-                return table
+        """All labels, int64 [n]: from the dataset's own table where it has one, otherwise by reading every row."""
+        if self.label_table is not None:
+            return self.label_table
         return np.asarray([self._label(self._item(row), row) for row in range(len(self))], np.int64)
 
+    @cached_property
+    def label_table(self) -> np.ndarray | None:
+        """Labels int64 [n] that the dataset keeps beside its examples; None where it has none.
+
+        They are a hint: dropped where sampled rows have other labels, as with a `target_transform`; and rows that are
+        stored are held against them (`require_labels`).
+        """
+        table = _label_table(self.dataset)
+        if table is None or len(table) != len(self):
+            return None
+        rows = sample_rows(len(self))
+        return table if np.array_equal(table[rows], [self._label(self._item(int(r)), int(r)) for r in rows]) else None
+
     def require_labels(self, rows: range, labels: np.ndarray) -> None:
-        """Compare the labels [len(rows)] of rows that were read with those that the whole split was taken to have.
+        """Compare the labels [len(rows)] of rows that were read with those that the dataset's own table has.
 
         Raises:
             ProjectError: names the first row that has another one.
         """
-        expected = self.labels[rows.start : rows.stop]
+        if self.label_table is None:
+            return
+        expected = self.label_table[rows.start : rows.stop]
         differ = np.flatnonzero(expected != labels)
         if differ.size:
             i = int(differ[0])
@@ -192,6 +201,26 @@ class Examples:
 def sample_rows(n: int, count: int = 64) -> np.ndarray:
     """`count` fixed rows spread over n, first and last among them; all of them where n is small."""
     return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
+
+
+def input_digests(inputs: Inputs) -> np.ndarray:
+    """Digest each row of stacked inputs: first 16 bytes of BLAKE3 over its bytes, with names, dtypes and shapes.
+
+    Returns:
+        uint8 [n, 16].
+    """
+    named = {name: x.cpu().contiguous() for name, x in (inputs.items() if isinstance(inputs, dict) else [("", inputs)])}
+    n = len(next(iter(named.values())))
+    heads = {name: f"{name}|{x.dtype}|{tuple(x.shape[1:])}|".encode() for name, x in named.items()}
+    flat = {name: x.reshape(n, -1).view(torch.uint8).numpy() for name, x in named.items()}
+    out = np.empty((n, 16), np.uint8)
+    for i in range(n):
+        digest = blake3()
+        for name in sorted(named):
+            digest.update(heads[name])
+            digest.update(flat[name][i].data)
+        out[i] = np.frombuffer(digest.digest()[:16], np.uint8)
+    return out
 
 
 def input_bytes(inputs: Inputs) -> bytes:

@@ -20,6 +20,7 @@ from gradstore.indices import row_mask
 from gradstore.machine.devices import full_float32
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.image_and_text import Show
+from gradstore.model.own_modules import OwnModules
 from gradstore.model.weights import load_weights
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -202,6 +203,9 @@ def require_deterministic(first: Tensor, second: Tensor) -> None:
 def load_project(path: str | Path, options: Mapping[str, Any] | None = None, function: str = "project") -> Project:
     """Run a project file and return its `Project`. It is the only code of the user's that gradstore ever runs.
 
+    The file is run anew every time, and so are the modules that it imports from its own folder, which are this
+    project's own: another project may have others of the same names in this process.
+
     Args:
         path: a Python file with a function `project(...) -> gs.Project`.
         options: keyword arguments of that function; strings are converted to the type of the argument's default.
@@ -223,16 +227,16 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         raise ProjectError(
             "the project file does not exist", where=path, hint="`gradstore init` writes one to start from"
         )
-    module = _run(file)
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise ProjectError(
-            f"the project file has no function {function}()",
-            where=path,
-            hint="`gradstore init` writes one to start from",
-        )
-    arguments = _convert_options(make, options or {}, path)
-    project = _guarded(lambda: make(**arguments), file)
+    with OwnModules(file.parent).visible() as own:
+        make = getattr(_run(file, own), function, None)
+        if not callable(make):
+            raise ProjectError(
+                f"the project file has no function {function}()",
+                where=path,
+                hint="`gradstore init` writes one to start from",
+            )
+        arguments = _convert_options(make, options or {}, path)
+        project = _guarded(lambda: make(**arguments), file)
     if not isinstance(project, Project):
         raise ProjectError(
             f"{function}() returns no Project", where=path, expected="gs.Project(...)", got=type(project).__name__
@@ -241,15 +245,18 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
     return project
 
 
-def _run(file: Path) -> ModuleType:
+def _run(file: Path, own: OwnModules) -> ModuleType:
     """Execute the file as a module that classes defined in it can be pickled from; its folder is importable."""
     module = ModuleType("gradstore_project")
     module.__file__ = str(file)
+    module.__dict__["__builtins__"] = own.builtins
     sys.modules[module.__name__] = module
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     try:
         code = compile(file.read_bytes(), str(file), "exec")
+    except OSError as error:
+        raise ProjectError("the project file cannot be read", where=file, got=error.strerror) from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ProjectError(

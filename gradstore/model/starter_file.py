@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from gradstore.errors import UsageError
-
-_STARTER = '''\
+STARTER = '''\
 """A gradstore project: your model, your weights, your data. This file is the only code gradstore runs."""
 
 import torch
@@ -50,20 +46,3 @@ def project(seed: int = 0) -> gs.Project:  # arguments are set with -o seed=3
 
 torch.manual_seed(0)  # the weights of the model above; of no use once you load your own
 '''
-
-
-def write_starter(path: Path) -> None:
-    """Write the starter project file.
-
-    Raises:
-        UsageError: something exists at `path`; it is left alone.
-    """
-    try:
-        with path.open("x") as file:
-            file.write(_STARTER)
-    except FileExistsError:
-        raise UsageError(
-            "this file exists and is left alone", where=path, hint="Name another file: gradstore init NAME.py"
-        ) from None
-    except OSError as error:
-        raise UsageError("the file cannot be written", where=path, got=error.strerror) from error

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gradstore.errors import NoSpaceError, UsageError
 from gradstore.report import pictures, wording
 from gradstore.report.views import DemoPage, ForensicsPage, ResidualPage, TopKPage
+from gradstore.store.files.output import write_output
 
 
 def write_topk(page: TopKPage, path: str | os.PathLike[str]) -> Path:
@@ -65,19 +62,7 @@ def write(html: str, path: str | os.PathLike[str]) -> Path:
         NoSpaceError: the disk is full.
         UsageError: the file cannot be written there.
     """
-    target = Path(path).absolute()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
-        raise kind(f"cannot write the page: {error.strerror}", where=target) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return target
+    return write_output(path, [html.encode()]).absolute()
 
 
 @cache

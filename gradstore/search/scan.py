@@ -24,7 +24,7 @@ from gradstore.search.bounds.scan_plan import ScanPlan
 from gradstore.search.exact_score import ExactScore
 from gradstore.search.query_batch import QueryGroup, load_queries
 from gradstore.search.request import Request
-from gradstore.search.topk_result import Answer, Pairs, Search
+from gradstore.search.topk_result import Answer, Gathered, Pairs, Search
 from gradstore.store.rows import Rows
 
 
@@ -32,7 +32,7 @@ class ExactSearch:
     """Mode "exact": every row of the training store is scored, in as many passes as it takes.
 
     Args:
-        memory: bytes held beside the result.
+        memory: bytes, those of the result among them.
         engine: one of `gradstore.arithmetic.names.ENGINES`.
     """
 
@@ -55,14 +55,15 @@ class ExactSearch:
         """
         train, k = request.train, request.k
         if not len(request.rows):
-            return Answer.joined([], k, Search("exact", 0))
+            return Gathered(0, k).answer(Search("exact", 0))
         means, plan = choose_engine(self.engine, train, request.phis, k, self.memory)
-        parts = [slice(at, at + plan.batch) for at in range(0, len(request.rows), plan.batch)]
+        found, starts = Gathered(len(request.rows), k), range(0, len(request.rows), plan.batch)
         with single_threaded():
-            found = [
-                _pass(train, load_queries(request, part, plan.workers, plan.room), k, means, plan) for part in parts
-            ]
-        return Answer.joined(found, k, Search("exact", len(train) * len(parts), means.choice.name))
+            for start in starts:
+                groups = load_queries(request, slice(start, start + plan.batch), plan.workers, plan.room)
+                found.add(_pass(train, groups, k, means, plan))
+                del groups  # before the next are read
+        return found.answer(Search("exact", len(train) * len(starts), means.choice.name))
 
 
 def _pass(train: Rows, groups: Sequence[QueryGroup], k: int, means: type[Bounds], plan: ScanPlan) -> Pairs:

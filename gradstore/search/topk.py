@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradstore.errors import UsageError
 from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import projected_kernel
-from gradstore.machine.byte_counts import parse_bytes
+from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.search.class_weights import Classes
 from gradstore.search.error_bars import with_error_bars
 from gradstore.search.index.approximate import ApproximateSearch
@@ -13,7 +13,7 @@ from gradstore.search.index.certified import CertifiedSearch
 from gradstore.search.request import Request
 from gradstore.search.scan import ExactSearch
 from gradstore.search.session import Session
-from gradstore.search.topk_result import Search, TopK
+from gradstore.search.topk_result import RESULT_BYTES, Search, TopK
 from gradstore.store.rows import Rows
 
 __all__ = ["Search", "TopK", "topk"]
@@ -51,7 +51,7 @@ def topk(
             whether it is a cosine.
         mode: "exact" reads every row; "certified" finds the same through an index, which it builds where there is
             none; "approx" re-ranks the candidates of that index and says which recall was measured.
-        memory: bytes, or text like "2GB", held beside the result, and beside the index where one is used.
+        memory: bytes, or text like "2GB", the result's 24·m·k among them; held beside the index where one is used.
         engine: of mode "exact", one of `gradstore.arithmetic.names.ENGINES`; "auto" measures.
         error_bars: fill in `TopK.standard_error`, the uncertainty that the projection brings to each similarity.
 
@@ -84,6 +84,12 @@ def _searcher(
         raise UsageError("unknown mode", where="--mode", expected=f"one of {', '.join(MODES)}", got=repr(mode))
     if mode == "exact":
         return ExactSearch(parse_bytes(memory), engine)
+    result = RESULT_BYTES * len(request.rows) * request.k
+    left = parse_bytes(memory) - result
+    if left < 1:
+        expected = f"more than the {format_bytes(result)} of the result alone"
+        hint = "Ask for a smaller -k, or for fewer --rows at a time"
+        raise UsageError("too little memory", where="--memory", expected=expected, got=memory, hint=hint)
     if weighted:
         raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
-    return Session(request.train.require_stored("an index"), request.kernel.name, memory=memory).searcher(mode)
+    return Session(request.train.require_stored("an index"), request.kernel.name, memory=left).searcher(mode)

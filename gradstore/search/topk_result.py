@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from gradstore.report.shown_rows import class_name, predicted_class, provenance,
 from gradstore.report.views import Explanation, Neighbour, TopKPage
 from gradstore.search.request import Request
 from gradstore.store.rows import Rows
+
+SHOWN = 50
+"""Queries of a page, and neighbours of a query there, at most: each is a picture."""
+
+RESULT_BYTES = 24
+"""Bytes of a result's arrays, a query and neighbour: row, similarity and standard error."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,27 @@ class Answer:
     similarity: np.ndarray
     search: Search
 
-    @classmethod
-    def joined(cls, parts: Sequence[Pairs], k: int, search: Search) -> Answer:
-        """Of batches of queries one after another."""
-        indices, similarity = zip((np.empty((0, k), np.int64), np.empty((0, k))), *parts, strict=True)
-        return cls(np.concatenate(indices), np.concatenate(similarity), search)
+
+class Gathered:
+    """The answers to m queries, batch after batch; holds 16·m·k bytes.
+
+    Args:
+        m: queries.
+        k: neighbours a query.
+    """
+
+    def __init__(self, m: int, k: int) -> None:
+        self._indices, self._similarity, self._count = np.empty((m, k), np.int64), np.empty((m, k)), 0
+
+    def add(self, pairs: Pairs) -> None:
+        """Take in the next batch of queries."""
+        span = slice(self._count, self._count + len(pairs[0]))
+        self._indices[span], self._similarity[span] = pairs
+        self._count = span.stop
+
+    def answer(self, search: Search) -> Answer:
+        """All of it, once every query has been answered."""
+        return Answer(self._indices, self._similarity, search)
 
 
 @dataclass(frozen=True)
@@ -103,37 +126,39 @@ class TopK:
         return self.queries.rows[self.rows]
 
     def records(self) -> list[dict[str, Any]]:
-        """One plain record a query, for JSON."""
-        return [
-            {
-                "row": int(self.queries.rows[row]),
-                "label": class_name(self.queries, int(self.queries.labels[row])),
-                "predicted": predicted_class(self.queries, int(row)),
-                "neighbours": [
-                    {
-                        "row": int(i),
-                        "similarity": float(s),
-                        "label": class_name(self.train, int(self.train.labels[i])),
-                        **({} if error is None else {"standard_error": error}),
-                    }
-                    for i, s, error in zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
-                ],
-            }
-            for q, row in enumerate(self.rows)
-        ]
+        """One plain record a query, for JSON: hundreds of bytes a neighbour; `record` is of one query."""
+        return list(map(self.record, range(len(self.rows))))
+
+    def record(self, q: int) -> dict[str, Any]:
+        """Query number q and its neighbours, as plain values."""
+        row = int(self.rows[q])
+        return {
+            "row": int(self.queries.rows[row]),
+            "label": class_name(self.queries, int(self.queries.labels[row])),
+            "predicted": predicted_class(self.queries, row),
+            "neighbours": [
+                {
+                    "row": int(i),
+                    "similarity": float(s),
+                    "label": class_name(self.train, int(self.train.labels[i])),
+                    **({} if error is None else {"standard_error": error}),
+                }
+                for i, s, error in zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
+            ],
+        }
 
     def _errors(self, q: int) -> list[float] | list[None]:
         return [None] * self.k if self.standard_error is None else self.standard_error[q].tolist()
 
     def explanation(self, q: int, votes: int | None = None) -> Explanation:
-        """Query number q beside its neighbours, with pictures; reads k + 1 rows."""
+        """Query number q beside its neighbours, the first `SHOWN` of them, with pictures; reads as many rows."""
+        found = zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
         neighbours = tuple(
-            Neighbour(shown_example(self.train, int(i)), float(s), error)
-            for i, s, error in zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
+            Neighbour(shown_example(self.train, int(i)), float(s), error) for i, s, error in islice(found, SHOWN)
         )
         return Explanation(shown_example(self.queries, int(self.rows[q])), neighbours, votes)
 
-    def page(self, limit: int = 50) -> TopKPage:
+    def page(self, limit: int = SHOWN) -> TopKPage:
         """The first `limit` queries as a page."""
         return TopKPage(
             kernel=self.kernel,
@@ -145,20 +170,19 @@ class TopK:
             provenance=provenance(self.train, self.queries),
         )
 
-    def save_html(self, path: str | os.PathLike[str], limit: int = 50) -> Path:
-        """Write the first `limit` queries as one HTML page that opens offline."""
+    def save_html(self, path: str | os.PathLike[str], limit: int = SHOWN) -> Path:
+        """Write the first `limit` queries, and of each as many neighbours at most, as a page that opens offline."""
         return write_topk(self.page(limit), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write one line a query and neighbour; see `write_csv`."""
         shown = self.standard_error is not None
-        lines: list[list[object]] = [
-            ["query_row", "rank", "train_row", "similarity", *(["standard_error"] if shown else [])]
-        ]
+        headings = ["query_row", "rank", "train_row", "similarity", *(["standard_error"] if shown else [])]
+        return write_csv(path, chain([headings], self._lines()))
+
+    def _lines(self) -> Iterator[list[object]]:
         for q, row in enumerate(self.split_rows):
-            values = zip(self.indices[q], self.similarity[q], self._errors(q), strict=True)
-            lines.extend(
-                [int(row), rank, int(i), repr(float(s)), *([repr(error)] if shown else [])]
-                for rank, (i, s, error) in enumerate(values, 1)
-            )
-        return write_csv(path, lines)
+            for rank, (i, s, error) in enumerate(
+                zip(self.indices[q], self.similarity[q], self._errors(q), strict=True), 1
+            ):
+                yield [int(row), rank, int(i), repr(float(s)), *([] if error is None else [repr(error)])]

@@ -89,7 +89,7 @@ class BackgroundWriter:
     # -- in the other threads ------------------------------------------------------------------------------------
 
     def _made(self, make: Callable[[], Columns]) -> tuple[Columns, np.ndarray]:
-        columns = make()
+        columns = self._schema.completed(make())
         return columns, row_digests(self._schema, columns, threads=1)
 
     def _run(self) -> None:

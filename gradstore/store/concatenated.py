@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -72,12 +74,12 @@ class Concatenated(Rows):
         previews = {part.schema.preview for part in parts}
         self.schema = replace(
             first.schema,
+            version=min(part.schema.version for part in parts),
             truth=all(part.schema.truth for part in parts),
             preview=first.schema.preview if len(previews) == 1 else (),
         )
         self.classes, self.fingerprint = first.classes, first.fingerprint
-        data = {f"part {i}": part.identity["data"] for i, part in enumerate(parts, 1)}
-        self.identity = {**first.identity, "data": data}
+        self.identity = {**first.identity, "data": {f"part {i}": part.data for i, part in enumerate(parts, 1)}}
         self._shared = {column.name for column in self.schema.columns} - {"row"}
 
     def __len__(self) -> int:
@@ -155,6 +157,22 @@ class Concatenated(Rows):
         if name == "row":
             return np.arange(len(self))
         return np.concatenate([part.column(name) for part in self._parts])
+
+    @cached_property
+    def data(self) -> Mapping[str, Any]:
+        """What the rows of each part are made of."""
+        return self.identity["data"]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """True classes as each part has them; see `Rows.labels`."""
+        return np.concatenate([part.labels for part in self._parts])
+
+    @cached_property
+    def poisoned(self) -> np.ndarray | None:
+        """Which rows are poisoned, or None where a part does not know."""
+        known = [part.poisoned for part in self._parts]
+        return None if any(mask is None for mask in known) else np.concatenate(known)  # type: ignore[arg-type]
 
     def preview(self, row: int) -> np.ndarray | str | None:
         """The picture or text that shows one row, if its store has any."""

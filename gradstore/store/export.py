@@ -7,7 +7,6 @@ function, and one line in `FORMATS`.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,10 +17,11 @@ from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.encoding import decode
+from gradstore.store.files.output import write_output
+from gradstore.store.files.target import target_of
+from gradstore.store.files.tensor_header import tensor_header
 from gradstore.store.rows import Rows
 from gradstore.store.schema import raw
-
-_SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
 
 
 def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "256MB", disk: Disk | None = None) -> Path:
@@ -37,11 +37,12 @@ def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "25
         the path. The file appears under its name whole, or not at all; one that exists is replaced.
 
     Raises:
-        UsageError: another ending, or an unfinished store.
+        UsageError: another ending, a place where no file can be written, or an unfinished store.
         CorruptError: a row does not match its digest.
         NoSpaceError: the disk has too little room; said before anything is written.
     """
-    path, disk = Path(path), disk or Disk()
+    path = Path(path)
+    target_of(path)  # said before anything is read
     layout = FORMATS.get(path.suffix)
     if layout is None:
         raise UsageError("unknown format", where=path, expected=f"a name that ends in {' or '.join(FORMATS)}")
@@ -49,19 +50,7 @@ def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "25
     rows = max(1, parse_bytes(memory) // (store.schema.row_bytes + 4 * store.schema.c * store.schema.K))
     header, small = layout(store)
     size = len(header) + _feature_bytes(store) + sum(array.nbytes for array in small.values())
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk.create(temporary, size) as fd:
-            at = 0
-            for piece in _pieces(store, header, small, rows):
-                disk.write(fd, piece, at, temporary)
-                at += len(piece)
-            disk.sync(fd, temporary)
-        disk.publish(temporary, path)
-    except BaseException:
-        disk.try_remove(temporary)
-        raise
-    return path
+    return write_output(path, _pieces(store, header, small, rows), size=size, disk=disk)
 
 
 def _pieces(store: Rows, header: bytes, small: Mapping[str, np.ndarray], rows: int) -> Iterator[bytes | memoryview]:
@@ -100,16 +89,9 @@ def _npy(store: Rows) -> tuple[bytes, dict[str, np.ndarray]]:
 def _safetensors(store: Rows) -> tuple[bytes, dict[str, np.ndarray]]:
     """The features, and every small dataset."""
     small = _small_arrays(store)
-    tensors: dict[str, object] = {"__metadata__": {"fingerprint": store.fingerprint, "split": store.split}}
-    shapes = {"features": ("float32", store.shape, _feature_bytes(store))}
-    shapes.update({name: (str(array.dtype), array.shape, array.nbytes) for name, array in small.items()})
-    at = 0
-    for name, (dtype, shape, size) in shapes.items():
-        tensors[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(tensors).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, small
+    shapes = {"features": ("float32", store.shape)}
+    shapes.update({name: (str(array.dtype), array.shape) for name, array in small.items()})
+    return tensor_header(shapes, {"fingerprint": store.fingerprint, "split": store.split}), small
 
 
 FORMATS: dict[str, Callable[[Rows], tuple[bytes, dict[str, np.ndarray]]]] = {".npy": _npy, ".safetensors": _safetensors}

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 
 from gradstore.errors import CorruptError, UsageError
 from gradstore.machine.byte_counts import format_bytes
+from gradstore.store.annotations import Annotations, read_annotations
 from gradstore.store.files.digests import THREADS, PartedDigests, row_digests
 from gradstore.store.files.disk import Disk, MissingFileError
 from gradstore.store.files.manifest import Manifest
@@ -67,7 +69,7 @@ class FeatureStore(Rows):
         self.disk = disk or Disk()
         self.manifest: Manifest = read_manifest(self.path, self.disk)
         self.where, self.split = str(self.path), self.manifest.split
-        self.schema, self.classes = self.manifest.schema, self.manifest.classes
+        self.schema = self.manifest.schema
         self.identity, self.fingerprint = self.manifest.identity, self.manifest.fingerprint
         self._files: dict[int, ShardFile] = {}
         self._digests: dict[int, np.ndarray] = {}
@@ -123,6 +125,40 @@ class FeatureStore(Rows):
     def require_stored(self, what: str) -> FeatureStore:
         """This store itself."""
         return self
+
+    # -- what is said of it --------------------------------------------------------------------------------------
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """Labels, poison marks and names that were given after the rows were computed; read on first use."""
+        return read_annotations(self.path, self.manifest, self.disk)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the classes, as annotations have them or the project had."""
+        return self.annotations.classes or self.manifest.classes
+
+    @property
+    def note(self) -> str:
+        """What people noted of the store."""
+        return self.annotations.note
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """True classes, int64 [n]; see `Rows.labels`."""
+        said = self.annotations.labels
+        if said is None:
+            return self.column("label")
+        said = said[: len(self)]
+        return said if len(said) == len(self) else np.concatenate([said, self.column("label")[len(said) :]])
+
+    @cached_property
+    def poisoned(self) -> np.ndarray | None:
+        """Which rows are poisoned, bool [n], or None where that is not known; rows appended later are not marked."""
+        said = self.annotations.poisoned
+        if said is None:
+            return self.column("poisoned").astype(bool) if self.schema.truth else None
+        return np.pad(said[: len(self)], (0, max(0, len(self) - len(said))))
 
     # -- reading -------------------------------------------------------------------------------------------------
 

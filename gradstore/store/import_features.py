@@ -58,6 +58,7 @@ def import_features(
     logits: Any = None,
     classes: Sequence[str] | None = None,
     dtype: str = "float16",
+    lock: str = "auto",
     disk: Disk | None = None,
 ) -> FeatureStore:
     """Copy features [n, K] or [n, c, K] into a store (`gradstore.store.import_features`).
@@ -77,6 +78,7 @@ def import_features(
         classes: names of the classes; default "0", "1", …, as many as there are logits or rows of features an example,
             or in [n, K] as the labels need.
         dtype: of the stored features.
+        lock: how other writers are kept out: "auto", "flock", "file" or "none"; see `gradstore.store.files.lock.LOCKS`.
         disk: where bytes go.
 
     Returns:
@@ -101,7 +103,7 @@ def import_features(
     _require_classes(truth, width, source)
     schema = Schema(c, K, width, dtype)
     manifest = _manifest(schema, provenance, features, truth, split, classes)
-    with open_writer(Path(out), manifest, disk) as writer:
+    with open_writer(Path(out), manifest, disk, lock=lock) as writer:
         writer.require_space()
         with in_background(writer) as background:
             for index in writer.missing:
@@ -202,7 +204,6 @@ def _manifest(
         "dtype": schema.dtype,
         "data": {
             "length": n,
-            "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
             "features": digest.hexdigest(),
         },
     }

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import format_bytes
@@ -38,7 +39,8 @@ class Rows(ABC):
         split: name of the split that they are of.
         schema: shape of a row.
         classes: names of the classes.
-        identity: what must agree, but for its "data", before they may be compared with others.
+        identity: what must agree, but for its "data", before they may be compared with others; annotations are no part
+            of it.
         fingerprint: digest of the identity without the data: equal for a training store and its query stores.
 
     Example:
@@ -183,6 +185,17 @@ class Rows(ABC):
         self._require_range(row, row + 1)
         return self, row
 
+    @cached_property
+    def data(self) -> Mapping[str, Any]:
+        """What the rows are made of: their number, and a digest of all their inputs; 16 bytes a row are read for it.
+
+        Of stores of versions before 3, whose rows have no digests of inputs, what their identity says.
+        """
+        if not self.schema.has_inputs or "imported" in self.identity:
+            return self.identity["data"]
+        digest = blake3(np.ascontiguousarray(self.input_digests).data).hexdigest()[:32]
+        return {"length": len(self), "inputs": digest}
+
     # -- derived -------------------------------------------------------------------------------------------------
 
     @property
@@ -197,7 +210,7 @@ class Rows(ABC):
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """True classes, int64 [n]; -1 where there is none."""
+        """True classes, int64 [n]; -1 where there is none. Annotations decide, else what was read with the rows."""
         return self.column("label")
 
     @cached_property
@@ -229,8 +242,18 @@ class Rows(ABC):
 
     @cached_property
     def poisoned(self) -> np.ndarray | None:
-        """Which rows are poisoned, bool [n], or None where that is not known."""
+        """Which rows are poisoned, bool [n], or None where that is not known. Annotations decide."""
         return self.column("poisoned").astype(bool) if self.schema.truth else None
+
+    @property
+    def note(self) -> str:
+        """What people noted of them; see annotations."""
+        return ""
+
+    @cached_property
+    def input_digests(self) -> np.ndarray | None:
+        """First 16 bytes of BLAKE3 over each row's inputs, uint8 [n, 16], zeros where they are not known; or None."""
+        return self.column("input_digest") if self.schema.has_inputs else None
 
     def preview(self, row: int) -> np.ndarray | str | None:
         """The picture (uint8 [H, W] or [H, W, 3]) or text that shows one row, if there is any."""
@@ -270,9 +293,18 @@ class Rows(ABC):
             "layout": str(self.identity["layout"]),
             "format": f"version {self.schema.version}, rows under {NAMES[self.schema.version]}",
             "classes": ", ".join(self.classes[:10]) + (" …" if len(self.classes) > 10 else ""),
+            "inputs": self._inputs_card(),
             "poisoned": "not known" if self.poisoned is None else f"{int(self.poisoned.sum())} rows",
+            **({"note": self.note} if self.note else {}),
             "fingerprint": self.fingerprint,
         }
+
+    def _inputs_card(self) -> str:
+        if self.input_digests is None or not self.input_digests.any():
+            return "not known"
+        halves = np.ascontiguousarray(self.input_digests).view("<u8").reshape(len(self), 2)
+        distinct = len(np.unique(halves, axis=0))
+        return "no two the same" if distinct == len(self) else f"{distinct} different ones of {len(self)}"
 
     def __repr__(self) -> str:
         """Place, shape and projection on one line."""
@@ -296,18 +328,13 @@ class Rows(ABC):
             )
 
 
-def named_identity(rows: Rows) -> dict[str, Any]:
-    """The identity of rows with the names of their classes."""
-    return {**rows.identity, "class names": list(rows.classes)}
-
-
 def require_comparable(a: Rows, b: Rows) -> None:
     """Refuse rows whose features are not of one model and one projection, or of which some are missing.
 
     Raises:
-        MismatchError: lists every field that differs; class names too.
+        MismatchError: lists every field that differs.
         UsageError: one is an unfinished store.
     """
-    require_same(named_identity(a), named_identity(b), where=b.where, theirs=a.where, ours=b.where, data=False)
+    require_same(a.identity, b.identity, where=b.where, theirs=a.where, ours=b.where, data=False)
     a.require_complete()
     b.require_complete()

@@ -1,15 +1,15 @@
 """What a feature file contains: every dataset with its shape, dtype and meaning, and what it is hashed with.
 
-Version 2 of the format hashes rows with BLAKE3, which took a third of SHA-256's time where both were measured; version
-1 with SHA-256. Both versions mean the same rows, so stores of either may be compared, and an old store is continued as
-it began.
+Version 3 keeps a digest of each row's inputs, by which rows are known again, and leaves poison marks to annotations;
+version 2 hashes rows with BLAKE3, which took a third of SHA-256's time where both were measured; version 1 with
+SHA-256. All mean the same features, so stores of either may be compared, and an old store is continued as it began.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -24,10 +24,13 @@ LAYOUTS = ("per-class", "sum", "mixed")
 ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
 BULK = ("features", "preview")  # datasets too large to be held for all rows at once
 
-VERSIONS = (1, 2)
-NEWEST = 2
+VERSIONS = (1, 2, 3)
+NEWEST = 3
 """The format version that new stores are written in."""
-NAMES = {1: "SHA-256", 2: "BLAKE3"}
+NAMES = {1: "SHA-256", 2: "BLAKE3", 3: "BLAKE3"}
+WITH_INPUTS = 3
+"""The format version from which on each row has a digest of its inputs."""
+INPUT_DIGEST = 16  # bytes; zeros where the inputs are not known
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Schema:
         classes: number of logits.
         dtype: dtype of the stored features.
         preview: shape of one row's picture or text in uint8, () for none.
-        truth: whether it is known which rows are poisoned.
-        version: of the format, which says how rows are hashed: 1 with SHA-256, 2 with BLAKE3.
+        truth: whether rows say if they are poisoned, in versions before 3; now annotations do.
+        version: of the format, which says which datasets there are, and how rows are hashed.
     """
 
     c: int
@@ -80,6 +83,11 @@ class Schema:
             ("row", (), "int64", "n", "index in the split"),
             ("norm", (self.c,), "float64", "n c", "norm of the features as stored, scale included"),
         ]
+        if self.has_inputs:
+            rows += [
+                ("input_digest", (INPUT_DIGEST,), "uint8", "n 16", "first 16 bytes of BLAKE3 over the row's inputs"),
+                ("skipped", (), "uint8", "n", "0 where the row was computed, else the reason"),
+            ]
         if self.truth:
             rows.append(("poisoned", (), "uint8", "n", "1 where the example is poisoned"))
         if self.preview:
@@ -87,6 +95,11 @@ class Schema:
         meaning = f"first 16 bytes of {NAMES[self.version]} over the row in the datasets above"
         rows.append(("digest", (16,), "uint8", "n 16", meaning))
         return tuple(Column(name, shape, np.dtype(dtype), axes, meaning) for name, shape, dtype, axes, meaning in rows)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether each row has a digest of its inputs."""
+        return self.version >= WITH_INPUTS
 
     @cached_property
     def row_bytes(self) -> int:
@@ -96,6 +109,14 @@ class Schema:
     def column(self, name: str) -> Column:
         """The dataset of a name."""
         return next(column for column in self.columns if column.name == name)
+
+    def completed(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The datasets of some rows, with zeros for what says that inputs are not known and that no row was skipped."""
+        if not self.has_inputs:
+            return dict(columns)
+        n = len(columns["row"])
+        unknown = np.zeros((n, INPUT_DIGEST), np.uint8)
+        return {"input_digest": unknown, "skipped": np.zeros(n, np.uint8), **columns}
 
     def empty(self, rows: int, *, features: bool = True) -> dict[str, np.ndarray]:
         """Uninitialised arrays for every dataset of some rows, or for all but the features."""

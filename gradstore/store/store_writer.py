@@ -12,18 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import NoSpaceError, UsageError
+from gradstore.errors import CorruptError, NoSpaceError, UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
-from gradstore.store.files.lock import LOCK, writer_lock
+from gradstore.store.files.lock import LOCK, OWNER, writer_lock
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
-from gradstore.store.files.manifest_file import read_manifest, write_manifest
+from gradstore.store.files.manifest_file import parse_manifest, read_manifest, write_manifest
+from gradstore.store.files.output import remove_leftovers
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
 from gradstore.store.identity import require_same
+from gradstore.store.schema import Schema
 
 RUN_LOG = "run.jsonl"
 _TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json)\.tmp")
 _SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
+_INDEX = r"index-[a-z0-9]+\.(?:safetensors|faiss|json)"
 
 
 class StoreWriter:
@@ -38,11 +41,13 @@ class StoreWriter:
 
     Attributes:
         manifest: what is published so far.
+        require_lock: asked before anything is published or dropped; raises where the lock was lost.
     """
 
     def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
         self.path, self.manifest, self.disk = path, manifest, disk
         self._short = short
+        self.require_lock: Callable[[], None] = lambda: None
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -91,6 +96,7 @@ class StoreWriter:
 
     def adopt(self, shard: Shard) -> None:
         """List a shard that has its final name and is on the medium, whoever wrote it."""
+        self.require_lock()
         self.manifest = self.manifest.with_shard(shard)
         short = self._short
         if short is None or shard.index == short.index:
@@ -102,6 +108,7 @@ class StoreWriter:
 
     def drop(self, indices: Iterable[int]) -> None:
         """Make damaged shards missing, so that they are computed again."""
+        self.require_lock()
         dropped = set(indices)
         files = [self.manifest.file_of(index) for index in dropped]
         self.manifest = self.manifest.without(dropped)
@@ -118,6 +125,7 @@ class StoreWriter:
         for name in sorted(os.listdir(self.path)):
             if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept):
                 self.disk.remove(self.path / name)
+        remove_leftovers(self.path, _INDEX, self.disk)
 
     def log(self, **event: Any) -> None:
         """Add one line to the run log, which is a record for people and no part of the store's identity."""
@@ -126,7 +134,12 @@ class StoreWriter:
 
 @contextmanager
 def open_writer(
-    path: Path, plan: Manifest, disk: Disk | None = None, prefix: Callable[[int], Mapping[str, Any]] | None = None
+    path: Path,
+    plan: Manifest,
+    disk: Disk | None = None,
+    data: Callable[[Schema, int], Mapping[str, Any]] | None = None,
+    accept: Callable[[Manifest], object] = lambda stored: None,
+    lock: str = "auto",
 ) -> Iterator[StoreWriter]:
     """Create the store that `plan` describes, continue it, or append to it, as its only writer.
 
@@ -135,33 +148,39 @@ def open_writer(
         plan: what the store shall be. Of a store that exists, the row groups, the shard size and the version of the
             format are kept as they are.
         disk: where bytes go.
-        prefix: data identity of the first rows of the planned split; with it, a store of just those is appended to.
+        data: names the first n rows of the planned split as a store of some schema does; with it, a store of just those
+            is appended to.
+        accept: called with the manifest of a store that exists and has this identity, before anything is changed; what
+            it raises leaves the store alone.
+        lock: how other writers are kept out, one of `gradstore.store.files.lock.LOCKS`.
 
     Yields:
         Its writer, which says what is missing.
 
     Raises:
-        UsageError: `path` exists and is not a store.
+        UsageError: `path` exists and is not a store, or the plan is of one that could not be opened again.
         MismatchError: `path` is a store of another identity; the difference is listed field by field.
         LockedError: another process is writing it.
         CorruptError: the manifest is damaged.
     """
     disk = disk or Disk()
+    _require_readable(plan, path)
     _require_store_or_nothing(path)
     disk.make_directory(path)
-    with writer_lock(path, disk):
+    with writer_lock(path, disk, lock) as require_lock:
         if os.path.lexists(path / MANIFEST):
-            writer = _continued(path, plan, disk, prefix)
+            writer = _continued(path, plan, disk, data, accept)
         else:
             writer = StoreWriter(path, plan, disk)
             write_manifest(path, plan, disk)
+        writer.require_lock = require_lock
         writer.clean()
         yield writer
 
 
 @contextmanager
-def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWriter]:
-    """Open a store that exists for writing, just as it is.
+def open_for_repair(path: Path, disk: Disk | None = None, lock: str = "auto") -> Iterator[StoreWriter]:
+    """Open a store that exists for writing, just as it is; `lock` as in `open_writer`.
 
     Yields:
         Its writer.
@@ -173,22 +192,42 @@ def open_for_repair(path: Path, disk: Disk | None = None) -> Iterator[StoreWrite
     """
     disk = disk or Disk()
     read_manifest(path, disk)
-    with writer_lock(path, disk):
-        yield StoreWriter(path, read_manifest(path, disk), disk)
+    with writer_lock(path, disk, lock) as require_lock:
+        remove_leftovers(path, _INDEX, disk)
+        writer = StoreWriter(path, read_manifest(path, disk), disk)
+        writer.require_lock = require_lock
+        yield writer
+
+
+def _require_readable(plan: Manifest, path: Path) -> None:
+    """Refuse what a reader would refuse, such as a name of a class that is no text, before it is written."""
+    try:
+        parse_manifest(plan.to_bytes(), path)
+    except CorruptError as error:
+        hint = "Change the name, label or setting that is meant"
+        raise UsageError("a store cannot hold this", where=path, got=error.got, hint=hint) from error
 
 
 def _continued(
-    path: Path, plan: Manifest, disk: Disk, prefix: Callable[[int], Mapping[str, Any]] | None
+    path: Path,
+    plan: Manifest,
+    disk: Disk,
+    data: Callable[[Schema, int], Mapping[str, Any]] | None,
+    accept: Callable[[Manifest], object],
 ) -> StoreWriter:
     stored = read_manifest(path, disk)
-    plan = replace(plan, schema=replace(plan.schema, version=stored.schema.version))  # it goes on as it began
-    planned = plan.identity
-    longer = prefix is not None and stored.n < plan.n
-    if longer and prefix is not None:
-        planned = {**planned, "data": prefix(stored.n)}
+    # It goes on as it began.
+    schema = replace(plan.schema, version=stored.schema.version, truth=stored.schema.truth)
+
+    def described(n: int) -> Mapping[str, Any]:
+        return plan.identity if data is None else {**plan.identity, "data": data(schema, n)}
+
+    planned, longer = described(min(stored.n, plan.n)), data is not None and stored.n < plan.n
+    plan = replace(plan, schema=schema, identity=described(plan.n))
     ours = "the first rows of this run" if longer else "this run"
     for a, b in ((stored.identity, planned), (asdict(stored.schema), asdict(plan.schema))):
         require_same(a, b, where=path, theirs="the store", ours=ours)
+    accept(stored)
     if not longer:
         return StoreWriter(path, stored, disk)
     return _extended(path, plan, stored, disk)
@@ -220,7 +259,7 @@ def _require_store_or_nothing(path: Path) -> None:
         raise UsageError(
             "the output cannot be used", where=repr(str(path))[:200], got=reason, hint="Choose another --out"
         ) from error
-    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not _TEMPORARY.fullmatch(n)]
+    foreign = [n for n in names if n not in (LOCK, RUN_LOG) and not n.startswith(OWNER) and not _TEMPORARY.fullmatch(n)]
     if foreign:
         raise UsageError(
             "the output exists and is not a gradstore store",

@@ -15,6 +15,8 @@ from gradstore.errors import CorruptError, UnsafeError, UsageError
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.digests import THREADS
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.disk_errors import FailingDiskError
+from gradstore.store.files.foreign_header import UnreadHeaderError
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.files.shard_file import ShardFile
 from gradstore.store.store_writer import open_for_repair
@@ -31,12 +33,14 @@ class Damage:
         file: its file name.
         problem: what was found, as one line.
         rows: the damaged rows; all of the shard's where its size, header or digests are wrong.
+        unread: whether the disk failed, so that nothing is known of the rows; such a shard is never dropped.
     """
 
     shard: int
     file: str
     problem: str
     rows: tuple[int, ...]
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Verification:
         """
         if self.ok:
             return
+        require_read(self.damage, Path(self.path))
         names = spans(self.damaged_rows)
         dropped = "The damaged shards were dropped; the" if self.repaired else "The"
         raise CorruptError(
@@ -85,7 +90,10 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        damage = [{"shard": d.shard, "file": d.file, "problem": d.problem, "rows": list(d.rows)} for d in self.damage]
+        damage = [
+            {"shard": d.shard, "file": d.file, "problem": d.problem, "rows": list(d.rows), "unread": d.unread}
+            for d in self.damage
+        ]
         return {
             "store": self.path,
             "ok": self.ok,
@@ -100,6 +108,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     repair: bool = False,
+    lock: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     disk: Disk | None = None,
 ) -> Verification:
@@ -107,7 +116,11 @@ def verify(
 
     Args:
         path: the store.
-        repair: drop the damaged shards, so that the same `gradstore featurize` command computes just those again.
+        repair: drop the damaged shards, so that the same `gradstore featurize` command computes just those again. Only
+            what was read and is not what was written is damage, and a file that is missing; one that the disk fails to
+            read is reported and kept.
+        lock: with `repair`, how other writers are kept out: "auto", "flock", "file" or "none"; see
+            `gradstore.store.files.lock.LOCKS`.
         progress: called with (rows read, rows stored).
         disk: where bytes come from.
 
@@ -116,28 +129,39 @@ def verify(
 
     Raises:
         UsageError: there is no store.
+        UsageError: a file may not be read, or files, memory or threads ran out; nothing is dropped.
         CorruptError: the manifest itself is damaged, so nothing can be vouched for.
         LockedError: with `repair`, another process is writing the store.
     """
     if not repair:
         store = FeatureStore(path, disk=disk)
         return _verification(store, find_damage(store.path, store.manifest, store.disk, progress))
-    with open_for_repair(Path(path), disk) as writer:
+    with open_for_repair(Path(path), disk, lock) as writer:
         store = FeatureStore(path, disk=disk)
         damage = find_damage(store.path, store.manifest, store.disk, progress)
-        writer.drop(found.shard for found in damage)
-    return _verification(store, damage, repaired=bool(damage))
+        writer.drop(found.shard for found in damage if not found.unread)
+    return _verification(store, damage, repaired=any(not found.unread for found in damage))
 
 
 def find_damage(
     path: Path, manifest: Manifest, disk: Disk, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Damage, ...]:
-    """Every published shard of the store at `path` that is not what was written."""
+    """Every published shard of the store at `path` that is not what was written, or that the disk fails to read.
+
+    Returns:
+        One for each such shard.
+
+    Raises:
+        UsageError: a file may not be read, or files, memory or threads ran out: that is no damage.
+    """
     total = sum(shard.rows for shard in manifest.shards)
     done = 0
     damage: list[Damage] = []
     for shard in manifest.shards:
-        found = _examine(ShardFile(path, manifest, shard.index, disk))
+        file = ShardFile(path, manifest, shard.index, disk)
+        found = _examined(file)
+        if found is not None and found.unread:
+            found = _examined(file)  # a failure that passes is none
         damage += [found] if found is not None else []
         done += shard.rows
         if progress is not None:
@@ -152,11 +176,58 @@ def spans(rows: tuple[int, ...], limit: int = 8) -> str:
     return ", ".join(parts[:limit]) + (f" and {len(parts) - limit} more stretches" if len(parts) > limit else "")
 
 
+def require_read(damage: tuple[Damage, ...], path: Path) -> tuple[Damage, ...]:
+    """The damage, if every shard was read: what the disk fails to read may be intact, and only its owner gives it up.
+
+    Returns:
+        The damage.
+
+    Raises:
+        CorruptError: names the first file that cannot be read, and how to go on.
+    """
+    for found in damage:
+        if found.unread:
+            raise CorruptError(
+                f"{len(found.rows)} rows cannot be read, so that nobody knows whether they are intact: "
+                f"{spans(found.rows)}",
+                where=path / found.file,
+                got=found.problem,
+                hint="The file was kept. Look at the disk and try again; to give these rows up, delete the file "
+                "yourself and run the same `gradstore featurize` command, which computes them again",
+            )
+    return damage
+
+
+def _examined(file: ShardFile) -> Damage | None:
+    """The damage of one shard, or that it cannot be read.
+
+    Returns:
+        None for an intact one.
+
+    Raises:
+        UsageError: what this process or its user lacks.
+    """
+    try:
+        return _examine(file)
+    except (FailingDiskError, UnreadHeaderError) as error:
+        problem = error.what if error.got is None else f"{error.what}: {error.got}"
+        return Damage(file.index, file.path.name, problem, tuple(file.manifest.rows_of(file.index)), unread=True)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: no thread could be started
+        raise UsageError(
+            "memory or threads ran out while this file was read",
+            where=file.path,
+            got=str(error) or None,
+            hint="Nothing was dropped; free some and run the same command again",
+        ) from error
+
+
 def _examine(file: ShardFile) -> Damage | None:
     rows = file.manifest.rows_of(file.index)
     try:
         digests = file.check()
-    except (CorruptError, UnsafeError, UsageError) as error:
+    except (FailingDiskError, UnreadHeaderError):
+        raise
+    except (CorruptError, UnsafeError) as error:
         return Damage(file.index, file.path.name, error.what, tuple(rows))
     step = max(1, _SPAN_BYTES // file.schema.row_bytes)
     parts = [range(low, min(low + step, len(rows))) for low in range(0, len(rows), step)]
@@ -170,10 +241,12 @@ def _examine(file: ShardFile) -> Damage | None:
 
 
 def _bad_rows(file: ShardFile, part: range, digests: np.ndarray) -> tuple[np.ndarray, str]:
-    """Positions of the damaged rows of a part of a shard, and why where the disk itself fails."""
+    """Positions of the damaged rows of a part of a shard, and why where the file has become another meanwhile."""
     views = file.schema.empty(len(part))
     try:
         file.fill(part.start, views)
+    except FailingDiskError:
+        raise
     except CorruptError as error:
         return np.arange(part.start, part.stop), error.what
     return part.start + file.damaged(views, digests[part.start : part.stop]), ""

@@ -83,7 +83,7 @@ def test_a_row_without_gradient_stops_the_run(row: int, tmp_path: Path, record: 
     x = X.clone()
     x[row] = 0
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3, bias=False))
-    with pytest.raises(NonFiniteError, match=f"the gradient of row {row}, class 0 is zero") as error:
+    with pytest.raises(NonFiniteError, match=f"the gradient of row {row} is zero for every class") as error:
         featurize(tmp_path / "store", project(x, model=model))
     assert error.value.exit_code == 8
     assert len(FeatureStore(tmp_path / "store")) == row // 32 * 32
@@ -199,10 +199,8 @@ CHANGES: dict[str, tuple[Callable[[], gs.Project], dict[str, Any], str]] = {
     "dtype": (lambda: project(**TRUTH), {"dtype": "float32"}, r"dtype +float16 +float32"),
     "weights": (lambda: project(model=one_ulp(network()), **TRUTH), {}, r"weights +"),
     "parameters": (lambda: project(parameters="3.*", **TRUTH), {}, r"parameters\.count +"),
-    "inputs": (lambda: project(other_inputs(), **TRUTH), {}, r"data\.sampled rows +"),
-    "labels": (lambda: project(y=(Y + 1) % 3, **TRUTH), {}, r"data\.labels +"),
+    "inputs": (lambda: project(other_inputs(), **TRUTH), {}, "row 0 of split 'train' has other inputs"),
     "length": (lambda: project(X[:90], Y[:90], **TRUTH), {}, r"data\.length +100 +90"),
-    "poison": (lambda: project(poisoned={"train": [1]}), {}, r"data\.poisoned +"),
     "precision": (lambda: project(X.double(), model=network().double(), **TRUTH), {}, r"precision +float32 +float64"),
 }
 
@@ -217,7 +215,7 @@ def test_nothing_continues_under_another_identity(name: str, tmp_path: Path, rec
     assert error.value.exit_code == 4
     assert files(tmp_path / "store") == before
     injected = 1
-    if name not in ("inputs", "labels", "length", "poison"):  # of which training and query stores differ anyhow
+    if name not in ("inputs", "length"):  # of which training and query stores differ anyhow
         other = featurize(tmp_path / "other", make(), **settings)
         for compare in (gs.topk, gs.forensics):
             with pytest.raises(MismatchError, match=message):

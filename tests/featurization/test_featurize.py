@@ -15,7 +15,9 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageError
+from gradstore.featurization import plan as planning
 from gradstore.featurization.row_audit import norm_band
+from gradstore.featurization.settings import Settings
 from gradstore.model.parameters import parameter_blocks
 from gradstore.projection import Projection
 from gradstore.projection.block_routes import accumulate_block
@@ -241,7 +243,7 @@ def test_a_zero_gradient_is_refused(tmp_path: Path) -> None:
     project = gs.Project(
         model=nn.Linear(3, 2), splits={"train": TensorDataset(x, torch.zeros(20).long())}, parameters="weight"
     )
-    with pytest.raises(NonFiniteError, match="the gradient of row 5, class 0 is zero"):
+    with pytest.raises(NonFiniteError, match="the gradient of row 5 is zero for every class"):
         gs.featurize(project, split="train", out=tmp_path / "a", proj_dim=32)
 
 
@@ -316,3 +318,22 @@ def test_the_users_model_is_left_as_it_was(digits: gs.Project, tmp_path: Path) -
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     next(model.parameters()).requires_grad_(True)
+
+
+def test_a_store_never_has_more_shards_than_a_manifest_bears() -> None:
+    """Work decides how long a shard is, but not of 10^7 rows: 16 rows each would be 625,000 of them."""
+
+    class Many(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 10**7
+
+        def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+            return torch.full((3,), float(row + 1)), row % 2
+
+    project = gs.Project(model=nn.Linear(3, 2), splits={"train": Many()})
+    plan = planning.Plan(project, "train", Settings(proj_dim=4), "cpu", "1GB")
+    assert plan.manifest.shard_count <= planning.MOST_SHARDS
+    plan._shard_flops = lambda: 1.0  # type: ignore[method-assign]
+    rows = plan._shard_rows(plan.manifest.schema, 16)
+    assert rows % 16 == 0
+    assert 10**7 / rows <= planning.MOST_SHARDS

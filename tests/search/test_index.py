@@ -218,7 +218,7 @@ def test_a_store_that_cannot_be_written_is_one_line(
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("gradstore.search.index.index_file.save_file", refuse)
+    monkeypatch.setattr("gradstore.store.files.disk.Disk._pwrite", refuse)
     with pytest.raises(UsageError, match=r"the index cannot be saved .*Permission denied.* Use mode exact"):
         open_index(small, rebuild=True)
     assert not list(small.path.glob("*.tmp"))
@@ -256,7 +256,7 @@ def test_rows_with_nan_are_named(tmp_path: Path) -> None:
             "--mode: an index serves no class weights (expected exact, got certified).",
         ),
         ({"mode": "certified", "k": 1501}, "-k: k does not fit the training store (expected 1 to 1500, got 1501)."),
-        ({"mode": "certified", "memory": 2000}, "--memory: too little memory (expected at least "),
+        ({"mode": "certified", "memory": 2000}, "--memory: too little memory (expected more than "),
     ],
 )
 def test_bad_requests_say_what_would_be_right(stores: tuple, arguments: dict, message: str) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from synthetic import clustered, dense_similarity, write_store
 
+import gradstore as gs
+from gradstore.errors import UsageError
+from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.feature_store import FeatureStore
 
 BUDGET = 256_000_000
@@ -92,6 +95,69 @@ def test_the_reference_in_parts_is_the_reference(tmp_path: Path) -> None:
     write_store(tmp_path / "test", clustered(60, 2, 30, seed=1))
     whole = dense_similarity(FeatureStore(tmp_path / "train"), FeatureStore(tmp_path / "test"), "proj-trntk")
     np.testing.assert_allclose(dense_similarity_in_parts(tmp_path), whole, rtol=0, atol=1e-12)
+
+
+COMMAND = """
+import os, sys, torch
+from gradstore_cli import main
+
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+
+def run(words):
+    try:
+        main(words)
+    except SystemExit as stop:
+        assert not stop.code, words
+
+said, sys.stdout = sys.stdout, open(os.devnull, "w")
+run(["topk", "small", "small", "-k", "2", "--html", "warm.html"])
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+run(sys.argv[1:])
+print(status("VmHWM") - before, file=said)
+"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small rows, so that a million neighbours are most of what a command has to hold."""
+    folder = tmp_path_factory.mktemp("many")
+    write_store(folder / "train", clustered(1200, 2, 60))
+    write_store(folder / "test", clustered(1000, 2, 60, seed=1))
+    write_store(folder / "small", clustered(8, 2, 60))
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read as Linux gives them")
+@pytest.mark.parametrize(
+    "more", ["", "--json", "--csv near.csv", "--html near.html"], ids=["text", "json", "csv", "html"]
+)
+def test_a_million_neighbours_are_shown_within_the_budget(many: Path, more: str) -> None:
+    """Held as Python objects they took 1,146 MB as JSON, 379 MB as CSV and 314 MB as text."""
+    words = f"topk train test -k 1000 --memory {BUDGET} {more}".split()
+    done = subprocess.run([sys.executable, "-c", COMMAND, *words], cwd=many, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < BUDGET
+
+
+@pytest.mark.parametrize("mode", ["exact", "certified"])
+def test_a_result_that_is_larger_than_the_budget_is_refused_before_the_search(many: Path, mode: str) -> None:
+    train, queries = FeatureStore(many / "train"), FeatureStore(many / "test")
+    with pytest.raises(UsageError, match=r"--memory: too little memory .*a smaller -k, or for fewer --rows at a time"):
+        gs.topk(train, queries, 1000, memory="20MB", mode=mode)
+    with pytest.raises(UsageError, match=r"--memory: too little memory .*more than the 24.0 MB of the results alone"):
+        gs.forensics(train, queries, poisoned=[1], k=1000, memory="20MB")
+
+
+def test_the_budget_that_an_error_names_suffices(many: Path) -> None:
+    train, queries = FeatureStore(many / "train"), FeatureStore(many / "test")
+    with pytest.raises(UsageError) as refused:
+        gs.topk(train, queries, 1000, memory="20MB")
+    assert refused.value.expected is not None
+    named = str(refused.value.expected).removeprefix("at least ")
+    enough = 1.01 * parse_bytes(named)  # as it is rounded there
+    assert gs.topk(train, queries, 1000, memory=int(enough)).k == 1000
 
 
 WIDE = """

@@ -32,6 +32,7 @@ def test_npy_holds_the_features(store: FeatureStore, memory: str, tmp_path: Path
 
 
 def test_safetensors_holds_every_array(store: FeatureStore, tmp_path: Path) -> None:
+    store = gs.annotate(store.path, poisoned=[3, 5])
     arrays = load_file(export(store, tmp_path / "all.safetensors"))
     np.testing.assert_array_equal(arrays["features"], store.features[:])
     for name in ("labels", "logits", "norms", "rows", "sq_norms", "poisoned"):

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from blake3 import blake3
-from small_store import GROUP, N, columns, files, plan, row, write
+from small_store import GROUP, N, columns, data, files, plan, row, write
 from synthetic import clustered, write_store
 from test_store_growth import project
 
@@ -30,27 +30,30 @@ ARCHIVES = Path(__file__).parents[1] / "data/archives"
 def begin(path: Path, version: int, n: int = N) -> None:
     """The store of a format version with its first shard only."""
     planned = plan(n)
-    with open_writer(path, replace(planned, schema=replace(planned.schema, version=version))) as writer:
+    schema = replace(planned.schema, version=version, truth=version < 3)
+    identity = {**planned.identity, "data": data(schema, n)}
+    with open_writer(path, replace(planned, schema=schema, identity=identity)) as writer:
         rows = writer.manifest.rows_of(0)
         with writer.shard(0) as shard:
             for start in range(rows.start, rows.stop, GROUP):
                 shard.write(columns(range(start, min(start + GROUP, rows.stop))))
 
 
-@pytest.mark.parametrize(("version", "hashed"), [(1, hashlib.sha256), (2, blake3)])
+@pytest.mark.parametrize(("version", "hashed"), [(1, hashlib.sha256), (2, blake3), (3, blake3)])
 def test_a_digest_is_the_hash_of_the_row(version: int, hashed: object, tmp_path: Path) -> None:
     begin(tmp_path / "store", version)
+    store = FeatureStore(tmp_path / "store")
     with h5py.File(tmp_path / "store/shard-00000.h5") as file:
         assert file.attrs["version"] == version
         for i in range(8):
-            content = b"".join(value.tobytes() for value in row(i).values())
+            names = [column.name for column in store.schema.columns if column.name != "digest"]
+            content = b"".join(row(i)[name].tobytes() for name in names)
             assert file["digest"][i].tobytes() == hashed(content).digest()[:16]  # type: ignore[operator]
-    manifest = FeatureStore(tmp_path / "store").manifest
     norms = np.stack([row(i)["norm"] for i in range(8)]).tobytes()
-    assert manifest.shards[0].columns["norm"] == hashed(norms).hexdigest()  # type: ignore[operator]
+    assert store.manifest.shards[0].columns["norm"] == hashed(norms).hexdigest()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_store_is_continued_appended_to_and_repaired_in_its_own_version(version: int, tmp_path: Path) -> None:
     path = tmp_path / "store"
     begin(path, version, n=12)
@@ -74,7 +77,7 @@ def test_rows_of_both_versions_are_compared(tmp_path: Path, monkeypatch: pytest.
         hidden.setattr(planning, "Schema", partial(planning.Schema, version=1))
         old = gs.featurize(project(), split="train", out=tmp_path / "old", proj_dim=64)
     new = gs.featurize(project(40), split="train", out=tmp_path / "new", proj_dim=64)
-    assert (old.schema.version, new.schema.version) == (1, 2)
+    assert (old.schema.version, new.schema.version) == (1, 3)
     assert old.fingerprint == new.fingerprint
     again = gs.featurize(project(), split="train", out=tmp_path / "again", proj_dim=64)
     mixed, plain = gs.topk(old, new, k=3), gs.topk(again, new, k=3)

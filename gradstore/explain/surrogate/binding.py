@@ -9,7 +9,7 @@ from typing import Any
 from gradstore.errors import MismatchError, UsageError
 from gradstore.kernels.gram_matrix import Gram
 from gradstore.store.identity import require_same
-from gradstore.store.rows import Rows, named_identity
+from gradstore.store.rows import Rows
 
 KINDS = ("store", "gram", "array")
 # What must agree between the Gram matrix of the training examples and that of the queries with them.
@@ -23,7 +23,7 @@ class Binding:
     Attributes:
         kind: "store", "gram" or "array".
         source: path of the store or of the Gram matrix, or those of several stores; "" for what is in memory.
-        identity: of the store with its class names, or attributes of the matrix; empty for an array.
+        identity: of the store with what its rows are made of, or attributes of the matrix; empty for an array.
     """
 
     kind: str
@@ -32,8 +32,8 @@ class Binding:
 
     @classmethod
     def of_store(cls, store: Rows) -> Binding:
-        """Bound to the weights, projection, classes and data of stored rows."""
-        return cls("store", store.source, named_identity(store))
+        """Bound to the weights, projection, classes and data of stored rows; not to what annotations say of them."""
+        return cls("store", store.source, {**store.identity, "data": store.data})
 
     @classmethod
     def of_gram(cls, gram: Gram) -> Binding:
@@ -49,9 +49,7 @@ class Binding:
             UsageError: the surrogate was not fitted on a store, or the store is unfinished.
         """
         self.require_kind("store", store)
-        require_same(
-            self._known(), named_identity(store), where=store.where, theirs="surrogate", ours=store.where, data=False
-        )
+        require_same(self._known(), store.identity, where=store.where, theirs="surrogate", ours=store.where, data=False)
         store.require_complete()
 
     def require_training_store(self, store: Rows) -> None:
@@ -63,7 +61,7 @@ class Binding:
         self.require_kind("store", store)
         require_same(
             self._known(),
-            named_identity(store),
+            {**store.identity, "data": store.data},
             where=store.where,
             theirs="surrogate",
             ours=store.where,
@@ -112,4 +110,4 @@ class Binding:
     def _known(self) -> Mapping[str, Any]:
         if self.identity is None:
             raise MismatchError("the surrogate does not say what it was fitted on", hint="Fit it again")
-        return self.identity
+        return {name: value for name, value in self.identity.items() if name != "class names"}  # of older surrogates

@@ -18,7 +18,8 @@ from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate.binding import KINDS, Binding
 from gradstore.explain.surrogate.fit_settings import BACKENDS
 from gradstore.kernels.definitions import PROJECTED
-from gradstore.store.files.disk import Disk, MissingFileError
+from gradstore.store.files.disk import MissingFileError
+from gradstore.store.files.output import write_output
 from gradstore.store.files.tensor_file import TensorFile, plain_json, read_tensors, under_digest
 
 _log = logging.getLogger(__name__)
@@ -54,11 +55,9 @@ def save_fitted(model: Any, path: Path) -> Path:
         "classes": None if "classes_" in tensors else model.classes_.tolist(),
     }
     described["report"]["logit_error_"] = repr(model.logit_error_)
-    disk = Disk()
-    target = path.absolute()
-    disk.make_directory(target.parent)
-    disk.replace_file(target, serialise(tensors, under_digest("gradstore", json.dumps(described), tensors)))
-    return target
+    return write_output(
+        path, [serialise(tensors, under_digest("gradstore", json.dumps(described), tensors))]
+    ).absolute()
 
 
 def load_fitted(cls: type, path: Path) -> Any:

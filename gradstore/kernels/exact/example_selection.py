@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -10,9 +9,8 @@ from hashlib import sha256
 import numpy as np
 
 from gradstore.errors import UsageError
-from gradstore.featurization.fingerprint import data_identity
 from gradstore.indices import RowChoice, chosen_rows
-from gradstore.model.examples import Examples, Inputs
+from gradstore.model.examples import Examples, Inputs, input_digests
 from gradstore.model.project import Project
 
 
@@ -56,6 +54,8 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """32 digits that stand for the data and the rows chosen from it."""
-        content = {**data_identity(self.examples), "rows": sha256(self.rows.tobytes()).hexdigest()}
-        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        """32 digits that stand for the inputs of the chosen rows, each of which is read for it."""
+        digest = sha256()
+        for row in self.rows:
+            digest.update(input_digests(self.examples.read([int(row)])[0]).tobytes())
+        return digest.hexdigest()[:32]

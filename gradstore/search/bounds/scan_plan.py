@@ -12,6 +12,7 @@ from gradstore.machine.threads import worker_count
 from gradstore.search.best import pending_limit
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.exact_score import ROOM
+from gradstore.search.topk_result import RESULT_BYTES
 from gradstore.store.rows import Rows
 
 _BATCH = 512
@@ -37,7 +38,7 @@ class ScanPlan:
 
 
 def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: int, means: type[Bounds]) -> ScanPlan:
-    """Cut a scan so that it stays within a byte budget; prefers many workers, then many queries a pass.
+    """Cut a scan to stay within a byte budget, its result included; prefers many workers, then many queries a pass.
 
     Args:
         train: the training store.
@@ -51,13 +52,14 @@ def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: i
         The cut.
 
     Raises:
-        UsageError: the budget does not hold one query, one row and what their product takes.
+        UsageError: the budget does not hold the result, one query, one row and what their product takes.
     """
+    result = RESULT_BYTES * m * k
     needs, row = means.bytes_for(train, phis), train.schema.row_bytes
     vectors = 4 * max(phi.length for phi in phis) + 2 * row  # of one worker as it scores exactly, beside the rows
     kept = needs.query + 40 * k + 72 * (pending_limit(_BATCH, k) // _BATCH + 1)
     for workers in range(worker_count(), 0, -1):
-        mine = spendable(memory, workers)
+        mine = spendable(memory - result, workers)
         per_query, room = kept + needs.preparing * workers, max(row, min(ROOM, mine // (16 * workers)))
         left = mine - workers * (vectors + room) - needs.fixed
         batch = int(min(max(m, 1), _BATCH, left // 2 // per_query))
@@ -69,7 +71,12 @@ def plan_scan(train: Rows, phis: Sequence[FeatureMap], m: int, k: int, memory: i
             return ScanPlan(batch, block, workers, room)
     size, held = needs.blocks[-1]
     rest = vectors + needs.fixed + 2 * max(kept + needs.preparing, held + _PAIR * size)
-    need = budget_for(max(rest + row, rest * 16 // 15 + 1), 1)
+    need = budget_for(max(rest + row, rest * 16 // 15 + 1), 1) + result
+    hint = f"The result alone takes {format_bytes(result)}: ask for a smaller -k, or for fewer --rows at a time"
     raise UsageError(
-        "too little memory", where="--memory", expected=f"at least {format_bytes(need)}", got=format_bytes(memory)
+        "too little memory",
+        where="--memory",
+        expected=f"at least {format_bytes(need)}",
+        got=format_bytes(memory),
+        hint=hint if 2 * result > need else None,
     )

@@ -10,7 +10,7 @@ from gradstore.search.index.indexed_rows import IndexedRows, Scored
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.request import Request
 from gradstore.search.scan import ExactSearch
-from gradstore.search.topk_result import Answer, Search
+from gradstore.search.topk_result import Answer, Gathered, Search
 
 # Rows that are scored: at least this many, and this many for each neighbour.
 _CANDIDATES = 100
@@ -72,15 +72,15 @@ class ApproximateSearch:
         return value
 
     def _reranked(self, request: Request, count: int, recall: float) -> Answer:
-        parts, read = [], 0
+        found, read = Gathered(len(request.rows), request.k), 0
         with one_torch_thread():
             for _, group in self._rows.batches(request):
                 scored = Scored(self._rows, group, request.k, self._propose(group, request.k, count))
-                parts.append((scored.best.rows, scored.best.similarity))
+                found.add((scored.best.rows, scored.best.similarity))
                 read += scored.rows_read
                 del group, scored  # before the next are read
         name = self._faiss.name if self._faiss else self._rows.name
-        return Answer.joined(parts, request.k, Search("approx", read, name, recall))
+        return found.answer(Search("approx", read, name, recall))
 
     def _propose(self, group: QueryGroup, k: int, count: int) -> list[np.ndarray]:
         """Candidates of each query; where FAISS finds fewer than k, those of the sketch besides."""

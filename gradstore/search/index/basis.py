@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.linalg import eigh, solve_triangular
+from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
 from gradstore.arithmetic.int8 import integer_product
@@ -25,6 +26,8 @@ from gradstore.store.rows import Rows
 
 # Covers float64 roundings of coordinates.
 _ROUNDED = 1e-9
+# Share of a direction's square that must lie outside those before it: 8 bits leave about this much at random.
+_INDEPENDENT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ class Basis:
 
     @classmethod
     def of(cls, directions: np.ndarray, scales: np.ndarray) -> Basis:
-        """With the factor of B^T B."""
+        """With the factor of B^T B; cut where rounding has left a direction within the span of those before it."""
         gram = np.zeros((directions.shape[1],) * 2)
         for part, scale in zip(directions, scales, strict=True):
             rows = torch.from_numpy(part)
             gram += integer_product(rows, rows.T).double().numpy() * np.outer(scale, scale)
-        return cls(directions, scales, np.linalg.cholesky(gram))
+        factor, failed = dpotrf(gram, lower=1)
+        kept = failed - 1 if failed > 0 else len(gram)
+        independent = np.diag(factor)[:kept] ** 2 > _INDEPENDENT * np.diag(gram)[:kept]
+        kept = max(1, kept if independent.all() else int(independent.argmin()))
+        return cls(directions[:, :kept].copy(), scales[:, :kept].copy(), np.tril(factor[:kept, :kept]))
 
     def products(self, digits: Tensor, steps: np.ndarray) -> np.ndarray:
         """B^T t float64 [n, r] of rows t = steps · digits, from int8 [segments, n, K] and float64 [segments, n]."""

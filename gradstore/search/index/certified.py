@@ -11,7 +11,7 @@ from gradstore.search.index.indexed_rows import MOST_QUERIES, IndexedRows, Score
 from gradstore.search.query_batch import QueryGroup
 from gradstore.search.request import Request
 from gradstore.search.scan import ExactSearch
-from gradstore.search.topk_result import Answer, Search
+from gradstore.search.topk_result import Answer, Gathered, Search
 
 # Reading a scattered row takes about as long as scanning this many.
 _SCATTERED = 6
@@ -42,17 +42,17 @@ class CertifiedSearch:
         m, k, n = len(request.rows), request.k, len(request.train)
         if m > MOST_QUERIES and _SCATTERED * m * k > n:
             note = f"a scan is faster than {m} queries through the index, and answered them"
-            found = self._scan.search(request)
-            return replace(found, search=replace(found.search, mode="certified", note=note))
-        parts, left, read = [], [], 0
+            scanned = self._scan.search(request)
+            return replace(scanned, search=replace(scanned.search, mode="certified", note=note))
+        found, left, read = Gathered(m, k), [], 0
         with one_torch_thread():
             for start, group in self._rows.batches(request):
                 scored, unfinished = self._read(group, k)
-                parts.append((scored.best.rows, scored.best.similarity))
+                found.add((scored.best.rows, scored.best.similarity))
                 left += (start + np.flatnonzero(unfinished)).tolist()
                 read += scored.rows_read
                 del group, scored  # before the next are read
-        answer = Answer.joined(parts, k, Search("certified", read, self._rows.name))
+        answer = found.answer(Search("certified", read, self._rows.name))
         return self._finished(answer, request, left) if left else answer
 
     def _finished(self, answer: Answer, request: Request, left: list[int]) -> Answer:

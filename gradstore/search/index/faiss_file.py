@@ -13,7 +13,6 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +20,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from gradstore.errors import GradstoreError, UsageError
+from gradstore.errors import GradstoreError
 from gradstore.machine.user_cache import made_user_key, user_key
 from gradstore.search.index.index_file import shard_digests
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.output import new_file, write_output
+from gradstore.store.files.target import target_of
 
 _MOST_NOTE = 16 << 20  # bytes of a note: some 80 a shard
 _CHUNK = 1 << 20
@@ -87,22 +88,29 @@ def write_sealed(
     if key is None:
         return False
     disk = disk or Disk()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        faiss.write_index(index, str(temporary))
+    with new_file(target_of(path, of_store=True), disk) as (fd, temporary):
+        faiss.write_index(index, faiss.PyCallbackIOWriter(_Appended(disk, fd, path)))
         temporary.chmod(0o644)
-        with disk.open(temporary) as fd:
-            size, digest = os.fstat(fd).st_size, _digest(fd, disk, temporary)
-        note = json.dumps(
-            {"binding": list(binding), "shards": shard_digests(store), "size": size, "blake3": digest}, sort_keys=True
-        )
-        os.replace(temporary, path)
-        disk.replace_file(_note_of(path), json.dumps({"note": note, "seal": _seal(key, note)}).encode())
-    except (OSError, RuntimeError) as error:
-        raise UsageError("the FAISS index cannot be saved in its store", where=path, got=str(error)[-200:]) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with disk.open(temporary) as read:
+            size, digest = os.fstat(read).st_size, _digest(read, disk, temporary)
+    note = json.dumps(
+        {"binding": list(binding), "shards": shard_digests(store), "size": size, "blake3": digest}, sort_keys=True
+    )
+    sealed = json.dumps({"note": note, "seal": _seal(key, note)}).encode()
+    write_output(_note_of(path), [sealed], of_store=True, disk=disk)
     return True
+
+
+class _Appended:
+    """Takes the bytes of an index as FAISS hands them over."""
+
+    def __init__(self, disk: Disk, fd: int, path: Path) -> None:
+        self._disk, self._fd, self._path, self._end = disk, fd, path, 0
+
+    def __call__(self, piece: bytes) -> int:
+        self._disk.write(self._fd, piece, self._end, self._path)
+        self._end += len(piece)
+        return len(piece)
 
 
 def _note_of(path: Path) -> Path:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from gradstore.errors import GradstoreError, NoSpaceError, UnsafeError, UsageError
+from gradstore.errors import CorruptError, GradstoreError, NoSpaceError, UnsafeError, UsageError
 from gradstore.store.feature_store import FeatureStore
-from gradstore.store.files.disk import Disk
+from gradstore.store.files.output import write_output
 from gradstore.store.files.tensor_file import plain_json, read_tensors, under_digest
+from gradstore.store.files.tensor_header import tensor_header
+from gradstore.store.schema import raw
 
 VERSION = 3
 _DAMAGED = "it is damaged"
@@ -64,26 +63,26 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
         UsageError: the store cannot be written to.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), Disk().free_bytes(path.parent)
+    disk = store.disk
+    need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), disk.free_bytes(path.parent)
     if need > free:
         raise NoSpaceError("the index does not fit the disk", where=path, expected=f"{need} bytes free", got=free)
     binding = _dump(
         {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
     )
     metadata = under_digest("binding", binding, arrays)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    order = sorted(arrays, key=lambda name: -arrays[name].itemsize)  # so that each is aligned
+    header = tensor_header({name: (str(arrays[name].dtype), arrays[name].shape) for name in order}, metadata)
+    pieces: tuple[bytes | memoryview, ...] = (header, *(raw(arrays[name]) for name in order))
     try:
-        save_file(dict(arrays), temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        write_output(path, pieces, size=sum(map(len, pieces)), of_store=True, disk=disk)
+    except (UsageError, CorruptError) as error:
         raise UsageError(
             "the index cannot be saved in its store",
             where=path,
-            got=str(error),
+            got=error.line,
             hint="Use mode exact, which needs none",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_index(path: Path, store: FeatureStore, most: int) -> Saved | str:

@@ -19,6 +19,10 @@ from typing import Any
 _SECONDS_MORE = 10  # of real time than of the processor's, before an answer is given up
 
 
+class Unanswered(str):
+    """Why there is no answer: "a process that …"."""
+
+
 def answer_of(script: Path, *arguments: str, memory: int = 1 << 30, seconds: int = 10) -> Any:
     """What a script prints as JSON, or text that says why it prints none.
 
@@ -29,7 +33,7 @@ def answer_of(script: Path, *arguments: str, memory: int = 1 << 30, seconds: int
         seconds: of processor time that it may take.
 
     Returns:
-        The value, or "a process that …" where it crashed, hung or took too much.
+        The value, or `Unanswered` where the script crashed, hung, took too much or could not be started.
     """
     # Nothing of the user's environment reaches the script, so no HDF5 plug-in path does.
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
@@ -43,18 +47,20 @@ def answer_of(script: Path, *arguments: str, memory: int = 1 << 30, seconds: int
         )
         return json.loads(done.stdout) if done.returncode == 0 else _ended(done.returncode, memory, done.stderr)
     except subprocess.TimeoutExpired:
-        return f"a process that gave no answer within {most} s"
+        return Unanswered(f"a process that gave no answer within {most} s")
+    except OSError as error:
+        return Unanswered(f"a process that could not be started: {error.strerror}")
     except ValueError:
-        return "a process whose answer cannot be read"
+        return Unanswered("a process whose answer cannot be read")
 
 
-def _ended(status: int, memory: int, said: bytes) -> str:
+def _ended(status: int, memory: int, said: bytes) -> Unanswered:
     if b"MemoryError" in said or b"bad_alloc" in said:
-        return f"a process that took more than {memory >> 20} MB"
+        return Unanswered(f"a process that took more than {memory >> 20} MB")
     if status >= 0:
-        return f"a process that ended with status {status}"
+        return Unanswered(f"a process that ended with status {status}")
     known = {number.value: number.name for number in signal.Signals}
-    return f"a process that was ended by {known.get(-status, f'signal {-status}')}"
+    return Unanswered(f"a process that was ended by {known.get(-status, f'signal {-status}')}")
 
 
 def confine(memory: int, seconds: int) -> None:

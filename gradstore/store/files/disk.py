@@ -7,7 +7,6 @@ writes are continued, interrupted calls repeated, and every failure becomes one 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import resource
@@ -20,7 +19,10 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from gradstore.errors import CorruptError, GradstoreError, NoSpaceError, UnsafeError, UsageError
+from gradstore.errors import CorruptError, GradstoreError, UnsafeError, UsageError
+from gradstore.store.files.disk_errors import NO_FLOCK, MissingFileError, explained
+
+__all__ = ["Disk", "MissingFileError", "NoFlockError"]
 
 T = TypeVar("T")
 
@@ -30,22 +32,22 @@ if _sync_file_range is not None:
     _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 _INTERRUPTIONS = 1000  # in a row, after which a call is given up
+# No link is followed, and opening a pipe does not wait for somebody who may never come.
+_AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-class MissingFileError(CorruptError):
-    """A file that should be there is not."""
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+class NoFlockError(UsageError):
+    """The file system has no `flock`."""
 
 
 class Disk:
     """Positioned reads and writes, allocation, durable renames; replaceable by a faulty one in tests."""
 
-    def _open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+    def _open(self, path: Path, flags: int, mode: int = 0o666) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def _stat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
 
     def _pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
@@ -75,6 +77,12 @@ class Disk:
     def _replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
 
+    def _link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def _touch(self, fd: int) -> None:
+        os.utime(fd)
+
     def _unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 
@@ -94,14 +102,39 @@ class Disk:
             NoSpaceError: the disk (or a quota, or a file size limit) has no room for it.
         """
         self.remove(path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        fd = self._call(path, lambda: self._open(path, flags))
+        fd = self.open_new(path)
         try:
             if size:
                 self._call(path, lambda: self._allocate(fd, size), size)
             yield fd
         finally:
             os.close(fd)
+
+    def open_new(self, path: Path, mode: int = 0o666) -> int:
+        """A descriptor of a file that did not exist."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        return self._call(path, lambda: self._open(path, flags, mode))
+
+    def open_in_place(self, path: Path, *, create: bool = True) -> int:
+        """A descriptor of a regular file that is read and written where it is, or locked.
+
+        Returns:
+            The descriptor.
+
+        Raises:
+            UnsafeError: a symbolic link, pipe or device stands in its place.
+        """
+        return self._open_regular(path, os.O_RDWR | (os.O_CREAT if create else 0))
+
+    def _open_regular(self, path: Path, flags: int) -> int:
+        fd = self._call(path, lambda: self._open(path, flags | _AS_IT_IS))
+        try:
+            if not stat.S_ISREG(self.stat(fd, path).st_mode):
+                raise UnsafeError("this is not a regular file", where=path, expected="a file that gradstore wrote")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     @contextmanager
     def open(self, path: Path) -> Iterator[int]:
@@ -114,14 +147,29 @@ class Disk:
             MissingFileError: there is none.
             UnsafeError: a symbolic link, pipe or device stands in its place.
         """
-        # O_NONBLOCK: opening a pipe without it waits for a writer that may never come.
-        fd = self._call(path, lambda: self._open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        fd = self._open_regular(path, os.O_RDONLY)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise UnsafeError("this is not a regular file", where=path, expected="a file that gradstore wrote")
             yield fd
         finally:
             os.close(fd)
+
+    def stat(self, fd: int, path: Path) -> os.stat_result:
+        """What the file system says of an open file."""
+        return self._call(path, lambda: self._stat(fd))
+
+    def is_at(self, fd: int, path: Path) -> bool:
+        """Whether an open file still has its name: another process may have removed or renamed it meanwhile."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(self.stat(fd, path), os.lstat(path))
+        return False
+
+    def open_stream(self, path: Path) -> int:
+        """A descriptor of a pipe or a terminal; waits for a reader, as every program does that writes to one."""
+        return self._call(path, lambda: self._open(path, os.O_WRONLY | os.O_NOCTTY))
+
+    def append(self, fd: int, data: memoryview, path: Path) -> int:
+        """Write to a stream; how many bytes it took."""
+        return self._call(path, lambda: os.write(fd, data), len(data))
 
     def allocate(self, fd: int, size: int, path: Path) -> None:
         """Pay now for `size` bytes of an open file.
@@ -161,7 +209,7 @@ class Disk:
     def read_file(self, path: Path, limit: int) -> bytes:
         """A whole small file, refused when it is larger than `limit` bytes."""
         with self.open(path) as fd:
-            size = os.fstat(fd).st_size
+            size = self.stat(fd, path).st_size
             if size > limit:
                 raise CorruptError("the file is too large", where=path, expected=f"at most {limit} bytes", got=size)
             buffer = bytearray(size)
@@ -178,9 +226,9 @@ class Disk:
 
     def append_line(self, path: Path, line: str) -> None:
         """Add one line to a text file; a line that an earlier crash tore stays a line of its own."""
-        fd = self._call(path, lambda: self._open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW))
+        fd = self.open_in_place(path)
         try:
-            end = os.fstat(fd).st_size
+            end = self.stat(fd, path).st_size
             last = bytearray(min(end, 1))
             self.read_into(fd, memoryview(last), end - len(last), path)
             start = "\n" if last and last != b"\n" else ""
@@ -232,17 +280,53 @@ class Disk:
                 self.sync_directory(path.parent)
 
     def lock(self, path: Path) -> int | None:
-        """A descriptor that holds the exclusive lock of `path`, created where missing; None where another holds it."""
-        fd = self._call(path, lambda: self._open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW))
+        """Take the exclusive lock of a file, created where missing.
+
+        Returns:
+            The descriptor that holds it; None where another holds it.
+
+        Raises:
+            NoFlockError: the file system has no `flock`.
+        """
+        fd = self.open_in_place(path)
         try:
-            self._call(path, lambda: self._flock(fd))
-        except BlockingIOError:
-            os.close(fd)
-            return None
+            held = self.lock_open(fd, path)
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        if not held:
+            os.close(fd)
+        return fd if held else None
+
+    def lock_open(self, fd: int, path: Path) -> bool:
+        """Take the exclusive lock of an open file; whether it was free."""
+        try:
+            self._call(path, lambda: self._flock(fd))
+        except BlockingIOError:
+            return False
+        except GradstoreError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_FLOCK:
+                raise NoFlockError("this file system has no flock", where=path) from error
+            raise
+        return True
+
+    def touch(self, fd: int, path: Path) -> None:
+        """Date an open file by the clock of its file system."""
+        self._call(path, lambda: self._touch(fd))
+
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name; whether that name was free."""
+        try:
+            self._call(target, lambda: self._link(source, target))
+        except GradstoreError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                return False
+            raise
+        return True
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename a file over another, of whose name nothing need be durable."""
+        self._call(target, lambda: self._replace(source, target))
 
     def overwrite(self, fd: int, data: bytes, path: Path) -> None:
         """Make `data` all that an open file holds."""
@@ -271,31 +355,5 @@ class Disk:
                 raise  # a held lock, which the caller explains
             except (OSError, ValueError) as error:
                 if not isinstance(error, InterruptedError) or attempt == _INTERRUPTIONS:
-                    raise self._explained(error, path, size) from error
+                    raise explained(error, path, size, self.free_bytes) from error
         raise AssertionError("unreachable")
-
-    def _explained(self, error: OSError | ValueError, path: Path, size: int | None) -> GradstoreError:
-        code = error.errno if isinstance(error, OSError) else errno.EINVAL  # ValueError: a NUL in the path
-        reason = os.strerror(code or errno.EIO)
-        if code in _FULL:
-            return NoSpaceError(
-                "the disk is full",
-                where=path,
-                expected=None if size is None else f"room for {size} bytes",
-                got=f"{self.free_bytes(path.parent)} bytes free, {reason}",
-                hint="Free some space and run the same command again; finished shards are kept",
-            )
-        if code == errno.ENOENT:
-            return MissingFileError("the file is gone", where=path)
-        if code == errno.ELOOP:
-            return UnsafeError("a symbolic link stands where a file of the store should be", where=path)
-        if code in _DENIED:
-            return UsageError("this file may not be touched", where=path, got=reason)
-        if code in _UNUSABLE:
-            return UsageError("this path cannot be used", where=repr(str(path)), got=reason)
-        return CorruptError(
-            "the disk reports a failure",
-            where=path,
-            got=reason,
-            hint="Finished shards are kept; look at the system log",
-        )

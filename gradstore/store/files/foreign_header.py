@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import UnsafeError
-from gradstore.store.files.confined import answer_of
+from gradstore.store.files.confined import Unanswered, answer_of
 from gradstore.store.files.manifest import Shard
 from gradstore.store.schema import Schema
 
 _PARSER = Path(__file__).with_name("foreign_parser.py")
+
+
+class UnreadHeaderError(UnsafeError):
+    """Nobody could say what a header holds."""
 
 
 def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
@@ -26,7 +30,8 @@ def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
     attributes; nothing else: no further objects, links, filters, external storage, virtual datasets or type names.
 
     Raises:
-        UnsafeError: anything else is in the file, or parsing it crashes, hangs or takes more than 1 GB.
+        UnsafeError: anything else is in the file.
+        UnreadHeaderError: parsing it crashes, hangs or takes more than 1 GB.
     """
     expected = {
         column.name: [[shard.rows, *column.shape], column.dtype.str, shard.offsets[column.name]]
@@ -47,6 +52,13 @@ def require_plain_hdf5(path: Path, schema: Schema, shard: Shard) -> None:
 def _parse(path: str, header: str) -> Any:
     """What `plain_contents` says of a shard's datasets, asked once for a file of this header."""
     found = plain_contents(path)
+    if isinstance(found, Unanswered):
+        raise UnreadHeaderError(
+            "the header of this shard is not the one that gradstore composes, and reading it has failed",
+            where=path,
+            got=found,
+            hint="Try again with more free memory; do not open it with other HDF5 tools",
+        )
     return found if isinstance(found, str) else found.get("datasets", found.get("unreadable"))
 
 
@@ -58,7 +70,7 @@ def plain_contents(path: str) -> Any:
 
     Returns:
         {"datasets": name -> [shape, dtype, offset], "attributes": name -> text or integer}; or {"unreadable": what HDF5
-        says}; or text that names the first other thing in it, or says how the parser ended.
+        says}; or text that names the first other thing in it, `Unanswered` where the parser did not end well.
     """
     return answer_of(_PARSER, path)
 

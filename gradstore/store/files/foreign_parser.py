@@ -26,6 +26,8 @@ def main(path: str) -> None:
     except RefusedError as error:
         found = str(error)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if "errno = " in str(error):  # the system's, which says nothing of the file
+            raise
         found = {"unreadable": str(error).splitlines()[0] if str(error) else type(error).__name__}
     print(json.dumps(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,6 +56,21 @@ def read_manifest(path: Path, disk: Disk) -> Manifest:
 def write_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
     """Replace the manifest atomically and durably."""
     disk.replace_file(path / MANIFEST, manifest.to_bytes())
+
+
+def require_storable(texts: Iterable[str], *, where: str) -> None:
+    """Refuse names that could be written but not read again.
+
+    Raises:
+        UsageError: one is longer than 4096 bytes, or no text that UTF-8 has.
+    """
+    for text in texts:
+        try:
+            _text(text, "a name")
+        except ValueError:
+            raise UsageError(
+                "a name cannot be stored", where=where, expected="at most 4096 bytes of UTF-8", got=repr(text)[:60]
+            ) from None
 
 
 def parse_manifest(data: bytes, file: Path) -> Manifest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -49,7 +48,7 @@ class ShardFile:
             UnsafeError: the header is not that of a plain gradstore shard, or the file is no regular file.
         """
         with self.disk.open(self.path) as fd:
-            size = os.fstat(fd).st_size
+            size = self.disk.stat(fd, self.path).st_size
             if size != self.shard.size:
                 raise CorruptError(
                     "the file has another size", where=self.path, expected=self.shard.size, got=size, hint=VERIFY

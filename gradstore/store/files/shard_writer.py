@@ -67,7 +67,8 @@ class ShardWriter:
         Raises:
             ValueError: rows out of order, or of another shape or dtype.
         """
-        data = {**columns, "digest": row_digests(self._schema, columns) if digests is None else digests}
+        data = self._schema.completed(columns)
+        data["digest"] = row_digests(self._schema, data) if digests is None else digests
         rows = len(data["row"])
         if (
             not np.array_equal(data["row"], np.arange(self._next, self._next + rows))
