@@ -92,9 +92,8 @@ def test_what_a_flipped_bit_does_to_a_file_without_digests(fast: Path) -> None:
     assert abs(open_gram(gram.path)[0, 5]) > 1e30
 
 
-def test_an_earlier_file_is_read_with_one_note(
-    store: FeatureStore, fast: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_earlier_file_is_read_with_one_note(fast: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FeatureStore(EARLIER / "train")
     shutil.copy(EARLIER / "gram-v1.h5", fast / "gram.h5")
     with caplog.at_level(logging.INFO, "gradstore"):
         gram = open_gram(fast / "gram.h5")
@@ -105,7 +104,8 @@ def test_an_earlier_file_is_read_with_one_note(
     assert gram.path.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_an_earlier_part_is_finished_as_it_was_begun(store: FeatureStore, fast: Path) -> None:
+def test_an_earlier_part_is_finished_as_it_was_begun(fast: Path) -> None:
+    store = FeatureStore(EARLIER / "train")
     shutil.copy(EARLIER / "gram-v1.part", fast / ".gram.h5.part")
     done = gs.gram(store, kernel="proj-pntk", out=fast / "gram.h5", arithmetic="float32")
     assert done.attributes["version"] == 1
