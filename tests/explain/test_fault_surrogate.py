@@ -102,7 +102,7 @@ def test_strange_values_under_a_right_digest(
         path.write_bytes(save(tensors, metadata=under_digest("gradstore", text, tensors)))
         passed += isinstance(told(path, store), np.ndarray)
         failures += i < 100 and fails_without_checks(strange, tensors, store)
-    assert failures > 10
+    assert failures > 5
     what, control = (
         "strange values in surrogates",
         f"fields not checked: {failures} of 100 end in an uncaught exception",

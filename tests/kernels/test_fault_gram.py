@@ -18,6 +18,7 @@ from synthetic import clustered, write_store
 
 import gradstore as gs
 from gradstore.errors import CorruptError, GradstoreError, UnsafeError, UsageError
+from gradstore.explain.surrogate.training_gram import TrainingGram
 from gradstore.kernels.gram_file import write_tiles
 from gradstore.kernels.gram_matrix import Gram, gram_at, open_gram, row_digests_of
 from gradstore.kernels.gram_tiles import Tile
@@ -91,9 +92,8 @@ def test_what_a_flipped_bit_does_to_a_file_without_digests(fast: Path) -> None:
     assert abs(open_gram(gram.path)[0, 5]) > 1e30
 
 
-def test_an_earlier_file_is_read_with_one_note(
-    store: FeatureStore, fast: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_earlier_file_is_read_with_one_note(fast: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FeatureStore(EARLIER / "train")
     shutil.copy(EARLIER / "gram-v1.h5", fast / "gram.h5")
     with caplog.at_level(logging.INFO, "gradstore"):
         gram = open_gram(fast / "gram.h5")
@@ -104,7 +104,8 @@ def test_an_earlier_file_is_read_with_one_note(
     assert gram.path.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_an_earlier_part_is_finished_as_it_was_begun(store: FeatureStore, fast: Path) -> None:
+def test_an_earlier_part_is_finished_as_it_was_begun(fast: Path) -> None:
+    store = FeatureStore(EARLIER / "train")
     shutil.copy(EARLIER / "gram-v1.part", fast / ".gram.h5.part")
     done = gs.gram(store, kernel="proj-pntk", out=fast / "gram.h5", arithmetic="float32")
     assert done.attributes["version"] == 1
@@ -235,3 +236,16 @@ def test_digests_do_not_depend_on_the_cut(dtype: str, fast: Path) -> None:
         assert gram_at(made.path, (40, 70), dtype, said, 2) == open_gram(made.path)
         files.append(made.path.read_bytes())
     assert files[0] == files[1] == files[2]
+
+
+def test_a_fit_compares_digests_the_first_time(whole: Gram, store: FeatureStore) -> None:
+    rows = TrainingGram(whole, 1 << 20)
+    first = rows.rows(np.arange(8))
+    content = bytearray(whole.path.read_bytes())
+    content[whole.offsets["gram"] + 4 * 24 * 10] ^= 1
+    whole.path.write_bytes(content)
+    np.testing.assert_array_equal(rows.rows(np.arange(8)), first)
+    with pytest.raises(CorruptError, match="row 10 of the Gram matrix does not match its digest"):
+        rows.rows(np.arange(8, 12))
+    with pytest.raises(CorruptError, match="row 10 of the Gram matrix does not match its digest"):
+        gs.KernelGLM("precomputed", "sgd").fit(open_gram(whole.path), store.labels)

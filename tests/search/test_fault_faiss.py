@@ -134,7 +134,6 @@ def linked(path: Path) -> None:
 
 
 SWAPS: dict[str, Callable[[Path], None]] = {
-    "pipe": os.mkfifo,
     "endless device": endless,
     "huge": huge,
     "deep": deep,
@@ -161,12 +160,15 @@ def test_only_regular_files_of_the_right_size_are_read(
 
 
 @pytest.mark.parametrize("suffix", [".faiss", ".json"])
-def test_a_directory_in_its_place_is_one_line(suffix: str, store: FeatureStore, record: Record) -> None:
+@pytest.mark.parametrize(("make", "what"), [(os.mkdir, "a directory"), (os.mkfifo, "a pipe")])
+def test_what_is_no_file_in_its_place_is_one_line(
+    make: Callable[[Path], None], what: str, suffix: str, store: FeatureStore, record: Record
+) -> None:
     Session(store, faiss="Flat")
     file = index_file(store).with_suffix(suffix)
     file.unlink()
-    file.mkdir()
-    with pytest.raises(UsageError, match=r"cannot be saved in its store|this path cannot be used"):
+    make(file)
+    with pytest.raises(UsageError, match=f"the output is {what}"):
         Session(store, faiss="Flat")
     record("S8", "forged FAISS files", injected=1, recovered=0, refused=1, silent=0, control="see a foreign index")
 

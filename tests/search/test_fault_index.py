@@ -15,6 +15,7 @@ from mutations import mutated, places, with_strange_value
 from safetensors.numpy import load, save
 from synthetic import clustered, write_store
 
+from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.search.index.store_index import index_path, open_index
 from gradstore.search.session import Session
@@ -143,13 +144,21 @@ def deep(path: Path) -> None:
 
 
 SWAPS: dict[str, Callable[[Path], None]] = {
-    "pipe": os.mkfifo,
     "endless device": endless,
     "link to nothing": lambda path: path.symlink_to("nowhere"),
     "huge": huge,
     "deep": deep,
     "empty": Path.touch,
 }
+
+
+def test_a_pipe_in_its_place_is_one_line(store: FeatureStore, record: Record) -> None:
+    file = index_of(store)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match="the output is a pipe"):
+        open_index(store, size=16)
+    record("S11", "forged indexes", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
 @pytest.mark.parametrize("name", SWAPS)

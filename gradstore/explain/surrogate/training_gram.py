@@ -39,6 +39,7 @@ class TrainingGram:
         self, source: np.ndarray | Gram, memory: int, keep: np.ndarray | None = None, scale: float = 1.0
     ) -> None:
         self._source, self._memory, self._scale = source, memory, scale
+        self._checked = np.zeros(source.shape[0], bool)
         self._keep = None if keep is None else np.flatnonzero(keep)
         self.n = source.shape[0] if self._keep is None else len(self._keep)
         width = source.shape[0]
@@ -53,13 +54,20 @@ class TrainingGram:
             )
 
     def rows(self, wanted: np.ndarray) -> np.ndarray:
-        """float64 [rows, n] of rows that lie within one block; one read of the file."""
+        """float64 [rows, n] of rows that lie within one block; one read of the file, and checked the first time."""
         at = wanted if self._keep is None else self._keep[wanted]
         low, high = int(at.min()), int(at.max()) + 1
-        values = np.asarray(self._source[low:high], np.float64)[at - low]
+        values = np.asarray(self._stored(low, high), np.float64)[at - low]
         if self._keep is not None:
             values = values[:, self._keep]
         return values / self._scale if self._scale != 1 else np.ascontiguousarray(values)
+
+    def _stored(self, low: int, high: int) -> np.ndarray:
+        if isinstance(self._source, np.ndarray):
+            return self._source[low:high]
+        values = self._source.read(low, high, check=not self._checked[low:high].all())
+        self._checked[low:high] = True
+        return values
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, their values) over all rows in order."""
@@ -73,7 +81,9 @@ class TrainingGram:
 
     def part(self, keep: np.ndarray | None, scale: float) -> TrainingGram:
         """The same matrix for some rows and columns, divided by `scale`."""
-        return TrainingGram(self._source, self._memory, keep, scale)
+        part = TrainingGram(self._source, self._memory, keep, scale)
+        part._checked = self._checked
+        return part
 
 
 @contextmanager

@@ -90,9 +90,9 @@ def write_sealed(
     disk = disk or Disk()
     with new_file(target_of(path, of_store=True), disk) as (fd, temporary):
         faiss.write_index(index, faiss.PyCallbackIOWriter(_Appended(disk, fd, path)))
-        temporary.chmod(0o644)
         with disk.open(temporary) as read:
             size, digest = os.fstat(read).st_size, _digest(read, disk, temporary)
+    path.chmod(0o644)  # whatever the file had that it replaces
     note = json.dumps(
         {"binding": list(binding), "shards": shard_digests(store), "size": size, "blake3": digest}, sort_keys=True
     )
