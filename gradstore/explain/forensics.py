@@ -179,7 +179,7 @@ def _beside_others(memory: int, stores: Sequence[Rows], k: int) -> list[int]:
     """What a search of each store may take, since the results of the others are held too."""
     results = [RESULT_BYTES * len(store) * k for store in stores]
     if sum(results) >= memory:
-        expected = f"more than the {format_bytes(sum(results))} of the results alone"
+        expected = f"at least {format_bytes(sum(results))} for the results alone"
         hint = "Ask for a smaller -k, or for fewer queries at a time"
         raise UsageError("too little memory", where="--memory", expected=expected, got=format_bytes(memory), hint=hint)
     return [memory - sum(results) + own for own in results]
