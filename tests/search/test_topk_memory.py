@@ -153,11 +153,11 @@ def test_a_result_that_is_larger_than_the_budget_is_refused_before_the_search(ma
 def test_the_budget_that_an_error_names_suffices(many: Path) -> None:
     train, queries = FeatureStore(many / "train"), FeatureStore(many / "test")
     with pytest.raises(UsageError) as refused:
-        gs.topk(train, queries, 1000, memory="20MB")
+        gs.topk(train, queries, 1000, rows=range(60), memory="1MB")
     assert refused.value.expected is not None
     named = str(refused.value.expected).removeprefix("at least ")
     enough = 1.01 * parse_bytes(named)  # as it is rounded there
-    assert gs.topk(train, queries, 1000, memory=int(enough)).k == 1000
+    assert gs.topk(train, queries, 1000, rows=range(60), memory=int(enough)).k == 1000
 
 
 WIDE = """
