@@ -167,7 +167,7 @@ def forensics(
     if not 1 <= votes <= k:
         raise UsageError("the votes cannot be reached", where="--votes", expected=f"1 to k = {k}", got=votes)
     mask = _poisoned_mask(train, poisoned)
-    left = _beside_others(parse_bytes(memory), stores, k)
+    left = _beside_others(parse_bytes(memory), stores, min(k, len(train)))  # a larger k is refused by the search
     results = tuple(topk(train, store, k, kernel, memory=room) for store, room in zip(stores, left, strict=True))
     counts = np.concatenate([mask[result.indices].sum(axis=1) for result in results])
     truths = [store.poisoned for store in stores if store.poisoned is not None]
