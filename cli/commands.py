@@ -20,7 +20,6 @@ import click
 
 from gradstore.errors import ClosedError, GradstoreError, NoSpaceError, UsageError
 
-from .allocator import return_large_blocks
 from .annotate import annotate
 from .attribute import attribute
 from .check import check
@@ -110,7 +109,6 @@ def run(arguments: list[str]) -> None:
     # A terminal says itself how large it is; these are what it was when a shell exported them.
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    return_large_blocks()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_status([word for word in arguments if word != TRACEBACK], traceback))
 

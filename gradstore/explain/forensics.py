@@ -169,7 +169,7 @@ def forensics(
     if not 1 <= votes <= k:
         raise UsageError("the votes cannot be reached", where="--votes", expected=f"1 to k = {k}", got=votes)
     mask = _poisoned_mask(train, poisoned)
-    left = _beside_others(parse_bytes(memory), stores, k)
+    left = _beside_others(parse_bytes(memory), stores, min(k, len(train)))  # a larger k is refused by the search
     results = tuple(topk(train, store, k, kernel, memory=room) for store, room in zip(stores, left, strict=True))
     counts = np.concatenate([mask[result.indices].sum(axis=1) for result in results])
     truths = [store.poisoned for store in stores if store.poisoned is not None]
@@ -181,7 +181,7 @@ def _beside_others(memory: int, stores: Sequence[Rows], k: int) -> list[int]:
     """What a search of each store may take, since the results of the others are held too."""
     results = [RESULT_BYTES * len(store) * k for store in stores]
     if sum(results) >= memory:
-        expected = f"more than the {format_bytes(sum(results))} of the results alone"
+        expected = f"at least {format_bytes(sum(results))} for the results alone"
         hint = "Ask for a smaller -k, or for fewer queries at a time"
         raise UsageError("too little memory", where="--memory", expected=expected, got=format_bytes(memory), hint=hint)
     return [memory - sum(results) + own for own in results]

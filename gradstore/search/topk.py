@@ -87,7 +87,7 @@ def _searcher(
     result = RESULT_BYTES * len(request.rows) * request.k
     left = parse_bytes(memory) - result
     if left < 1:
-        expected = f"more than the {format_bytes(result)} of the result alone"
+        expected = f"at least {format_bytes(result)} for the result alone"
         hint = "Ask for a smaller -k, or for fewer --rows at a time"
         raise UsageError("too little memory", where="--memory", expected=expected, got=memory, hint=hint)
     if weighted:

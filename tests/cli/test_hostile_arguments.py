@@ -100,6 +100,7 @@ ONCE = [
     ("gram train test --out gram.h5 --device meta", 2, "--device: unknown device"),
     ("featurize project.py --out new --batch-size ²", 2, "expected auto or a positive integer, got '²'"),
     ("featurize project.py --out new --workers 2147483648", 2, "is not in the range 1<=x<=1024"),
+    ("forensics train test -k " + 400 * "9", 2, "-k: k does not fit the training store"),
     ("evaluate fitted test --bootstrap 2147483648", 2, "is not in the range 0<=x<=1000000"),
     ("import features.npy --out new --tool t --model m --shape -1", 2, "expected sizes like 50000,4096, got '-1'"),
     ("import features.npy --out new --tool t --model m --shape 999999999999999999", 2, "bytes for shape"),
