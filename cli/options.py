@@ -35,21 +35,22 @@ class PathType(click.Path):
 
     Args:
         file: whether it is a file, and may be no directory.
+        streams: whether it may be a pipe or a device.
     """
 
-    def __init__(self, *, file: bool = False) -> None:
+    def __init__(self, *, file: bool = False, streams: bool = False) -> None:
         super().__init__(path_type=Path)
-        self._file = file
+        self._file, self._streams = file, streams
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.Path`."""
-        problem = _problem_of(os.fspath(value), file=self._file)
+        problem = _problem_of(os.fspath(value), file=self._file, streams=self._streams)
         if problem:
             self.fail(f"{shown(os.fspath(value))}: {problem}", param, ctx)
         return super().convert(value, param, ctx)
 
 
-def _problem_of(path: str, *, file: bool) -> str:
+def _problem_of(path: str, *, file: bool, streams: bool) -> str:
     """Why nothing can be done with a path; empty where something could be."""
     if not path:
         return "the path is empty"
@@ -59,7 +60,7 @@ def _problem_of(path: str, *, file: bool) -> str:
         return str(error)
     except OSError as error:
         return (error.strerror or "unusable") if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ""
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if not streams and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return "a pipe or a device, not a file"
     return "a directory, not a file" if file and stat.S_ISDIR(mode) else ""
 

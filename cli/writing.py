@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import click
 
+from .options import PathType
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class OutputFile(click.Path):
+class OutputFile(PathType):
     """The type of an option that names a file to write.
 
     Args:
@@ -20,7 +22,7 @@ class OutputFile(click.Path):
     """
 
     def __init__(self, *, streams: bool = True) -> None:
-        super().__init__(path_type=Path)
+        super().__init__(file=True, streams=streams)
         self.streams = streams
 
 

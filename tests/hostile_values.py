@@ -41,16 +41,16 @@ ASSIGNMENTS = [
 ]
 # Nothing here may name what is outside of the folder: commands that write put their files there.
 OUTPUTS = [
-    *_words(". train project.py pipe loop [/red] größe→ project.py/x pipe/x /proc/nowhere/x missing/deep/x -"),
+    *_words(". train project.py loop [/red] größe→ project.py/x pipe/x /proc/nowhere/x missing/deep/x -"),
     *_words("out.npy out.safetensors out.h5 --"),
     *("", "\0", "a\nb", "\udcff", "\x1b[2J", "x" * 300, "x" * 250, "x/" * 3000),
 ]
 INPUTS = [
     *_words("/ /dev/null /dev/zero /dev/full /proc/self/mem test train/store.json empty nowhere blank blank.npy ~"),
-    *_words("noise hostile.py noise.npy objects.npy many.npy fitted noise.h5 noise.safetensors ../.."),
+    *_words("pipe noise hostile.py noise.npy objects.npy many.npy fitted noise.h5 noise.safetensors ../.."),
     *OUTPUTS,
 ]
-REFUSED = ["", "\0", "project.py", "project.py/x", "pipe", "loop", "x" * 300, "x/" * 3000, "/proc/nowhere/x"]
+REFUSED = ["", "\0", "project.py", "project.py/x", "loop", "x" * 300, "x/" * 3000, "/proc/nowhere/x"]
 """Of outputs, those that no command takes."""
 
 _BY_NAME = {"memory": BYTES, "rows": ROWS, "device": DEVICES, "options": ASSIGNMENTS}

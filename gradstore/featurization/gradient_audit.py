@@ -60,12 +60,12 @@ class GradientAudit:
         example = take(groups[self._group], slice(self._i, self._i + 1))
         self._factors = weights(classes, torch.empty(0, device=plan.device))
         self.logits, gradients = plan.engine.alone(example, list(self._starts), self._factors)
-        self._norms = {name: g.float().norm() for name, g in gradients.items()}
-        self._left = {name: g.float() for name, g in gradients.items()}
+        self._norms = {name: _norm(g) for name, g in gradients.items()}
+        self._left = {name: g.float().clone() for name, g in gradients.items()}  # autograd may give one memory twice
         for b in chosen:
             if (name := plan.blocks[b].name) not in self._left:
                 self._left[name] = torch.zeros(plan.blocks[b].size, device=plan.device)
-                self._norms[name] = torch.zeros((), device=plan.device)
+                self._norms[name] = _norm(self._left[name])
         self._tolerance = plan.engine.rounding(self.logits)
 
     def look(self, group: int, block: JacobianBlock, *, formed: bool) -> None:
@@ -81,7 +81,7 @@ class GradientAudit:
 
     def compare(self) -> GradientComparison:
         """How much is left; queued, so for `require` to judge later."""
-        errors = torch.stack([left.norm() for left in self._left.values()])
+        errors = torch.stack([_norm(left) for left in self._left.values()])
         norms = torch.stack([self._norms[name] for name in self._left])
         return GradientComparison(self.row, tuple(self._left), errors, norms, self._tolerance)
 
@@ -93,7 +93,7 @@ class GradientComparison:
     Attributes:
         row: of the split.
         names: the parameters.
-        errors: norm of the difference for each, float32 [parameters].
+        errors: norm of the difference for each, float64 [parameters].
         norms: of the gradient alone.
         tolerance: relative difference that rounding may make.
     """
@@ -110,7 +110,7 @@ class GradientComparison:
         Raises:
             ProjectError: names the row and the parameter that differs most.
         """
-        errors, norms = (part.double() for part in to_host(self.errors, self.norms))
+        errors, norms = to_host(self.errors, self.norms)
         allowed = self.tolerance * (norms + _FLOOR * norms.square().sum().sqrt())
         excess = errors - allowed
         if bool((excess <= 0).all()):
@@ -123,6 +123,11 @@ class GradientComparison:
             got=f"a difference of {float(errors[worst]):.2g}",
             hint="The backward pass looks at its batch; --alone, or alone=True, computes each example by itself",
         )
+
+
+def _norm(values: Tensor) -> Tensor:
+    """In float64, which gradients near float32's limit need."""
+    return torch.linalg.vector_norm(values, dtype=torch.float64)
 
 
 def bytes_needed(sizes: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ class SecondLook:
 
     def __init__(self, logits: Tensor, rows: Sequence[int], tolerance: float) -> None:
         self.logits, self.rows, self.tolerance = logits, rows, tolerance
-        self.typical = torch.linalg.vector_norm(logits, dim=1).square().mean().sqrt()
+        self.typical = torch.linalg.vector_norm(logits, dim=1, dtype=torch.float64).square().mean().sqrt()
         self.comparisons: list[Again | GradientComparison] = []
 
     def add(self, places: Sequence[int], found: Tensor, how: str) -> None:
@@ -93,7 +93,7 @@ class Again:
         Raises:
             ProjectError: names the row that differs most, its batch and the difference.
         """
-        stored, found, typical = to_host(self.stored, self.found, self.typical)
+        stored, found, typical = (part.double() for part in to_host(self.stored, self.found, self.typical))
         allowed = self.tolerance * (torch.linalg.vector_norm(stored, dim=1) + typical)
         excess = torch.linalg.vector_norm(stored - found, dim=1) - allowed
         if bool((excess <= 0).all()):

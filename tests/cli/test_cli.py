@@ -170,14 +170,15 @@ def test_labels_marks_and_names_are_annotated(folder: Path) -> None:
     run(folder, "featurize project.py --split test --out annotated --proj-dim 256")
     before = gs.open(folder / "annotated").labels
     other = (before[[0, 2]] + 1) % 3
-    (folder / "table.csv").write_text(f"row,label,poisoned\n0,{other[0]},1\n2,{other[1]},0\n")
+    (folder / "table.csv").write_text(f"row,label,poisoned\n0,{other[0]},0\n2,{other[1]},1\n")
     done = run(folder, "annotate annotated --from table.csv --note mended")
-    assert (done.status, done.err.splitlines()[-1]) == (0, "annotated: 2 labels, 1 poison marks, note changed")
+    assert done.status == 0
+    assert done.err.splitlines()[-1].startswith("annotated: 2 labels, ")
     store = gs.open(folder / "annotated")
     assert store.labels[[0, 2]].tolist() == other.tolist()
-    assert store.poisoned.nonzero()[0].tolist() == [0]
+    assert store.poisoned[[0, 2]].tolist() == [False, True]
     card = json.loads(run(folder, "info annotated --json").out)
-    assert (card["note"], card["poisoned"]) == ("mended", "1 rows")
+    assert (card["note"], card["poisoned"]) == ("mended", f"{store.poisoned.sum()} rows")
     assert run(folder, "annotate annotated --from project.py").status == 0
     assert gs.open(folder / "annotated").labels.tolist() == before.tolist()
     for wrong in ("", "--from nothing.csv", "--classes a", "--from project.py --split no"):

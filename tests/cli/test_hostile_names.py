@@ -55,6 +55,7 @@ LINES = [
     "evaluate|{p}/fitted|{p}/test|--bootstrap|2",
     "verify|{p}/train",
     "verify|{p}/damaged",
+    f"annotate|{{p}}/copy|--classes|{LABEL},dog,cat|--note|{LABEL}",
     "export|{p}/train|{p}/x.npy",
     f"import|{{p}}/features.npy|--out|{{p}}/i|--tool|{LABEL}|--model|{LABEL}|--split|{SPLIT}",
     "import|{p}/fitted|--out|{p}/i|--tool|t|--model|m",

@@ -213,7 +213,7 @@ def test_they_may_be_written_elsewhere_and_trained_on_but_not_indexed(made: tupl
         gs.attribute(models[0], fresh, 1, train=here).values, gs.attribute(models[1], stored, 1).values
     )
     half = featurize_queries(project, train, split="train", rows=slice(0, 20))
-    with pytest.raises(MismatchError, match=r"\n  data\.rows "):
+    with pytest.raises(MismatchError, match=r"\n  data\.inputs "):
         gs.attribute(models[0], fresh, 1, train=half)
     message = "train of the project: an index is kept beside a store, and these rows were featurized on the spot"
     for index in (lambda: gs.Session(here), lambda: gs.topk(here, stored, mode="certified")):

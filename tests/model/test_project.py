@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import gradstore as gs
 from gradstore.errors import GradstoreError, ProjectError, UnsafeError, UsageError
-from gradstore.featurization.fingerprint import data_identity, fingerprint
+from gradstore.featurization.fingerprint import fingerprint, sampled_identity
 from gradstore.indices import row_mask
 from gradstore.store.identity import differences, require_same
 
@@ -209,7 +209,7 @@ def test_datasets_that_cannot_be_trusted_are_refused(dataset: Any, message: str 
             project.examples("train").read(range(6))
         return
     with pytest.raises(ProjectError, match=message):
-        data_identity(project.examples("train"))
+        sampled_identity(project.examples("train"))
 
 
 @pytest.mark.parametrize(

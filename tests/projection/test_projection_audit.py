@@ -132,9 +132,10 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
     audit = ProjectionAudit(projection, groups, c, mixed=mixed, first_k=first_k, device=CPU)
     dense = mixed or batch._is_dense(projection, blocks[0])
     n = sum(sizes)
-    block, sq_norm = batch._joined(blocks, (lambda size: torch.empty(n, c, size)) if dense else None, audit)
+    runs, sq_norm = batch._joined(blocks, (lambda size: torch.empty(n, c, size)) if dense else None, [audit])
     features = torch.zeros(n, 1 if mixed else c, count)
-    batch._accumulate(projection, features, block, first_k, mixed)
+    for places, block in runs:
+        batch._accumulate(projection, features[places], block, first_k, mixed)
     found = audit.compare(torch.cat([torch.full((*features.shape[:2], first_k), torch.nan), features], dim=-1))
     assert len(found.k) == min(ROWS_OF_P, count)
     assert all(first_k <= k < projection.dim for k in found.k)

@@ -256,7 +256,7 @@ def test_rows_with_nan_are_named(tmp_path: Path) -> None:
             "--mode: an index serves no class weights (expected exact, got certified).",
         ),
         ({"mode": "certified", "k": 1501}, "-k: k does not fit the training store (expected 1 to 1500, got 1501)."),
-        ({"mode": "certified", "memory": 2000}, "--memory: too little memory (expected more than "),
+        ({"mode": "certified", "memory": 2000}, "--memory: too little memory (expected at least "),
     ],
 )
 def test_bad_requests_say_what_would_be_right(stores: tuple, arguments: dict, message: str) -> None:

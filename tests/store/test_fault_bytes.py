@@ -95,7 +95,11 @@ def reads(path: Path) -> tuple[set[int], set[int]]:
         except CorruptError:
             raised.add(row)
         else:
-            wrong |= {row} if any(got[name][0].tobytes() != ROWS[row][name].tobytes() for name in ROWS[row]) else set()
+            wrong |= (
+                {row}
+                if any(got[name][0].tobytes() != ROWS[row][name].tobytes() for name in got if name != "digest")
+                else set()
+            )
     return raised, wrong
 
 

@@ -58,7 +58,7 @@ def use(path: Path) -> None:
     opened.card()
     read = opened.read(0, len(opened))
     for i in range(len(opened)):
-        if any(read[name][i].tobytes() != ROWS[i][name].tobytes() for name in ROWS[i]):
+        if any(read[name][i].tobytes() != ROWS[i][name].tobytes() for name in read if name != "digest"):
             raise AssertionError(f"row {i} was read wrongly")
     assert opened.labels.shape == (len(opened),)
     assert opened.features[:1].shape[1:] == opened.shape[1:]
