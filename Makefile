@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/gradstore demo demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What the tests of the GPU code need where there is no GPU, 360 MB to download; without it they skip and say so.
 cuda-tools: $(STAMP)

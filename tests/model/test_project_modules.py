@@ -14,6 +14,12 @@ import torch
 import gradstore as gs
 from gradstore.model.project import Project, load_project
 
+
+@pytest.fixture(autouse=True)
+def no_folder_stays_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 PROJECT = """
 import gradstore as gs
 import torch
