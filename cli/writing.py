@@ -22,7 +22,7 @@ class OutputFile(PathType):
     """
 
     def __init__(self, *, streams: bool = True) -> None:
-        super().__init__(file=True, streams=streams)
+        super().__init__(streams=True)  # where it may go, `target_of` says
         self.streams = streams
 
 

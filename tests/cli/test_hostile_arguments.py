@@ -112,7 +112,7 @@ ONCE = [
     ("forensics train test --poisoned blank.npy", 2, "blank.npy: not a list of poisoned rows"),
     ("topk loop test", 2, "'loop': Too many levels of symbolic links"),
     ("topk train " + 300 * "x", 2, "File name too long"),
-    ("topk train test --csv .", 2, "'.': a directory, not a file"),
+    ("topk train test --csv .", 2, ".: the output is a directory"),
     ("topk train test extra\x1b[2J", 2, "Got unexpected extra argument (extra\ufffd[2J)"),
     ("check /proc/self/mem", 3, "/mem: the project file cannot be read"),
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, project_of
+from small_store import files as files_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -132,10 +133,6 @@ def test_the_bits_do_not_depend_on_the_batch_size(digits: gs.Project, batch_size
     reference = gs.featurize(digits, split="train", out=tmp_path / "a", proj_dim=64)
     other = gs.featurize(digits, split="train", out=tmp_path / "b", proj_dim=64, batch_size=batch_size)
     assert files_of(reference.path) == files_of(other.path)
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name not in ("run.jsonl", ".lock")}
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(
