@@ -183,17 +183,19 @@ def test_a_model_whose_output_changes_after_some_calls_is_refused(tmp_path: Path
     count = Net()
     featurize(tmp_path / "count", count, X, batch_size=16)
     refused = 0
-    for first in range(1, count.calls + 2, max(1, count.calls // 20)):
+    for first in range(1, count.calls + 2, max(1, count.calls // 12)):
         out = tmp_path / str(first)
         try:
             store = featurize(out, Net(lambda m, x, f=first: x if m.calls < f else x * 1.5), X, batch_size=16)
         except ProjectError:
-            refused += 1
+            seen = 1
         else:
+            seen = 0
             assert not (differ(store, Net(), X) and differ(store, Net(lambda m, x: x * 1.5), X)), first
         control = "rows not computed again: rows of both sides in one store"
-        record("F15", "state that calls leave", injected=1, recovered=0, refused=1, silent=0, control=control)
-    assert refused > 5
+        refused += seen
+        record("F15", "state that calls leave", injected=1, recovered=1 - seen, refused=seen, silent=0, control=control)
+    assert refused > 3
 
 
 def test_a_state_that_changes_between_batches_is_seen_at_the_first_row(
