@@ -69,11 +69,12 @@ def annotate(
             changes.append(f"{int((values['poisoned'] != before).sum())} poison marks")
         if classes is not None:
             values["classes"] = _names(classes, now)
-            changes.append("names of classes")
+            changes += ["names of classes"] if values["classes"] != now.classes else []
         if note is not None:
             values["note"] = note
             changes.append("note")
-        said = read_annotations(path, writer.manifest, disk).changed(", ".join(changes), **values)
+        what = ", ".join(changes) or "nothing"
+        said = read_annotations(path, writer.manifest, disk).changed(what, **values)
         writer.require_lock()
         write_annotations(path, writer.manifest, said, disk)
     return FeatureStore(path, disk=disk)
