@@ -93,7 +93,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     by_hand = soaked()
     for (fault, what), found in added_up(rows).items():
         sums = [str(sum(row[count] for row in found)) for count in COUNTS]
-        controls = sorted((row["control"] for row in found), key=lambda text: text.startswith("see "))
+        controls = sorted((row["control"] for row in found), key=lambda text: text.startswith(("see ", "as above")))
         control = controls[0]  # parallel tests note in any order; some only point at the one that has the control
         more = by_hand.get((fault, what), "")
         lines.append(f"| {fault} | {what} | {' | '.join(sums)} | {more} | {control} |")

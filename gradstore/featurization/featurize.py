@@ -146,6 +146,8 @@ def featurize(
         (8, 10, 256)
     """
     grown = None if grow_from is None else FeatureStore(grow_from)
+    if grown is not None and alone:
+        _require_begun_alone(grown.path, grown.manifest.group)
     plan = Plan(
         project,
         split,
@@ -336,19 +338,24 @@ def _require_same_inputs(
 
 def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
     """Begin or continue a store only where the same model writes the same rows."""
-    if plan.alone and writer.manifest.group > 1:
-        raise UsageError(
-            "the store was begun with examples computed together",
-            where=writer.path,
-            expected="one begun with --alone",
-            got=f"groups of {writer.manifest.group} rows",
-            hint="Choose another --out, or go on without --alone",
-        )
+    if plan.alone:
+        _require_begun_alone(writer.path, writer.manifest.group)
     now = environment(plan.device, plan.projection)
     require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
     writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
     if writer.manifest.shards:
         _require_same_logits(plan, writer)
+
+
+def _require_begun_alone(store: Path, group: int) -> None:
+    if group > 1:
+        raise UsageError(
+            "the store was begun with examples computed together",
+            where=store,
+            expected="one begun with --alone",
+            got=f"groups of {group} rows",
+            hint="Begin a store of its own with --alone, or go on without it",
+        )
 
 
 def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:

@@ -324,6 +324,15 @@ def test_a_store_begun_together_does_not_go_on_alone(tmp_path: Path, monkeypatch
         featurize(tmp_path / "s", Net(), X, batch_size=16, progress=stop)
     with pytest.raises(UsageError, match="begun with examples computed together"):
         featurize(tmp_path / "s", Net(), X, alone=True)
+    with pytest.raises(UsageError, match="begun with examples computed together"):
+        gs.featurize(
+            gs.Project(model=Net(), splits={"train": TensorDataset(X, Y)}),
+            split="train",
+            out=tmp_path / "grown",
+            proj_dim=2 * K,
+            grow_from=tmp_path / "s",
+            alone=True,
+        )
     assert featurize(tmp_path / "s", Net(), X).complete
 
 
