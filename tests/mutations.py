@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,3 +92,14 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
         change = (flipped, flipped, spliced, with_strange_length)[rng.integers(4)](rng, data)
         if change != data:
             return change
+
+
+def endless(path: Path) -> None:
+    """A link to a device without end in the place of a file."""
+    path.symlink_to("/dev/zero")
+
+
+def huge(path: Path) -> None:
+    """A terabyte of which nothing is on the medium."""
+    path.touch()
+    os.truncate(path, 1 << 40)

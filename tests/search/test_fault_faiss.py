@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 from conftest import Record
+from mutations import endless, huge
 from synthetic import clustered, write_store
 
 from gradstore.errors import UsageError
@@ -113,15 +114,6 @@ faiss.read_index({str(fast / "x.faiss")!r}).add(np.ones((9000, 16), "f"))  # as 
 """
     subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert victim.read_bytes() != VICTIM
-
-
-def endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 1 << 40)
 
 
 def deep(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Record
-from mutations import mutated, places, with_strange_value
+from mutations import endless, huge, mutated, places, with_strange_value
 from safetensors.numpy import load, save
 from synthetic import clustered, write_store
 
@@ -127,15 +127,6 @@ def test_mutated_indexes_are_built_anew(store: FeatureStore, amount: Callable[[i
         file.write_bytes(mutated(rng, whole))
         require_right(store)
     record("S11", "forged indexes", injected=count, recovered=count, refused=0, silent=0, control=CONTROL)
-
-
-def endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 1 << 40)
 
 
 def deep(path: Path) -> None:
