@@ -169,6 +169,8 @@ def featurize(
             on_note(note)
     same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)
     with open_writer(Path(out), plan.manifest, disk, plan.data_of, same, lock) as writer:
+        if alone:
+            _require_begun_alone(writer.path, writer.manifest.group)
         if verify:
             _drop_damaged(writer, on_damage)
         mark_poisoned(plan, writer, on_note)
@@ -338,8 +340,6 @@ def _require_same_inputs(
 
 def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: bool) -> None:
     """Begin or continue a store only where the same model writes the same rows."""
-    if plan.alone:
-        _require_begun_alone(writer.path, writer.manifest.group)
     now = environment(plan.device, plan.projection)
     require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
     writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)

@@ -334,6 +334,8 @@ def test_a_store_begun_together_does_not_go_on_alone(tmp_path: Path, monkeypatch
             alone=True,
         )
     assert featurize(tmp_path / "s", Net(), X).complete
+    with pytest.raises(UsageError, match="begun with examples computed together"):
+        featurize(tmp_path / "s", Net(), X, alone=True)
 
 
 def test_queries_on_the_spot_are_looked_at_too(tmp_path: Path) -> None:
