@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import click
@@ -37,7 +36,7 @@ from .info import info
 from .init import init
 from .output import on_one_line, say, say_error
 from .residual import residual
-from .stopping import Stopped, Terminated
+from .stopping import Stopped, listen, signal_behind
 from .topk import topk
 from .verify import verify
 
@@ -109,7 +108,7 @@ def run(arguments: list[str]) -> None:
     # A terminal says itself how large it is; these are what it was when a shell exported them.
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     sys.exit(_status([word for word in arguments if word != TRACEBACK], traceback))
 
 
@@ -122,32 +121,34 @@ def _status(arguments: list[str], traceback: bool) -> int:
         return stop.exit_code
     except Stopped as stop:
         return _stopped(arguments, stop)
-    except KeyboardInterrupt as stop:
-        return _stopped(arguments, Stopped(stop))
-    except click.ClickException as error:
+    except (KeyboardInterrupt, Exception) as error:
+        cause = signal_behind(error)
+        if cause is not None:
+            return _stopped(arguments, Stopped(cause))
+        if traceback and not isinstance(error, click.ClickException):
+            raise
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Say what a command failed with; the status to end with."""
+    if isinstance(error, click.ClickException):
         message = on_one_line(error.format_message())  # click repeats some words just as they were typed
         error.format_message = lambda: message  # type: ignore[method-assign]
         error.show()
         return error.exit_code
-    except GradstoreError as error:
-        if traceback:
-            raise
-        if not isinstance(error, ClosedError):  # as for stdout, of which nobody reads any more
-            say_error(error)
+    if isinstance(error, ClosedError):  # as for stdout, of which nobody reads any more
         return error.exit_code
-    except Exception as error:
-        if traceback:
-            raise
-        refused = refusal(error)
-        if refused is not None:
-            say_error(refused)
-            return refused.exit_code
-        line = str(error).splitlines()[0] if str(error) else ""
-        say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
-        return 1
+    refused = error if isinstance(error, GradstoreError) else refusal(error)
+    if refused is not None:
+        say_error(refused)
+        return refused.exit_code
+    line = str(error).splitlines()[0] if str(error) else ""
+    say(f"bug: {type(error).__name__}: {line} Please report it with the output of {TRACEBACK}.")
+    return 1
 
 
-def refusal(error: Exception) -> GradstoreError | None:
+def refusal(error: BaseException) -> GradstoreError | None:
     """What the system refuses, a file or memory, as the error it is for a user; None where it is a mistake of ours."""
     if isinstance(error, OSError) and error.filename is not None:
         kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
@@ -190,10 +191,6 @@ def _said_in_a_line() -> Iterator[None]:
     finally:
         log.removeHandler(notes)
         log.setLevel(level)
-
-
-def _terminate(number: int, frame: FrameType | None) -> Any:
-    raise Terminated
 
 
 def _stopped(arguments: list[str], stop: Stopped) -> int:

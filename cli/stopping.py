@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+import click
 
 AGAIN = "the same command begins again"
 ON = "the same command continues"
@@ -31,13 +35,46 @@ class Stopped(Exception):  # noqa: N818 - no error
         self.exit_code = 143 if isinstance(cause, Terminated) else 130
 
 
+_arrived: list[KeyboardInterrupt] = []
+
+
+def listen() -> None:
+    """Let Ctrl-C and SIGTERM stop this process, and remember that they came.
+
+    Their exception may be raised anywhere, also within the clean-up of a library, which then fails with an error of its
+    own. Whatever error a command ends with after a signal, it is the signal that ended it. One that is ignored, as in a
+    shell's background, stays so.
+    """
+    _arrived.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    _arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+    raise _arrived[-1]
+
+
+def signal_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The signal that a command was stopped by, if it was, whatever error came of it."""
+    if isinstance(error, KeyboardInterrupt):
+        return error
+    return _arrived[-1] if _arrived and isinstance(error, Exception) else None
+
+
 @contextmanager
 def keeping(kept: Callable[[], str]) -> Iterator[None]:
     """Say `kept()` of a command that is stopped in here."""
     try:
         yield
-    except KeyboardInterrupt as stop:
-        raise Stopped(stop, kept()) from stop
+    except (Stopped, click.exceptions.Exit):
+        raise
+    except BaseException as error:
+        stop = signal_behind(error)
+        if stop is None:
+            raise
+        raise Stopped(stop, kept()) from error
 
 
 def rows_kept(store: Path) -> str:

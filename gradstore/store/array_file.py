@@ -57,8 +57,14 @@ class ArrayFile:
             UsageError: the file is not what it was when it was opened.
             CorruptError: the disk cannot read it.
         """
-        if _state(self._real) != self._seen:
-            raise UsageError("the file changed while it was read", where=self.path, hint="Wait until it is whole")
+        self._require_unchanged()
+        try:
+            values = self._read(start, stop)
+        finally:  # whatever it did meanwhile says more than an end that came too early
+            self._require_unchanged()
+        return values
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         disk, count, inner = Disk(), stop - start, self.shape[1:]
         each = math.prod(inner)
         with disk.open(self._real) as fd:
@@ -72,6 +78,10 @@ class ArrayFile:
                 at = self._offset + (i * len(self) + start) * self.dtype.itemsize
                 disk.read_into(fd, raw(column), at, self.path)
         return np.ascontiguousarray(columns.reshape(*reversed(inner), count).T)
+
+    def _require_unchanged(self) -> None:
+        if _state(self._real) != self._seen:
+            raise UsageError("the file changed while it was read", where=self.path, hint="Wait until it is whole")
 
 
 def open_array(path: Path, what: str, otherwise: str | None = None) -> ArrayFile:

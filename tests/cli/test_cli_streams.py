@@ -96,3 +96,52 @@ def test_a_process_of_ours_that_has_ended_is_no_closed_stdout(folder: Path, monk
     result = run(folder, "doctor")
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("bug: RuntimeError: a process has ended early: of a worker")
+
+
+INTERRUPTED = """
+import os, signal, torch
+import gradstore as gs
+from torch.utils.data import TensorDataset
+
+class Scope:
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        if error[0] is not None:
+            raise RuntimeError("trying to pop from an empty stack")
+
+def interrupt():
+    with Scope():
+        os.kill(os.getpid(), signal.{number})
+        for _ in range(1000):  # where Python calls the handler
+            pass
+
+class Model(torch.nn.Linear):
+    calls = 0
+    def forward(self, x):
+        Model.calls += 1
+        if Model.calls == {call}:
+            interrupt()
+        return super().forward(x)
+
+def project():
+    if {call} == 0:
+        interrupt()
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.int64))
+    return gs.Project(model=Model(3, 2), splits={{"train": data}})
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("call", [0, 1, 12, 24])
+def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(
+    number: str, status: int, call: int, tmp_path: Path
+) -> None:
+    """It arrives within the clean-up of a library, here of the project, which then fails with an error of its own."""
+    (tmp_path / "project.py").write_text(INTERRUPTED.format(number=number, call=call))
+    words = "featurize project.py --split train --out store --proj-dim 64"
+    found, out, err = in_shell(tmp_path, f"gradstore {words}")
+    assert (found, out) == (status, ""), err
+    assert err.splitlines()[-1].startswith("stopped: ")
+    assert err.splitlines()[-1].endswith(f"gradstore {words}")

@@ -17,7 +17,6 @@ from gradstore.errors import CorruptError, GradstoreError, UsageError
 from gradstore.store import import_features as module
 from gradstore.store.array_file import ArrayFile, open_array, read_array
 from gradstore.store.feature_store import FeatureStore
-from gradstore.store.files.disk import Disk
 from gradstore.store.import_features import Provenance, import_features
 
 pytestmark = pytest.mark.soak
@@ -265,18 +264,25 @@ def test_a_file_that_changes_while_it_is_read(
     record("S14", "hostile imports", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
-def test_a_read_that_comes_too_late_is_one_line(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at the file and the read of it."""
+@pytest.mark.parametrize("change", [cut, overwritten, Path.unlink], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_change_between_the_look_and_the_read_is_seen(
+    when: str, change: Callable[[Path], None], fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.save(fast / "x.npy", VALUES)
     file = open_array(fast / "x.npy", "array")
-    opened = Disk.open
+    reading = ArrayFile._read
 
-    def cutting(disk: Disk, path: Path) -> Any:
-        os.truncate(path, 600)
-        return opened(disk, path)
+    def changing(file: ArrayFile, start: int, stop: int) -> np.ndarray:
+        if when == "before":
+            change(file.path)
+        values = reading(file, start, stop)
+        if when == "after":
+            change(file.path)
+        return values
 
-    monkeypatch.setattr(Disk, "open", cutting)
-    with pytest.raises(CorruptError, match="the file ends too early"):
+    monkeypatch.setattr(ArrayFile, "_read", changing)
+    with pytest.raises((UsageError, CorruptError), match=r"the file changed while it was read|the file is gone"):
         file.rows(0, N)
 
 
