@@ -133,8 +133,7 @@ def project():
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("call", [0, 1, 12, 24])
+@pytest.mark.parametrize(("number", "status", "call"), [("SIGINT", 130, 0), ("SIGINT", 130, 24), ("SIGTERM", 143, 12)])
 def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(
     number: str, status: int, call: int, tmp_path: Path
 ) -> None:
