@@ -35,6 +35,7 @@ from .index import index
 from .info import info
 from .init import init
 from .output import on_one_line, say, say_error
+from .remove import remove
 from .residual import residual
 from .stopping import Stopped, listen, signal_behind
 from .topk import topk
@@ -94,6 +95,7 @@ for _command in (
     evaluate,
     verify,
     annotate,
+    remove,
     export,
     import_command,
 ):

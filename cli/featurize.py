@@ -61,6 +61,14 @@ if TYPE_CHECKING:
     type=click.Choice(["all", "sample"]),
     help="Whose inputs are compared before going on: all stored rows', or those of 256 random ones.",
 )
+@click.option(
+    "--on-bad-row",
+    default="stop",
+    show_default=True,
+    type=click.Choice(["stop", "skip"]),
+    help="A row that is not finite, or has a zero gradient, stops the run, or is left out and keeps its place.",
+)
+@click.option("--retry-absent", is_flag=True, help="Compute rows again that were left out.")
 @alone_option
 @lock_option()
 @click.option("--allow-other-versions", is_flag=True, help="Continue a store begun with another torch or device type.")

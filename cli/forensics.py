@@ -63,12 +63,13 @@ def forensics(
     A query is flagged when at least --votes of its k most similar training examples, over all of them, are poisoned.
     """
     import gradstore as gs
-    from gradstore.explain.forensics import forensics_page, read_poisoned
+    from gradstore.explain.forensics import forensics_page
     from gradstore.report.page import write_forensics
+    from gradstore.store.row_list import read_row_list
 
     store = gs.open(train)
     stores = [gs.open(path) for path in queries]
-    mask = None if poisoned is None else read_poisoned(poisoned, len(store))
+    mask = None if poisoned is None else read_row_list(poisoned, len(store), what="poisoned rows")
     results = [
         gs.forensics(store, stores, poisoned=mask, k=k, votes=votes, kernel=name, memory=memory) for name in kernels
     ]

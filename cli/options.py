@@ -201,6 +201,13 @@ def parse_rows(context: click.Context, parameter: click.Parameter, value: str | 
     return spans[0] if len(spans) == 1 else [row for span in spans for row in span]
 
 
+def parse_rows_or_file(context: click.Context, parameter: click.Parameter, value: str) -> Sequence[int] | Path:
+    """Rows as `parse_rows` takes them, or the path of a file that lists them."""
+    if re.fullmatch(r"[\d\s,:]+", value, re.ASCII):
+        return parse_rows(context, parameter, value) or []
+    return FILE.convert(value, parameter, context)
+
+
 def _promised(context: click.Context, parameter: click.Parameter, value: str, *, or_auto: bool) -> str:
     """A budget; of one that is too small to be promised, the user is told so."""
     if not (or_auto and value == AUTO) and parse_bytes(value, or_auto=or_auto) < PROMISED:

@@ -20,7 +20,7 @@ from .output import print_json, print_table, say
 @as_json
 def verify(store: Path, repair: bool, lock: str, as_json: bool) -> None:
     """Compare every stored byte with its digest and name the damaged rows; the exit status is 5 where there are any."""
-    from gradstore.store.verify import spans
+    from gradstore.indices import spans
     from gradstore.store.verify import verify as verify_store
 
     found = verify_store(store, repair=repair, lock=lock)

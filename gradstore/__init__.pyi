@@ -19,6 +19,8 @@ from .search.topk import topk as topk
 from .store.annotate import annotate as annotate
 from .store.concatenated import concat as concat
 from .store.feature_store import open as open
+from .store.present_rows import present_rows as present_rows
+from .store.remove import remove as remove
 from .store.rows import Rows as Rows
 
 __version__: str

@@ -189,3 +189,10 @@ def _meant(array: np.ndarray, n: int, masks: str) -> str | None:
     if array.ndim != 1:
         return "Give one dimension: .ravel()" if array.dtype.kind in "iu" else None
     return masks if _is_binary(array, n) else "Indices are integers: .astype(int)"
+
+
+def spans(rows: Sequence[int] | np.ndarray, limit: int = 8) -> str:
+    """Rows as people write them: "3, 7-9, 12"; the first `limit` stretches."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    parts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in np.split(np.array(rows), breaks)]
+    return ", ".join(parts[:limit]) + (f" and {len(parts) - limit} more stretches" if len(parts) > limit else "")

@@ -63,7 +63,7 @@ def row(i: int) -> dict[str, np.ndarray]:
         "norm": rng.random(SCHEMA.c),
         "poisoned": np.uint8(i % 3 == 0),
         "input_digest": np.random.default_rng(i + 1_000_000).integers(0, 256, 16).astype(np.uint8),
-        "skipped": np.uint8(0),
+        "absent": np.uint8(0),
         "preview": rng.integers(1, 255, 4).astype(np.uint8),
     }
 

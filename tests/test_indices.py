@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import ProjectError, UsageError
-from gradstore.explain.forensics import read_poisoned
 from gradstore.indices import chosen_row, chosen_rows, class_indices, row_mask
 from gradstore.store.import_features import Provenance, import_features
+from gradstore.store.row_list import read_row_list
 
 N = 6
 INTEGERS = [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64]
@@ -242,7 +242,7 @@ def test_poisoned_rows_are_a_set(stores: tuple, tmp_path: Path) -> None:
     np.save(tmp_path / "mask.npy", mask)
     np.save(tmp_path / "rows.npy", np.flatnonzero(mask))
     (tmp_path / "rows.txt").write_text("9\n5\n40\n")
-    files = [read_poisoned(tmp_path / name, 48) for name in ("mask.npy", "rows.npy", "rows.txt")]
+    files = [read_row_list(tmp_path / name, 48, what="poisoned rows") for name in ("mask.npy", "rows.npy", "rows.txt")]
     for rows in (mask.tolist(), torch.from_numpy(mask), [40, 5, 9], *files):
         np.testing.assert_array_equal(gs.forensics(*stores, poisoned=rows).votes, expected)
     for wrong in (mask.astype(int), mask.astype(float), mask[1:], [5, 5], [-1], [48]):
@@ -252,10 +252,10 @@ def test_poisoned_rows_are_a_set(stores: tuple, tmp_path: Path) -> None:
     np.savetxt(tmp_path / "wrong.txt", mask.astype(int), fmt="%d")
     for name in ("wrong.npy", "wrong.txt"):
         with pytest.raises(UsageError, match=f"{name}: 48 zeros and ones are likelier a mask") as caught:
-            read_poisoned(tmp_path / name, 48)
+            read_row_list(tmp_path / name, 48, what="poisoned rows")
         assert ("One row index a line" in str(caught.value)) == name.endswith(".txt")
     (tmp_path / "none.txt").write_text("\n")
-    assert not read_poisoned(tmp_path / "none.txt", 48).any()
+    assert not read_row_list(tmp_path / "none.txt", 48, what="poisoned rows").any()
     data = TensorDataset(torch.zeros(4, 2), torch.zeros(4).long())
     with pytest.raises(ProjectError, match=r"Project\(poisoned\['train'\]\): 4 zeros and ones"):
         gs.Project(model=nn.Linear(2, 3), splits={"train": data}, poisoned={"train": [0, 1, 1, 0]}).poisoned_mask(

@@ -12,11 +12,13 @@ import numpy as np
 from gradstore.errors import CorruptError, UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.map_rows import StoreRows, doubled
+from gradstore.explain.surrogate.training_gram import finite_rows
 from gradstore.indices import chosen_row
 from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.present_rows import present_rows, require_present
 from gradstore.store.rows import Rows
 
 
@@ -25,13 +27,15 @@ class Attribution:
     """A(x, x_i)^c = W_ci κ(x, x_i) + b_c / n for one query x.
 
     Attributes:
-        values: A, float64 [classes, n]; summing a class's values gives its logit.
-        similarity: κ(x, x_i), float64 [n].
+        values: A, float64 [classes, n]; summing a class's values gives its logit. Absent examples have none: 0, and n
+            in the formula does not count them.
+        similarity: κ(x, x_i), float64 [n]; NaN of absent examples.
         logits: the surrogate's, float64 [classes].
         intercept: b, float64 [classes].
         classes: names of the classes.
         row: the query's row.
         labels: of the training examples, int64 [n]; None where the surrogate was not fitted on a store.
+        absent: which training examples are absent, bool [n]; None for none.
     """
 
     values: np.ndarray
@@ -41,6 +45,12 @@ class Attribution:
     classes: tuple[str, ...]
     row: int
     labels: np.ndarray | None = None
+    absent: np.ndarray | None = None
+
+    @property
+    def _there(self) -> np.ndarray:
+        """Which training examples are there, bool [n]."""
+        return np.ones(self.values.shape[1], bool) if self.absent is None else ~self.absent
 
     @property
     def predicted(self) -> int:
@@ -98,8 +108,8 @@ class Attribution:
         rows = np.flatnonzero(self._known_labels() == c)
         if not len(rows):
             raise UsageError("no training example is of this class", where="class", got=self.classes[c])
-        n = self.values.shape[1]
-        own = self.values[c] - self.intercept[c] / n
+        there = self._there
+        own = self.values[c] - there * (self.intercept[c] / there.sum())
         others = own.sum() - own[rows].sum()
         return rows, own[rows] + (self.intercept[c] + others) / len(rows)
 
@@ -110,7 +120,7 @@ class Attribution:
                 where="attribution",
                 expected="queries in a store, of a surrogate fitted on a store",
             )
-        missing = np.flatnonzero(self.labels < 0)
+        missing = np.flatnonzero((self.labels < 0) & self._there)
         if missing.size:
             raise UsageError(
                 "labels of training examples are missing",
@@ -118,7 +128,7 @@ class Attribution:
                 expected=f"a label for each of {len(self.labels)}",
                 got=f"{missing.size} without, the first in row {missing[0]}",
             )
-        return self.labels
+        return np.where(self._there, self.labels, -1)
 
     def top(self, k: int = 5, c: int | None = None, rather_than: int | None = None) -> Contributions:
         """The training examples that speak most for and against a class.
@@ -218,20 +228,24 @@ def attribute(
         True
     """
     row = chosen_row(row, queries.shape[0], where="--row", what="query row")
-    labels = None
+    labels = absent = None
     if isinstance(queries, Rows):
         model.binding_.require_queries(queries)
+        require_present(queries, np.array([row]), where="--row")
         train = _remembered(model.binding_.source) if train is None else train
         similarity, labels = _to_training_store(model, queries, row, train), train.labels
+        absent = train.absent > 0 if train.absent.any() else None
     else:
         similarity = _given(model, queries, row)
     n = len(similarity)
     if model.coef_.shape[1] != n:  # of a file that says it is bound to these rows, and is not
         raise CorruptError("the surrogate is of other training examples", expected=f"{model.coef_.shape[1]}", got=n)
-    values = model.coef_ * similarity + model.intercept_[:, None] / n
+    there = np.ones(n, bool) if absent is None else ~absent
+    known = np.where(there, similarity, 0.0)
+    values = model.coef_ * known + there * (model.intercept_[:, None] / there.sum())
     names = queries.classes if isinstance(queries, Rows) and len(queries.classes) > 1 else model.classes_
-    logits = model.coef_ @ similarity + model.intercept_
-    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels)
+    logits = model.coef_ @ known + model.intercept_
+    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels, absent)
 
 
 def class_index(names: Sequence[str], wanted: str) -> int:
@@ -254,9 +268,9 @@ def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows) -
     model.binding_.require_training_store(store)
     phi_of = model.phi_on(store)
     query = phi_of.unit_rows(queries.read(row, row + 1), queries.where)[0].double()
-    out = np.empty(len(store))
-    for span, phi in doubled(StoreRows(store, phi_of, parse_bytes(model.memory))):
-        out[span] = (phi @ query).numpy()
+    out = np.full(len(store), np.nan)
+    for span, phi in doubled(StoreRows(present_rows(store), phi_of, parse_bytes(model.memory))):
+        out[store.present_at[span]] = (phi @ query).numpy()
     return out
 
 
@@ -277,7 +291,7 @@ def _remembered(source: str | list[str]) -> Rows:
 def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray:
     if isinstance(queries, Gram):
         model.binding_.require_query_gram(queries)
-        return np.asarray(queries[row], np.float64)
+        return finite_rows(queries, row, row + 1)[0]
     model.binding_.require_kind("array", queries)
     if model.vectors_ is not None:
         raise UsageError(

@@ -18,8 +18,9 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 from gradstore.errors import UsageError
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.alpha import log_odds
-from gradstore.explain.surrogate.training_data import two_logits
+from gradstore.explain.surrogate.training_data import of_present, two_logits
 from gradstore.indices import class_indices
+from gradstore.store.present_rows import present_rows
 from gradstore.store.rows import Rows
 
 
@@ -101,7 +102,7 @@ def evaluate(
 
     Args:
         model: a fitted surrogate.
-        queries: a store or any `Rows`, with the network's logits, and labels.
+        queries: a store or any `Rows`, with the network's logits, and labels; absent rows count nowhere.
         labels: the correct classes, int64 [m]; default those that are stored.
         bootstrap: resamples of the queries for the errors; 0 for none.
         seed: of the resamples.
@@ -118,8 +119,9 @@ def evaluate(
         >>> list(found.measures())[:3]
         ['tau', 'tau_unsaturated', 'spearman']
     """
-    basis = model.log_odds_basis(queries)
-    given = queries.labels if labels is None else labels
+    there = present_rows(queries)
+    given = there.labels if labels is None else of_present(labels, queries)
+    queries, basis = there, model.log_odds_basis(there)
     return faithfulness(given, two_logits(queries.logits), basis, bootstrap=bootstrap, seed=seed)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.errors import GradstoreError, UsageError
+from gradstore.errors import UsageError
 from gradstore.indices import RowChoice, row_mask
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.report.page import write_forensics
@@ -18,8 +18,6 @@ from gradstore.report.shown_rows import provenance, shown_example
 from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
 from gradstore.search.topk import TopK, topk
 from gradstore.search.topk_result import RESULT_BYTES
-from gradstore.store.array_file import read_array
-from gradstore.store.files.disk import Disk
 from gradstore.store.rows import Rows
 
 
@@ -172,7 +170,7 @@ def forensics(
     left = _beside_others(parse_bytes(memory), stores, min(k, len(train)))  # a larger k is refused by the search
     results = tuple(topk(train, store, k, kernel, memory=room) for store, room in zip(stores, left, strict=True))
     counts = np.concatenate([mask[result.indices].sum(axis=1) for result in results])
-    truths = [store.poisoned for store in stores if store.poisoned is not None]
+    truths = [r.queries.poisoned[r.rows] for r in results if r.queries.poisoned is not None]
     truth = np.concatenate(truths) if len(truths) == len(stores) else None
     return Forensics(kernel, votes, results, counts, counts >= votes, truth, mask)
 
@@ -205,9 +203,6 @@ def forensics_page(results: Sequence[Forensics]) -> ForensicsPage:
     )
 
 
-_LINE_BYTES = 64  # of a list of rows, far more than an index takes
-
-
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> Interval | None:
     """A proportion with its 95 % interval (Wilson 1927); None where there are no trials."""
     if trials == 0:
@@ -226,36 +221,6 @@ def confusion_dict(confusion: Confusion) -> dict[str, Any]:
         proportions[name] = None if interval is None else interval.value
         proportions[f"{name}_interval"] = None if interval is None else [interval.low, interval.high]
     return {**proportions, **counts}
-
-
-def read_poisoned(path: str | os.PathLike[str], n: int) -> np.ndarray:
-    """Bool mask [n] from a file: one row index a line, or a `.npy` mask or index array (never unpickled).
-
-    Returns:
-        bool [n].
-
-    Raises:
-        UsageError: the file is missing, holds something else, or its rows are not rows of the training store.
-    """
-    stored = str(path).endswith(".npy")
-    try:
-        value = read_array(Path(path)) if stored else _read_lines(Path(path), n)
-    except (GradstoreError, OSError, ValueError) as error:
-        raise UsageError(
-            "not a list of poisoned rows",
-            where=path,
-            expected="one row index a line, or a .npy mask or index array",
-            got=str(error).splitlines()[0][:200],
-        ) from error
-    masks = "A mask is boolean: .astype(bool)" if stored else "One row index a line; a mask is a boolean .npy array"
-    return row_mask(value, n, where=str(path), what="training row", masks=masks)
-
-
-def _read_lines(path: Path, n: int) -> np.ndarray:
-    """Row indices, one a line, int64; none of a file without a line."""
-    real = Path(os.path.realpath(path))  # the user's own links are followed
-    text = Disk().read_file(real, _LINE_BYTES * n + (1 << 16)).decode()
-    return np.loadtxt(text.splitlines(), dtype=np.int64, ndmin=1) if text.strip() else np.empty(0, np.int64)
 
 
 def _poisoned_mask(train: Rows, poisoned: RowChoice | None) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.featurization.bad_rows import BadRows
 from gradstore.featurization.gradient_audit import GradientAudit
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
@@ -31,6 +32,7 @@ from gradstore.model.examples import Inputs, input_digests
 from gradstore.projection import Projection
 from gradstore.projection.block_routes import accumulate_block, route
 from gradstore.projection.projection_audit import AuditSchedule, Comparison, ProjectionAudit
+from gradstore.store.absent_rows import blanked
 from gradstore.store.files.encoding import encode
 
 Columns = dict[str, np.ndarray]
@@ -60,6 +62,7 @@ def compute(
     *,
     audited: bool = False,
     independence: RowIndependence | None = None,
+    bad_rows: BadRows | None = None,
 ) -> Callable[[], Columns]:
     """Compute some groups of rows.
 
@@ -72,6 +75,7 @@ def compute(
         smaller: a store whose columns are taken over.
         audited: whether one row is projected by the definition of P, too, and compared.
         independence: looks at every row a second time.
+        bad_rows: says which rows are left out; None leaves out none.
 
     Returns:
         A call, for any thread, that gives every dataset but the digests, or raises `NonFiniteError` for a row whose
@@ -87,10 +91,10 @@ def compute(
     spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     watch = watch or Stopwatch()
-    sums = _grown(plan, parts, spans, watch, smaller, independence, audited=audited)
+    sums = _grown(plan, parts, spans, watch, smaller, independence, bad_rows, audited=audited)
     seen = None
     if independence is not None:
-        seen = independence.look(inputs, labels, parts, rows, sums.logits, sums.gradient)
+        seen = independence.look(inputs, labels, parts, rows, sums.logits, sums.gradient, sums.absent)
         sums = replace(sums, handover=Handover(plan.device))
         watch.lap("checks")
     columns = {"label": labels, "row": np.arange(rows.start, rows.stop, dtype=np.int64), "input_digest": digests}
@@ -149,6 +153,7 @@ class _Sums:
         comparison: of a row whose projection was audited.
         gradient: of a row whose gradient was audited.
         handover: for the thread that goes on.
+        absent: why rows are left out, uint8 [n]; None for none.
     """
 
     rows: range
@@ -159,13 +164,31 @@ class _Sums:
     comparison: Comparison | None
     gradient: GradientAudit | None
     handover: Handover
+    absent: np.ndarray | None = None
 
     def require_good(self, plan: Plan) -> None:
         """Raise `NonFiniteError` for the first row that must not be stored."""
-        require_finite(self.sq_norm, self.parts, self.rows, plan.split)
-        require_preserved(self.features, self.sq_norm, self.rows, plan.split, plan.projection.scale)
-        if self.comparison is not None:
+        rows: Sequence[int] = self.rows
+        features, sq_norm, parts = self.features, self.sq_norm, self.parts
+        if self.absent is not None:
+            there = np.flatnonzero(self.absent == 0)
+            rows, at = [rows[i] for i in there.tolist()], torch.from_numpy(there).to(features.device)
+            features, sq_norm, parts = features[at], sq_norm[at], {name: part[at] for name, part in parts.items()}
+        require_finite(sq_norm, parts, rows, plan.split)
+        require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale)
+        if self.comparison is not None and self.has(self.comparison.i):
             self.comparison.require(self.sq_norm, plan.split)
+
+    def has(self, i: int) -> bool:
+        """Whether row i of the batch is there."""
+        return self.absent is None or not self.absent[i]
+
+    def without_absent(self) -> _Sums:
+        """The same with zeros for rows that are left out."""
+        if self.absent is None:
+            return self
+        gone = torch.from_numpy(np.flatnonzero(self.absent)).to(self.features.device)
+        return replace(self, features=self.features.index_fill(0, gone, 0), sq_norm=self.sq_norm.index_fill(0, gone, 0))
 
 
 def _finished(sums: _Sums, seen: SecondLook | None, plan: Plan, columns: Columns) -> Columns:
@@ -176,10 +199,12 @@ def _finished(sums: _Sums, seen: SecondLook | None, plan: Plan, columns: Columns
         sums.require_good(plan)
         if seen is not None:
             seen.require(plan.split)
+        sums = sums.without_absent()
         encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
         sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
     computed = {"sq_norm": sq_norm.numpy(), "logits": logits.numpy()}
-    return {**columns, **computed, "features": encoded.features, "scale": encoded.scale, "norm": encoded.norm}
+    columns = {**columns, **computed, "features": encoded.features, "scale": encoded.scale, "norm": encoded.norm}
+    return columns if sums.absent is None else blanked(columns, sums.absent)
 
 
 def _grown(
@@ -189,18 +214,19 @@ def _grown(
     watch: Stopwatch,
     smaller: SmallerStore | None,
     independence: RowIndependence | None,
+    bad_rows: BadRows | None,
     *,
     audited: bool,
 ) -> _Sums:
     """What `_project` returns, with the first columns taken from a smaller store where that gives the same digits."""
-    if smaller is None:
-        return _project(plan, groups, spans, watch, None, independence, audited=audited)
-    old, exponent, small = smaller.sums(range(spans[0].start, spans[-1].stop))
-    sums = _project(plan, groups, spans, watch, old, independence, audited=audited)
-    sums.require_good(plan)
-    if smaller.exact(sums.features.cpu(), exponent, small):
-        return sums
-    return _project(plan, groups, spans, watch, None, independence, audited=audited)
+    rows = range(spans[0].start, spans[-1].stop)
+    if smaller is not None and smaller.has(rows):
+        old, exponent, small = smaller.sums(rows)
+        sums = _project(plan, groups, spans, watch, old, independence, bad_rows, audited=audited)
+        sums.require_good(plan)
+        if sums.absent is None and smaller.exact(sums.features.cpu(), exponent, small):
+            return sums
+    return _project(plan, groups, spans, watch, None, independence, bad_rows, audited=audited)
 
 
 def _project(
@@ -210,6 +236,7 @@ def _project(
     watch: Stopwatch,
     old: Tensor | None = None,
     independence: RowIndependence | None = None,
+    bad_rows: BadRows | None = None,
     *,
     audited: bool = False,
 ) -> _Sums:
@@ -257,7 +284,8 @@ def _project(
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
     comparison = None if audit is None else audit.compare(features)
-    return _Sums(rows, features, sq_norm, parts, logits, comparison, gradient, Handover(logits.device))
+    absent = None if bad_rows is None else bad_rows.reasons(rows, logits, sq_norm, groups, spans)
+    return _Sums(rows, features, sq_norm, parts, logits, comparison, gradient, Handover(logits.device), absent)
 
 
 def _is_dense(projection: Projection, block: JacobianBlock) -> bool:

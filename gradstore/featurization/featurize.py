@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.errors import MismatchError, UsageError
+from gradstore.featurization.bad_rows import BadRows, is_retried
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
 from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
 from gradstore.featurization.environment import environment, require_same_environment
@@ -23,6 +24,7 @@ from gradstore.featurization.row_independence import Looked, RowIndependence
 from gradstore.featurization.same_inputs import compare_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.featurization.workers import require_workers, write_shards
+from gradstore.indices import spans
 from gradstore.machine.byte_counts import spendable
 from gradstore.machine.clock import now_utc
 from gradstore.machine.threads import worker_count
@@ -32,6 +34,7 @@ from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest import Manifest, Shard
 from gradstore.store.files.shard_file import ShardFile
+from gradstore.store.rewrite import absent_of, rewrite_shard
 from gradstore.store.store_writer import RUN_LOG, ShardWriter, StoreWriter, open_writer
 from gradstore.store.verify import Damage, find_damage, require_read
 
@@ -83,6 +86,8 @@ def featurize(
     workers: int = 1,
     alone: bool = False,
     data_check: str = "all",
+    on_bad_row: str = "stop",
+    retry_absent: bool = False,
     lock: str = "auto",
     on_plan: Callable[[Plan], None] | None = None,
     on_damage: Callable[[Sequence[Damage]], None] | None = None,
@@ -118,6 +123,9 @@ def featurize(
             slower, as `gradstore check --alone` measures. A store that was begun otherwise does not go on so.
         data_check: "all" reads every stored row's input again and compares its digest; "sample" does so for 256 random
             rows, and a note says what that can miss.
+        on_bad_row: what becomes of a row whose logits or gradient are not finite, or whose gradient is zero: "stop"
+            ends the run; "skip" leaves the row out, which keeps its place, with the reason.
+        retry_absent: compute rows that were left out again, and only these; a row that was removed stays so.
         lock: how other writers are kept out: "auto", which is `flock`, or an owner file where the file system has
             none; "flock"; "file"; or "none". See `gradstore.store.files.lock.LOCKS`.
         on_plan: called once with the plan, before anything is written.
@@ -139,7 +147,7 @@ def featurize(
         CorruptError: the disk fails to read a shard; nothing is dropped.
         NoSpaceError: the disk has too little room; said before the first gradient.
         NonFiniteError: a gradient is NaN, infinite or zero, or the projection did not keep its norm or is
-            not that by P.
+            not that by P. Rows that are bad in the way that `on_bad_row` says do not raise it where they are skipped.
 
     Example:
         >>> gs.featurize(project, split="test", out="stores/small", proj_dim=256).shape
@@ -174,11 +182,15 @@ def featurize(
         if verify:
             _drop_damaged(writer, on_damage)
         mark_poisoned(plan, writer, on_note)
-        if writer.manifest.missing:
+        again = _shards_to_retry(writer) if retry_absent else []
+        if writer.manifest.missing or again:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
-            _Run(plan, writer, batch_size, progress, smaller, workers, on_note).write_missing()
-    return FeatureStore(out)
+            bad_rows = BadRows(plan, writer.manifest, on_bad_row)
+            run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note, bad_rows)
+            run.retry_absent(again)
+            run.write_missing()
+    return _say_absent(FeatureStore(out), on_note)
 
 
 class _Run:
@@ -193,7 +205,9 @@ class _Run:
         smaller: SmallerStore | None = None,
         workers: int = 1,
         note: Callable[[str], None] | None = None,
+        bad_rows: BadRows | None = None,
     ) -> None:
+        self.bad_rows = bad_rows
         self.workers = require_workers(workers, plan.device)
         self.plan, self.writer, self.progress, self.smaller = plan, writer, progress, smaller
         self.group = writer.manifest.group
@@ -241,6 +255,21 @@ class _Run:
         done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited, "looked": looked}
         self.writer.log(event="finish", at=now_utc(), **done)
 
+    def retry_absent(self, indices: Sequence[int]) -> None:
+        """Write some shards anew, of which just the groups with rows to try again are computed."""
+
+        def again(rows: range, stored: Columns) -> Columns:
+            if not is_retried(stored["absent"]).any():
+                return stored
+            self.computed += len(rows)
+            looking = self.independence
+            return compute(
+                self.plan, rows, self.group, self.truth, self.watch, independence=looking, bad_rows=self.bad_rows
+            )()
+
+        for index in indices:
+            rewrite_shard(self.writer, index, self.group, again)
+
     def _fill(self, index: int, write: Write, report: Callable[[], None] = lambda: None) -> None:
         """Compute all rows of shard `index`."""
         rows = self.writer.manifest.rows_of(index)
@@ -280,7 +309,15 @@ class _Run:
         try:
             audited, looking = self.audits.due, self.independence
             make = compute(
-                self.plan, rows, self.group, self.truth, self.watch, self.smaller, audited=audited, independence=looking
+                self.plan,
+                rows,
+                self.group,
+                self.truth,
+                self.watch,
+                self.smaller,
+                audited=audited,
+                independence=looking,
+                bad_rows=self.bad_rows,
             )
         except Exception as error:
             if not is_out_of_memory(error):
@@ -310,6 +347,13 @@ class _Run:
             self.note(line)
 
 
+def _say_absent(store: FeatureStore, note: Callable[[str], None] | None) -> FeatureStore:
+    if note is not None and store.absent.any():
+        places = np.flatnonzero(store.absent)
+        note(f"{len(places)} of {len(store)} rows are absent, {spans(places)}; `gradstore info` says why")
+    return store
+
+
 def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], None] | None) -> None:
     """Make the damaged shards of a store missing, so that they are computed again."""
     damage = require_read(find_damage(writer.path, writer.manifest, writer.disk), writer.path)
@@ -318,6 +362,12 @@ def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], N
             on_damage(damage)
         writer.log(event="damage", at=now_utc(), files=[found.file for found in damage])
         writer.drop(found.shard for found in damage)
+
+
+def _shards_to_retry(writer: StoreWriter) -> list[int]:
+    """Listed shards with rows that were left out and may be computed after all."""
+    indices = (shard.index for shard in writer.manifest.shards)
+    return [index for index in indices if is_retried(absent_of(writer, index)).any()]
 
 
 def _require_same_inputs(
@@ -361,8 +411,11 @@ def _require_begun_alone(store: Path, group: int) -> None:
 def _require_same_logits(plan: Plan, writer: StoreWriter) -> None:
     """Weights are compared by digest; this catches code that computes something else with the same weights."""
     shard = writer.manifest.shards[0]
-    row = writer.manifest.rows_of(shard.index).start
-    stored = ShardFile(writer.path, writer.manifest, shard.index, writer.disk).column("logits")[0]
+    there = np.flatnonzero(absent_of(writer, shard.index) == 0)
+    if not len(there):
+        return
+    row = writer.manifest.rows_of(shard.index)[int(there[0])]
+    stored = ShardFile(writer.path, writer.manifest, shard.index, writer.disk).column("logits")[there[0]]
     inputs = to_device(plan.examples.read([row])[0], plan.device)
     now = plan.engine.logits([inputs])[0][0].cpu().numpy()
     if not np.allclose(now, stored, rtol=1e-3, atol=1e-3 * float(np.abs(stored).max())):

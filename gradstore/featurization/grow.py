@@ -50,7 +50,8 @@ class SmallerStore:
         """
         if self._store.input_digests is None:
             return
-        differ = np.flatnonzero((self._store.input_digests[rows.start : rows.stop] != digests).any(axis=1))
+        theirs = self._store.input_digests[rows.start : rows.stop]
+        differ = np.flatnonzero((theirs != digests).any(axis=1) & (self._store.absent[rows.start : rows.stop] == 0))
         if differ.size:
             raise MismatchError(
                 f"row {rows[int(differ[0])]} has other inputs than in the smaller store",
@@ -58,6 +59,10 @@ class SmallerStore:
                 expected="the same bytes",
                 hint="Featurize again without --grow-from",
             )
+
+    def has(self, rows: range) -> bool:
+        """Whether all of these rows are there."""
+        return not self._store.absent[rows.start : rows.stop].any()
 
     def sums(self, rows: range) -> tuple[Tensor, Tensor, Tensor]:
         """(P g float32 [n, c, K], exponent of each row's scale [n, c], rows [n, c] whose small digits were cut)."""

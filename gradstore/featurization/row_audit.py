@@ -63,7 +63,7 @@ def require_finite(sq_norm: Tensor, parts: Mapping[str, Tensor], rows: Sequence[
     require_finite_block(sq_norm, rows, "all together", split)
 
 
-def require_preserved(features: Tensor, sq_norm: Tensor, rows: range, split: str, scale: float = 1.0) -> None:
+def require_preserved(features: Tensor, sq_norm: Tensor, rows: Sequence[int], split: str, scale: float = 1.0) -> None:
     """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
 
     A class may have no gradient where others have one, as in a net that ends in ReLU: its features are zeros.

@@ -111,6 +111,7 @@ class RowIndependence:
         rows: range,
         logits: Tensor,
         audit: GradientAudit | None,
+        absent: np.ndarray | None = None,
     ) -> SecondLook:
         """Compute logits again and read inputs again.
 
@@ -121,6 +122,7 @@ class RowIndependence:
             rows: which rows it has.
             logits: of the batch, [n, classes], on the device.
             audit: of the batch, which has seen its blocks.
+            absent: rows that are left out, [n]; None for none.
 
         Returns:
             What is to be judged; queued on a GPU.
@@ -130,14 +132,14 @@ class RowIndependence:
         """
         draw = self._draw(rows)
         self._read_again(inputs, labels, rows, draw)
-        seen = SecondLook(logits.detach().float(), rows, self._plan.engine.rounding(logits))
+        seen = SecondLook(logits.detach().float(), rows, self._plan.engine.rounding(logits), absent)
         if self._plan.device.type != "cpu":
             inputs = joined_rows(groups)
         alone = self._some_alone(seen, inputs, draw)
         if self._group > 1 and alone < len(rows):
             self._all_beside_others(seen, inputs)
         self._first_again(seen, inputs)
-        if audit is not None:
+        if audit is not None and (absent is None or not absent[audit.row - rows.start]):
             seen.add([audit.row - rows.start], audit.logits[None], "alone, where gradients are on")
             seen.add_gradient(audit.compare())
         return seen
@@ -174,7 +176,9 @@ class RowIndependence:
 
     def _first_again(self, seen: SecondLook, inputs: Inputs) -> None:
         if self._first is None:
-            self._first = seen.rows[0], joined_rows([take(inputs, slice(0, 1))]), seen.logits[:1].clone()
+            for i in seen.there[:1].tolist():
+                some = slice(i, i + 1)
+                self._first = seen.rows[i], joined_rows([take(inputs, some)]), seen.logits[some].clone()
             return
         row, example, stored = self._first
         (found,) = self._plan.engine.logits([example])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +21,23 @@ class SecondLook:
         logits: that are about to be stored, float32 [n, classes].
         rows: which rows of the split they are.
         tolerance: relative difference that rounding may make.
+        absent: rows that are left out, of which nothing is asked, [n]; None for none.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[int], tolerance: float) -> None:
+    def __init__(self, logits: Tensor, rows: Sequence[int], tolerance: float, absent: np.ndarray | None = None) -> None:
         self.logits, self.rows, self.tolerance = logits, rows, tolerance
-        self.typical = torch.linalg.vector_norm(logits, dim=1, dtype=torch.float64).square().mean().sqrt()
+        self.there = np.flatnonzero(np.zeros(len(rows)) if absent is None else absent == 0)
+        norms = torch.linalg.vector_norm(logits if absent is None else logits[self.there], dim=1, dtype=torch.float64)
+        self.typical = norms.square().mean().sqrt()
         self.comparisons: list[Again | GradientComparison] = []
 
     def add(self, places: Sequence[int], found: Tensor, how: str) -> None:
         """Note logits [r, classes] of the rows at these places of the batch; `how` ends "has other logits …"."""
+        if len(self.there) < len(self.rows):
+            kept = [k for k, place in enumerate(places) if place in set(self.there.tolist())]
+            places, found = [places[k] for k in kept], found[kept]
+            if not kept:
+                return
         rows = tuple(self.rows[i] for i in places)
         stored = torch.stack([self.logits[i] for i in places])  # an index would be copied, and a GPU waited for
         self.comparisons.append(Again(rows, self.rows, stored, found, self.typical, self.tolerance, how))
@@ -44,9 +53,9 @@ class SecondLook:
             NonFiniteError: names the first row that has one.
         """
         (logits,) = to_host(self.logits)
-        bad = torch.nonzero(~torch.isfinite(logits))
+        bad = torch.nonzero(~torch.isfinite(logits[self.there]))
         if len(bad):
-            i, c = bad[0].tolist()
+            i, c = int(self.there[bad[0, 0]]), int(bad[0, 1])
             raise NonFiniteError(
                 f"logit {c} of row {self.rows[i]} is not finite",
                 where=f"split {split!r}",

@@ -152,16 +152,27 @@ class FeatureMap:
 
         Returns:
             (values [n, segments, K], factors float64 [n, segments]): the stored digits themselves, not copied, and what
-            one of them is worth; where Φ is not these, float32.
+            one of them is worth; where Φ is not these, float32. Of an absent row zeros, which are worth NaN.
 
         Raises:
             NonFiniteError: as `rows`.
         """
+        absent = columns.get("absent")
+        if absent is not None and absent.any():
+            return self._stored_between(columns, where, np.flatnonzero(absent == 0))
         if not self.as_stored:
             phi, norms = self.rows(columns, where)
             return phi.view(-1, self.segments, self.K), (1 / norms[:, None]).expand(-1, self.segments).contiguous()
         values = torch.from_numpy(columns["features"])
         return values, torch.from_numpy(columns["scale"]).double() / self._divisors(values, columns, where)[:, None]
+
+    def _stored_between(self, columns: Columns, where: object, at: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What `stored` returns where only the rows at these places are there."""
+        some, there = self.stored({name: column[at] for name, column in columns.items()}, where)
+        values = torch.zeros(len(columns["row"]), *some.shape[1:], dtype=some.dtype)
+        factors = torch.full((len(values), self.segments), torch.nan, dtype=torch.float64)
+        values[at], factors[at] = some, there
+        return values, factors
 
     def scaled(self, features: Tensor, columns: Columns, where: object) -> Scaled:
         """The same times 2^-e for each row, not divided by its norm.

@@ -24,6 +24,7 @@ from gradstore.machine.byte_counts import parse_bytes
 from gradstore.machine.devices import choose_device, full_float32
 from gradstore.machine.threads import Workers, worker_count
 from gradstore.store.files.disk import Disk
+from gradstore.store.present_rows import present_rows
 from gradstore.store.rows import Rows, require_comparable
 
 # What a worker reads at a time, and what it converts at a time: little enough for the second-level cache of a core.
@@ -106,7 +107,7 @@ def gram(
         disk: where the file goes; for tests.
 
     Returns:
-        Tiles of float32 values, or the written file.
+        Tiles of float32 values, or the written file. Rows and columns of absent rows keep their places, and are NaN.
 
     Raises:
         UsageError: an unknown kernel or arithmetic, a kernel that a store's layout cannot serve, an unfinished store
@@ -159,7 +160,7 @@ class StoreTiles:
             require_served(kernel, store)
         require_comparable(self.a, self.b)
         n, c, K = self.a.shape
-        self.phi = FeatureMap.of(kernel, self.b, memory)
+        self.phi = FeatureMap.of(kernel, present_rows(self.b), memory)
         self.in_place = self.arithmetic.as_stored and self.phi.as_stored and self.a.schema.dtype != "int8"
         few_bits = self.a.schema.dtype != "float32" and self.phi.as_stored
         self.dtype = torch.float16 if few_bits else torch.float32

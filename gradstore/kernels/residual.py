@@ -29,6 +29,7 @@ from gradstore.report.page import write_residual
 from gradstore.report.shown_rows import provenance
 from gradstore.report.views import Fact, ResidualPage
 from gradstore.store.identity import require_same, without_data
+from gradstore.store.present_rows import present_rows
 from gradstore.store.rows import Rows, require_comparable
 
 _POINTS = 120
@@ -189,7 +190,7 @@ def residual(
     other = a if b is None else b
     require_comparable(a, other)
     require_served(chosen, a)
-    rows_a, rows_b = _sample(len(a), None if b is None else len(b), pairs, seed)
+    rows_a, rows_b = _sample(a.present_at, None if b is None else b.present_at, pairs, seed)
     for part, places in _places((a, rows_a), (other, rows_b)):
         _require_same_project(project, part, places)
     (rows_a, splits_a), (rows_b, splits_b) = _by_part(a, rows_a), _by_part(other, rows_b)
@@ -198,20 +199,21 @@ def residual(
         [[exact_values(x, y, rows_a=rows_x, rows_b=rows_y) for y, rows_y in splits_b] for x, rows_x in splits_a]
     )
     budget = parse_bytes(memory)
-    projected, errors = _projected(FeatureMap.of(chosen, a, budget), a, other, rows_a, rows_b, budget)
+    projected, errors = _projected(FeatureMap.of(chosen, present_rows(a), budget), a, other, rows_a, rows_b, budget)
     grid_a, grid_b = np.meshgrid(rows_a, rows_b, indexing="ij")
     flat = (grid_a.ravel(), grid_b.ravel(), exact.ravel(), projected.ravel(), errors.ravel())
     return Residuals(kernel, *flat, a=a, b=other)
 
 
-def _sample(n: int, m: int | None, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _sample(a: np.ndarray, b: np.ndarray | None, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some of the rows a, and of the rows b, or else other rows of a."""
     rng = np.random.default_rng(seed)
     side = max(1, math.ceil(math.sqrt(pairs)))
-    if m is not None:
-        return rng.choice(n, min(side, n), replace=False), rng.choice(m, min(side, m), replace=False)
-    if n < 2:
-        raise UsageError("a pair takes two rows", expected="a store of at least 2 rows", got=n)
-    both = rng.choice(n, min(2 * side, n // 2 * 2), replace=False)
+    if b is not None:
+        return rng.choice(a, min(side, len(a)), replace=False), rng.choice(b, min(side, len(b)), replace=False)
+    if len(a) < 2:
+        raise UsageError("a pair takes two rows", expected="a store of at least 2 rows", got=len(a))
+    both = rng.choice(a, min(2 * side, len(a) // 2 * 2), replace=False)
     return both[: len(both) // 2], both[len(both) // 2 :]
 
 

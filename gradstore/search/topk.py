@@ -59,8 +59,8 @@ def topk(
         The neighbours, indices int64 [m, k] and similarity float64 [m, k].
 
     Raises:
-        UsageError: an unknown kernel, class or engine, k larger than the training store, a row that does not exist, too
-            little memory.
+        UsageError: an unknown kernel, class or engine, k larger than the training store, a row that does not exist
+            or is absent, too little memory.
         MismatchError: the stores are not of one model and one projection.
         CorruptError: a row does not match its digest.
         NonFiniteError: a row has no direction; names it.

@@ -112,8 +112,9 @@ class TopK:
     @classmethod
     def of(cls, request: Request, answer: Answer) -> TopK:
         """What was found for a request."""
-        found = (answer.indices, answer.similarity, request.rows, request.kernel.name)
-        return cls(*found, request.train, request.queries, answer.search)
+        whole, indices = request.train is request.within, answer.indices
+        found = (indices if whole else request.within.present_at[indices], answer.similarity, request.rows)
+        return cls(*found, request.kernel.name, request.within, request.queries, answer.search)
 
     @property
     def k(self) -> int:

@@ -169,6 +169,11 @@ class Concatenated(Rows):
         return np.concatenate([part.labels for part in self._parts])
 
     @cached_property
+    def absent(self) -> np.ndarray:
+        """Why rows are not there; see `Rows.absent`."""
+        return np.concatenate([part.absent for part in self._parts])
+
+    @cached_property
     def poisoned(self) -> np.ndarray | None:
         """Which rows are poisoned, or None where a part does not know."""
         known = [part.poisoned for part in self._parts]

@@ -34,7 +34,8 @@ def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "25
         disk: where bytes go.
 
     Returns:
-        the path. The file appears under its name whole, or not at all; one that exists is replaced.
+        the path. The file appears under its name whole, or not at all; one that exists is replaced. Absent rows keep
+        their places, and are NaN; in a `.safetensors` file `absent` says why.
 
     Raises:
         UsageError: another ending, a place where no file can be written, or an unfinished store.
@@ -69,6 +70,8 @@ def _small_arrays(store: Rows) -> dict[str, np.ndarray]:
         "rows": store.rows,
         "sq_norms": store.sq_norms,
     }
+    if store.absent.any():
+        arrays["absent"] = store.absent
     if store.poisoned is not None:
         arrays["poisoned"] = store.poisoned.astype(np.uint8)
     return arrays

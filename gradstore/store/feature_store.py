@@ -289,6 +289,11 @@ class FeatureStore(Rows):
     ) -> None:
         """Nothing to close."""
 
+    @property
+    def shard_marks(self) -> tuple[tuple[int, str], ...]:
+        """(rows, digest of the row digests) of every shard, by which an index knows the rows it was made of."""
+        return tuple((shard.rows, shard.columns["digest"]) for shard in self.manifest.shards)
+
     def card(self) -> dict[str, str]:
         """What the store is, for people."""
         split = f"{self.split}, {self.manifest.n} rows" + ("" if self.complete else f", {len(self)} stored so far")

@@ -155,19 +155,20 @@ class Features:
 
 
 class FeatureDataset(Dataset):
-    """Rows as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
+    """Rows that are there as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
 
     def __init__(self, store: Rows) -> None:
         self.store = store
 
     def __len__(self) -> int:
-        """Rows that can be read."""
-        return len(self.store)
+        """Rows that are there."""
+        return len(self.store.present_at)
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        """One row, its digest checked."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        """The i-th of them, its digest checked."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        row = int(self.store.present_at[i])
         return torch.from_numpy(self.store.features[row]), int(self.store.labels[row])
 
 

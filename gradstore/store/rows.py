@@ -15,10 +15,11 @@ import numpy as np
 from blake3 import blake3
 
 from gradstore.errors import UsageError
+from gradstore.indices import spans
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.features import Features
 from gradstore.store.identity import require_same
-from gradstore.store.schema import NAMES, Schema
+from gradstore.store.schema import NAMES, REASONS, Schema
 
 if TYPE_CHECKING:
     import torch
@@ -255,6 +256,19 @@ class Rows(ABC):
         """First 16 bytes of BLAKE3 over each row's inputs, uint8 [n, 16], zeros where they are not known; or None."""
         return self.column("input_digest") if self.schema.has_inputs else None
 
+    @cached_property
+    def absent(self) -> np.ndarray:
+        """Why a row is not there, uint8 [n]: 0 where it is, else a key of `gradstore.store.schema.REASONS`.
+
+        An absent row keeps its place; its features, scale and norms are NaN, and nothing counts it.
+        """
+        return self.column("absent") if self.schema.has_inputs else np.zeros(len(self), np.uint8)
+
+    @cached_property
+    def present_at(self) -> np.ndarray:
+        """Where the rows are that are there, int64, ascending; see `present_rows`."""
+        return np.flatnonzero(self.absent == 0)
+
     def preview(self, row: int) -> np.ndarray | str | None:
         """The picture (uint8 [H, W] or [H, W, 3]) or text that shows one row, if there is any."""
         if not self.schema.preview:
@@ -275,7 +289,7 @@ class Rows(ABC):
             yield start, self.read(start, min(start + rows, len(self)), out=block)
 
     def dataset(self) -> torch.utils.data.Dataset:
-        """A torch Dataset of (features float32 [c, K], label)."""
+        """A torch Dataset of (features float32 [c, K], label) of the rows that are there."""
         from gradstore.store.features import FeatureDataset
 
         return FeatureDataset(self)
@@ -293,6 +307,7 @@ class Rows(ABC):
             "layout": str(self.identity["layout"]),
             "format": f"version {self.schema.version}, rows under {NAMES[self.schema.version]}",
             "classes": ", ".join(self.classes[:10]) + (" …" if len(self.classes) > 10 else ""),
+            **({"absent": self._absent_card()} if self.absent.any() else {}),
             "inputs": self._inputs_card(),
             "poisoned": "not known" if self.poisoned is None else f"{int(self.poisoned.sum())} rows",
             **({"note": self.note} if self.note else {}),
@@ -300,11 +315,20 @@ class Rows(ABC):
         }
 
     def _inputs_card(self) -> str:
-        if self.input_digests is None or not self.input_digests.any():
+        known = None if self.input_digests is None else self.input_digests[self.input_digests.any(axis=1)]
+        if known is None or not len(known):
             return "not known"
-        halves = np.ascontiguousarray(self.input_digests).view("<u8").reshape(len(self), 2)
+        halves = np.ascontiguousarray(known).view("<u8").reshape(len(known), 2)
         distinct = len(np.unique(halves, axis=0))
-        return "no two the same" if distinct == len(self) else f"{distinct} different ones of {len(self)}"
+        return "no two the same" if distinct == len(known) else f"{distinct} different ones of {len(known)}"
+
+    def _absent_card(self) -> str:
+        """How many rows are absent, and which, by reason."""
+        lines = []
+        for reason in np.unique(self.absent[self.absent > 0]):
+            places = np.flatnonzero(self.absent == reason)
+            lines.append(f"{len(places)} rows, {REASONS.get(int(reason), 'no reason is known')}: {spans(places)}")
+        return "; ".join(lines)
 
     def __repr__(self) -> str:
         """Place, shape and projection on one line."""

@@ -1,6 +1,7 @@
 """What a feature file contains: every dataset with its shape, dtype and meaning, and what it is hashed with.
 
-Version 3 keeps a digest of each row's inputs, by which rows are known again, and leaves poison marks to annotations;
+Version 3 keeps a digest of each row's inputs, by which rows are known again, says which rows are absent and why, and
+leaves poison marks to annotations;
 version 2 hashes rows with BLAKE3, which took a third of SHA-256's time where both were measured; version 1 with
 SHA-256. All mean the same features, so stores of either may be compared, and an old store is continued as it began.
 """
@@ -31,6 +32,14 @@ NAMES = {1: "SHA-256", 2: "BLAKE3", 3: "BLAKE3"}
 WITH_INPUTS = 3
 """The format version from which on each row has a digest of its inputs."""
 INPUT_DIGEST = 16  # bytes; zeros where the inputs are not known
+
+NOT_FINITE, ZERO, REMOVED = 1, 2, 3
+REASONS = {
+    NOT_FINITE: "its logits or its gradient are not finite",
+    ZERO: "its gradient is zero",
+    REMOVED: "it was removed",
+}
+"""Why a row may be absent: it keeps its place, with features that are zero times a scale that is NaN."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Schema:
         if self.has_inputs:
             rows += [
                 ("input_digest", (INPUT_DIGEST,), "uint8", "n 16", "first 16 bytes of BLAKE3 over the row's inputs"),
-                ("skipped", (), "uint8", "n", "0 where the row was computed, else the reason"),
+                ("absent", (), "uint8", "n", "0 where the row is there, else the reason why not"),
             ]
         if self.truth:
             rows.append(("poisoned", (), "uint8", "n", "1 where the example is poisoned"))
@@ -111,12 +120,12 @@ class Schema:
         return next(column for column in self.columns if column.name == name)
 
     def completed(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The datasets of some rows, with zeros for what says that inputs are not known and that no row was skipped."""
+        """The datasets of some rows, with zeros for what says that inputs are not known and that no row is absent."""
         if not self.has_inputs:
             return dict(columns)
         n = len(columns["row"])
         unknown = np.zeros((n, INPUT_DIGEST), np.uint8)
-        return {"input_digest": unknown, "skipped": np.zeros(n, np.uint8), **columns}
+        return {"input_digest": unknown, "absent": np.zeros(n, np.uint8), **columns}
 
     def empty(self, rows: int, *, features: bool = True) -> dict[str, np.ndarray]:
         """Uninitialised arrays for every dataset of some rows, or for all but the features."""

@@ -16,7 +16,7 @@ from gradstore.errors import CorruptError, NoSpaceError, UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.lock import LOCK, OWNER, writer_lock
-from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, short_name
+from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, shard_name
 from gradstore.store.files.manifest_file import parse_manifest, read_manifest, write_manifest
 from gradstore.store.files.output import remove_leftovers
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
@@ -24,8 +24,8 @@ from gradstore.store.identity import require_same
 from gradstore.store.schema import Schema
 
 RUN_LOG = "run.jsonl"
-_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?\.h5|store\.json|annotations\.safetensors)\.tmp")
-_SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?\.h5")
+_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?(?:\.r\d+)?\.h5|store\.json|annotations\.safetensors)\.tmp")
+_SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?(?:\.r\d+)?\.h5")
 _INDEX = r"index-[a-z0-9]+\.(?:safetensors|faiss|json)"
 
 
@@ -89,7 +89,7 @@ class StoreWriter:
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
-        """Write shard `index`; it counts when the block ends, and is removed when the block raises."""
+        """Write shard `index`, one that exists anew; it counts when the block ends, and is removed when it raises."""
         with write_shard(self.path, self.manifest, index, self.disk) as writer:
             yield writer
         self.adopt(writer.shard)
@@ -97,6 +97,8 @@ class StoreWriter:
     def adopt(self, shard: Shard) -> None:
         """List a shard that has its final name and is on the medium, whoever wrote it."""
         self.require_lock()
+        earlier = self.manifest.shard(shard.index)
+        replaced = None if earlier is None else self.manifest.file_of(shard.index)
         self.manifest = self.manifest.with_shard(shard)
         short = self._short
         if short is None or shard.index == short.index:
@@ -104,7 +106,9 @@ class StoreWriter:
         if short is not None and shard.index == short.index:
             self._short = None
             # Just this file: workers may have published others that are not listed yet.
-            self.disk.remove(self.path / short_name(short.index, short.rows))
+            self.disk.remove(self.path / shard_name(short.index, short.rows, short.revision))
+        if replaced is not None:
+            self.disk.remove(self.path / replaced)
 
     def drop(self, indices: Iterable[int]) -> None:
         """Make damaged shards missing, so that they are computed again."""
@@ -117,11 +121,25 @@ class StoreWriter:
         for name in files:
             self.disk.remove(self.path / name)
 
+    def forget(self, removed: tuple[tuple[int, int], ...]) -> None:
+        """Put down which rows are removed for good, as stretches: from now on no shard is written that holds them."""
+        self.require_lock()
+        if removed != self.manifest.removed:
+            self.manifest = replace(self.manifest, removed=removed)
+            write_manifest(self.path, self.manifest, self.disk)
+
+    def remove_indexes(self) -> None:
+        """Delete the indexes kept beside the shards, which are built again where they are wanted."""
+        self.require_lock()
+        for name in sorted(os.listdir(self.path)):
+            if re.fullmatch(_INDEX, name):
+                self.disk.remove(self.path / name)
+
     def clean(self) -> None:
         """Remove what no row is in: temporary files, and shards that were never listed or are not any more."""
         kept = {self.manifest.file_of(shard.index) for shard in self.manifest.shards}
         if self._short is not None:
-            kept.add(short_name(self._short.index, self._short.rows))
+            kept.add(shard_name(self._short.index, self._short.rows, self._short.revision))
         for name in sorted(os.listdir(self.path)):
             if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in kept):
                 self.disk.remove(self.path / name)
@@ -238,7 +256,8 @@ def _extended(path: Path, plan: Manifest, stored: Manifest, disk: Disk) -> Store
     last = stored.shards[-1] if stored.shards else None
     short = last if last is not None and last.rows < stored.shard_rows else None
     kept = tuple(shard for shard in stored.shards if shard is not short)
-    manifest = replace(plan, group=stored.group, shard_rows=stored.shard_rows, shards=kept)
+    kept_as_is = {name: getattr(stored, name) for name in ("group", "shard_rows", "removed")}
+    manifest = replace(plan, **kept_as_is, shards=kept)
     if short is None:
         write_manifest(path, manifest, disk)
     return StoreWriter(path, manifest, disk, short)

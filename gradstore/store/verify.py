@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import CorruptError, UnsafeError, UsageError
+from gradstore.indices import spans
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.digests import THREADS
 from gradstore.store.files.disk import Disk
@@ -167,13 +168,6 @@ def find_damage(
         if progress is not None:
             progress(done, total)
     return tuple(damage)
-
-
-def spans(rows: tuple[int, ...], limit: int = 8) -> str:
-    """Rows as people write them: "3, 7-9, 12"; the first `limit` stretches."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    parts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in np.split(np.array(rows), breaks)]
-    return ", ".join(parts[:limit]) + (f" and {len(parts) - limit} more stretches" if len(parts) > limit else "")
 
 
 def require_read(damage: tuple[Damage, ...], path: Path) -> tuple[Damage, ...]:

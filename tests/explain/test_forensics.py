@@ -12,8 +12,9 @@ from synthetic import write_store
 
 import gradstore as gs
 from gradstore.errors import UsageError
-from gradstore.explain.forensics import read_poisoned, wilson
+from gradstore.explain.forensics import wilson
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.row_list import read_row_list
 
 TRAIN = (0, 1, 2, 3, 4, 60, 61, 62, 63, 64)
 POISONED = (0, 2, 3, 60, 64)  # three of the first five directions, two of the last
@@ -91,5 +92,5 @@ def test_what_is_no_list_of_poisoned_rows_is_refused(kind: str, suffix: str, tmp
     path = tmp_path / f"poisoned{suffix}"
     LISTS[kind](path)
     with pytest.raises(UsageError, match="not a list of poisoned rows") as error:
-        read_poisoned(path, 10)
+        read_row_list(path, 10, what="poisoned rows")
     assert "\n" not in error.value.line

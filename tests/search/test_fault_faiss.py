@@ -24,7 +24,6 @@ from gradstore.machine.user_cache import cache_folder, made_user_key, user_key
 from gradstore.search.index import faiss_factory
 from gradstore.search.index.faiss_factory import require_sound
 from gradstore.search.index.faiss_index import open_faiss
-from gradstore.search.index.index_file import shard_digests
 from gradstore.search.index.store_index import open_index
 from gradstore.search.session import Session
 from gradstore.store.feature_store import FeatureStore
@@ -65,7 +64,7 @@ def forged_note(store: FeatureStore, file: Path, binding: list[str], key: bytes 
     note = json.dumps(
         {
             "binding": binding,
-            "shards": shard_digests(store),
+            "shards": store.shard_marks,
             "size": file.stat().st_size,
             "blake3": blake3(file.read_bytes()).hexdigest(),
         },
@@ -78,7 +77,7 @@ def earlier_note(store: FeatureStore, file: Path, binding: list[str]) -> bytes:
     """What earlier versions wrote, which anyone can."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     known = [binding[0], *binding[3:]]
-    return json.dumps({"binding": known, "shards": shard_digests(store), "sha256": digest}).encode()
+    return json.dumps({"binding": known, "shards": store.shard_marks, "sha256": digest}).encode()
 
 
 @pytest.mark.parametrize("kind", ["no key", "another key", "an earlier version", "the seal of another note"])

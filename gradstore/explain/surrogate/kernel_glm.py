@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from gradstore.explain.surrogate.fitting import fit
 from gradstore.explain.surrogate.map_rows import ArrayRows, StoreRows, scores
 from gradstore.explain.surrogate.saved import load_fitted, save_fitted
 from gradstore.explain.surrogate.training_data import TrainingData, kernel_on, new_array, training_data
+from gradstore.explain.surrogate.training_gram import finite_rows
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
+from gradstore.store.present_rows import require_present
 from gradstore.store.rows import Rows
 
 Data = Rows | Gram | np.ndarray
@@ -114,7 +117,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         """Fit W and b.
 
         Args:
-            X: training store or any `Rows`, Gram matrix [n, n] or array [n, D].
+            X: training store or any `Rows`, of which absent ones weigh nothing; Gram matrix [n, n] or array [n, D].
             y: labels [n]; default those of the store. Any values scikit-learn takes as classes.
             outputs: logits of the network [n, classes]; default those of the store. Needed where `target` is not
                 "labels", and to select alpha by τ.
@@ -130,6 +133,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         settings = self._settings()
         data = training_data(X, y, outputs, self.kernel, settings.target, settings.memory)
         fitted = fit(data, settings)
+        fitted = replace(fitted, coef=data.in_places(fitted.coef))
         self.classes_, self.n_features_in_, self.binding_ = data.classes, data.columns, data.binding
         self.state_ = None if data.phi is None else data.phi.state
         for name, value in vars(fitted).items():
@@ -147,12 +151,14 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
 
         Raises:
             MismatchError: the queries are not of the same weights and settings, or of other training examples.
-            UsageError: they are of another kind than what the surrogate was fitted on.
+            UsageError: they are of another kind than what the surrogate was fitted on, or a row is absent: give
+                `present_rows(X)`.
             NonFiniteError: the cosine of a query is undefined; names the row.
         """
         check_is_fitted(self)
         if isinstance(X, Rows):
             self.binding_.require_queries(X)
+            require_present(X, np.arange(len(X)), where=X.where)
             rows = StoreRows(X, self.phi_on(X), parse_bytes(self.memory))
             self._require_columns(rows.length, X.where)
             return scores(rows, self.vectors_) + self.intercept_
@@ -245,7 +251,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         m, n = gram.shape
         self._require_columns(n, gram.path)
         step = max(1, parse_bytes(self.memory) // (16 * n))
-        parts = [gram[at : at + step].astype(np.float64) @ self.coef_.T for at in range(0, m, step)]
+        parts = [finite_rows(gram, at, min(at + step, m)) @ self.coef_.T for at in range(0, m, step)]
         return np.concatenate(parts) + self.intercept_
 
     def _warn(self, data: TrainingData) -> None:

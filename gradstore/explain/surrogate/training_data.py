@@ -13,11 +13,12 @@ from sklearn.utils.validation import check_array, check_X_y
 from gradstore.errors import UsageError
 from gradstore.explain.surrogate.binding import Binding
 from gradstore.explain.surrogate.map_rows import ArrayRows, PhiRows, StoreRows
-from gradstore.explain.surrogate.training_gram import assembled, store_gram
+from gradstore.explain.surrogate.training_gram import assembled, finite_rows, store_gram
 from gradstore.indices import class_indices
 from gradstore.kernels.definitions import PROJECTED, Kernel
 from gradstore.kernels.feature_map import FeatureMap, require_served
 from gradstore.kernels.gram_matrix import Gram
+from gradstore.store.present_rows import present_rows
 from gradstore.store.rows import Rows
 
 ON_ARRAYS = ("linear", "cosine")
@@ -41,6 +42,8 @@ class TrainingData:
         binding: what the surrogate will be bound to.
         columns: that queries must have.
         name: for messages.
+        places: int64 [n], which rows of the store the examples are; None where they are all of it.
+        size: rows of the store.
     """
 
     source: Rows | Gram | np.ndarray
@@ -52,6 +55,16 @@ class TrainingData:
     binding: Binding
     columns: int
     name: str
+    places: np.ndarray | None = None
+    size: int = 0
+
+    def in_places(self, weights: np.ndarray) -> np.ndarray:
+        """Weights [classes, n] of the examples as weights of all rows of the store: absent ones weigh nothing."""
+        if self.places is None:
+            return weights
+        out = np.zeros((len(weights), self.size))
+        out[:, self.places] = weights
+        return out
 
     @property
     def n(self) -> int:
@@ -70,7 +83,8 @@ class TrainingData:
         if isinstance(self.source, Rows):
             assert self.phi is not None
             return assembled(self.source, self.phi.kernel, memory, np.float64)
-        return np.array(self._given_gram()[:], np.float64)
+        given = self._given_gram()
+        return finite_rows(given, 0, self.n) if isinstance(given, Gram) else np.array(given, np.float64)
 
     def _given_gram(self) -> np.ndarray | Gram:
         if self.rows is None:
@@ -116,9 +130,11 @@ def training_data(X: Any, y: Any, outputs: Any, kernel: str, target: str, memory
     return _from_array(X, y, outputs, kernel)
 
 
-def _from_store(store: Rows, y: Any, outputs: Any, kernel: Kernel, target: str, memory: int) -> TrainingData:
-    store.require_complete()
+def _from_store(whole: Rows, y: Any, outputs: Any, kernel: Kernel, target: str, memory: int) -> TrainingData:
+    store = present_rows(whole.require_complete())
     require_served(kernel, store)
+    if store is not whole:  # what is given is of all rows
+        y, outputs = (of_present(given, whole) for given in (y, outputs))
     classes = max(store.schema.classes, 2)
     logits = known_logits(store.logits if outputs is None else outputs)
     if y is None and target != "labels" and logits is not None and (store.labels < 0).any():
@@ -132,10 +148,22 @@ def _from_store(store: Rows, y: Any, outputs: Any, kernel: Kernel, target: str, 
         labels=labels,
         classes=np.arange(classes),
         outputs=logits,
-        binding=Binding.of_store(store),
+        binding=Binding.of_store(whole),
         columns=phi.length,
         name=store.where,
+        places=None if store is whole else whole.present_at,
+        size=len(whole),
     )
+
+
+def of_present(given: Any, whole: Rows) -> Any:
+    """Labels or outputs of the rows that are there, of those of all rows."""
+    if given is None:
+        return None
+    values = np.asarray(given)
+    if len(values) != len(whole):
+        raise UsageError("there is not one a row", where=whole.where, expected=len(whole), got=len(values))
+    return values[whole.present_at]
 
 
 def _from_gram(gram: Gram, y: Any, outputs: Any, kernel: str) -> TrainingData:
@@ -208,7 +236,7 @@ def _stored_labels(store: Rows, y: Any, classes: int) -> np.ndarray:
             "labels are missing",
             where=store.where,
             expected=f"a class below {classes} for each of {len(store)} rows",
-            got=f"{missing.size} without, the first in row {missing[0]}",
+            got=f"{missing.size} without, the first in row {store.rows[missing[0]]}",
             hint="Give labels, or learn the network's own outputs: --target predictions",
         )
     _require_two(labels, store.where)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.errors import UsageError
+from gradstore.errors import NonFiniteError, UsageError
 from gradstore.kernels.definitions import Kernel
 from gradstore.kernels.gram import gram
 from gradstore.kernels.gram_matrix import Gram
@@ -65,7 +65,10 @@ class TrainingGram:
     def _stored(self, low: int, high: int) -> np.ndarray:
         if isinstance(self._source, np.ndarray):
             return self._source[low:high]
-        values = self._source.read(low, high, check=not self._checked[low:high].all())
+        fresh = not self._checked[low:high].all()
+        values = self._source.read(low, high, check=fresh)
+        if fresh:
+            require_finite(values, low, self._source)
         self._checked[low:high] = True
         return values
 
@@ -84,6 +87,34 @@ class TrainingGram:
         part = TrainingGram(self._source, self._memory, keep, scale)
         part._checked = self._checked
         return part
+
+
+def finite_rows(gram: Gram, start: int, stop: int) -> np.ndarray:
+    """Rows start:stop of a Gram matrix.
+
+    Returns:
+        float64 [stop - start, n].
+
+    Raises:
+        NonFiniteError: a value is none, as those of absent rows are.
+    """
+    values = gram[start:stop]
+    require_finite(values, start, gram)
+    return values.astype(np.float64)
+
+
+def require_finite(values: np.ndarray, start: int, gram: Gram) -> None:
+    """Refuse rows of a Gram matrix, from `start` on, that hold NaN or infinity; names the first."""
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if bad.size:
+        places = np.flatnonzero(~np.isfinite(values[bad[0]]))
+        row, what = start + int(bad[0]), "all of it" if len(places) == values.shape[1] else f"column {places[0]}"
+        raise NonFiniteError(
+            f"row {row} of the Gram matrix is not finite",
+            where=gram.path,
+            got=what,
+            hint="Rows and columns of absent rows are NaN; a surrogate of the store itself leaves these out",
+        )
 
 
 @contextmanager

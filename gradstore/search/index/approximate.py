@@ -62,7 +62,7 @@ class ApproximateSearch:
             return 1.0
         held = self._held_out(queries)
         k = min(_MEASURED_K + 1, len(train))
-        request = Request(train, train, held, (index.phi,) * len(held), index.phi.kernel, k)
+        request = Request(train, train, held, (index.phi,) * len(held), index.phi.kernel, k, train)
         scan = ExactSearch(self._rows.memory // 2)  # since the C library keeps some of it while candidates are scored
         truth, found = scan.search(request), self._reranked(request, count, 1.0)
         pairs = zip(truth.indices, found.indices, held, strict=True)

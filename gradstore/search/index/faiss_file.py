@@ -22,7 +22,6 @@ from blake3 import blake3
 
 from gradstore.errors import GradstoreError
 from gradstore.machine.user_cache import made_user_key, user_key
-from gradstore.search.index.index_file import shard_digests
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.output import new_file, write_output
@@ -94,7 +93,7 @@ def write_sealed(
             size, digest = os.fstat(read).st_size, _digest(read, disk, temporary)
     path.chmod(0o644)  # whatever the file had that it replaces
     note = json.dumps(
-        {"binding": list(binding), "shards": shard_digests(store), "size": size, "blake3": digest}, sort_keys=True
+        {"binding": list(binding), "shards": store.shard_marks, "size": size, "blake3": digest}, sort_keys=True
     )
     sealed = json.dumps({"note": note, "seal": _seal(key, note)}).encode()
     write_output(_note_of(path), [sealed], of_store=True, disk=disk)
@@ -137,7 +136,7 @@ def _seal(key: bytes, note: str) -> str:
 
 def _covered(shards: Sequence[Sequence[Any]], store: FeatureStore) -> int:
     """Leading rows of the store that are those which the note lists; 0 where it lists others."""
-    theirs = [list(shard) for shard in shard_digests(store)]
+    theirs = [list(shard) for shard in store.shard_marks]
     mine = [list(shard) for shard in shards]
     return sum(rows for rows, _ in mine) if mine == theirs[: len(mine)] else 0
 

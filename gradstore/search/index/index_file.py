@@ -42,16 +42,11 @@ class Saved:
     def covered(self, store: FeatureStore) -> int:
         """Leading rows of the store that are still those the index was computed from."""
         rows = 0
-        for mine, theirs in zip(self.shards, shard_digests(store), strict=False):
+        for mine, theirs in zip(self.shards, store.shard_marks, strict=False):
             if mine != theirs:
                 break
             rows += mine[0]
         return rows
-
-
-def shard_digests(store: FeatureStore) -> tuple[tuple[int, str], ...]:
-    """(rows, digest of the row digests) of every shard, from the manifest."""
-    return tuple((shard.rows, shard.columns["digest"]) for shard in store.manifest.shards)
 
 
 def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
@@ -66,9 +61,7 @@ def save_index(path: Path, store: FeatureStore, arrays: Mapping[str, np.ndarray]
     need, free = sum(array.nbytes for array in arrays.values()) + (1 << 16), disk.free_bytes(path.parent)
     if need > free:
         raise NoSpaceError("the index does not fit the disk", where=path, expected=f"{need} bytes free", got=free)
-    binding = _dump(
-        {"version": VERSION, "fingerprint": store.fingerprint, "shards": shard_digests(store), "facts": facts}
-    )
+    binding = _dump({"version": VERSION, "fingerprint": store.fingerprint, "shards": store.shard_marks, "facts": facts})
     metadata = under_digest("binding", binding, arrays)
     pieces = tensor_pieces(arrays, metadata)
     try:

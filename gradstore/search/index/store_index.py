@@ -19,6 +19,7 @@ from gradstore.search.index.basis import Basis, fit_basis
 from gradstore.search.index.index_file import Saved, load_index, save_index
 from gradstore.search.index.sketch import RowSketch, SketchBlock
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.present_rows import present_rows
 
 MAX_SIZE = 512
 _MIN_SIZE = 64
@@ -126,7 +127,7 @@ def open_index(
         progress: called with (rows done, rows).
 
     Returns:
-        The index; saved where it changed.
+        The index of the rows that are there; saved where it changed.
 
     Raises:
         UsageError: an unfinished store, rows that are not stored, a kernel that the layout cannot serve, or too little
@@ -135,7 +136,7 @@ def open_index(
         NoSpaceError: no room on the disk.
     """
     chosen = projected_kernel(kernel)
-    store.require_complete().require_stored("an index")
+    store = present_rows(store.require_complete()).require_stored("an index")
     require_served(chosen, store)
     if chosen.weights or chosen.fit or (chosen.sums_classes and not chosen.normalised):
         raise UsageError(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from gradstore.store.files.layout import ShardLayout, shard_layout
 from gradstore.store.schema import FORMAT, Schema
@@ -27,6 +30,7 @@ class Shard:
         header: SHA-256 of every byte outside the datasets.
         columns: digest of each small dataset as a whole, so that one column can be read and checked by itself;
             `digest` among them, which in turn covers every byte of every row.
+        revision: how often the file was written anew, each time under another name; written down where it is not 0.
     """
 
     index: int
@@ -35,11 +39,13 @@ class Shard:
     offsets: Mapping[str, int]
     header: str
     columns: Mapping[str, str]
+    revision: int = 0
 
     @cached_property
     def line(self) -> str:
         """This shard as one line of JSON; kept, since the manifest is written again after every shard."""
-        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "revision" or self.revision}
+        return json.dumps(values, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Manifest:
         classes: names of the classes.
         preview: "image", "text" or "".
         shards: published shards in ascending order.
+        removed: rows that were removed for good, as (first, one past the last), ascending; no shard holds them again.
     """
 
     identity: Mapping[str, Any]
@@ -69,6 +76,7 @@ class Manifest:
     classes: tuple[str, ...]
     preview: str = ""
     shards: tuple[Shard, ...] = field(default=())
+    removed: tuple[tuple[int, int], ...] = ()
 
     @property
     def shard_count(self) -> int:
@@ -93,8 +101,26 @@ class Manifest:
             Such as `shard-00003.h5`; of a last shard that is not full it carries the number of rows, so that appending
             replaces no file under a reader.
         """
+        shard = self.shard(index)
+        return self.name_of(index, 0 if shard is None else shard.revision)
+
+    def name_of(self, index: int, revision: int) -> str:
+        """File name of a revision of a shard, such as `shard-00003.r1.h5` of one that was written anew once."""
         rows = len(self.rows_of(index))
-        return f"shard-{index:05d}.h5" if rows == self.shard_rows else short_name(index, rows)
+        return shard_name(index, None if rows == self.shard_rows else rows, revision)
+
+    def shard(self, index: int) -> Shard | None:
+        """The published shard of an index, if there is one."""
+        place = bisect_left(self.shards, index, key=lambda shard: shard.index)
+        found = self.shards[place : place + 1]
+        return found[0] if found and found[0].index == index else None
+
+    def removed_of(self, rows: range) -> np.ndarray:
+        """Which of some rows were removed, as bool."""
+        gone = np.zeros(len(rows), bool)
+        for first, stop in self.removed:
+            gone[max(0, first - rows.start) : max(0, stop - rows.start)] = True
+        return gone
 
     def layout_of(self, index: int) -> ShardLayout:
         """The layout that this version of HDF5 gives shard `index`."""
@@ -111,7 +137,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Deterministic JSON, one field or shard a line, that ends with the SHA-256 of all that comes before."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("schema", "shards")}
+        left_out = {"schema", "shards"} | (set() if self.removed else {"removed"})
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         schema = asdict(self.schema)
         content.update(format=FORMAT, version=schema.pop("version"), schema=schema)
         head = "".join(f' "{name}": {json.dumps(content[name], sort_keys=True)},\n' for name in sorted(content))
@@ -120,6 +147,10 @@ class Manifest:
         return (body + f',\n "digest": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n').encode()
 
 
-def short_name(index: int, rows: int) -> str:
-    """File name of a last shard that is not full."""
-    return f"shard-{index:05d}-{rows}.h5"
+def shard_name(index: int, rows: int | None = None, revision: int = 0) -> str:
+    """File name of a shard; of a last one that is not full with its rows, of one that was written anew with how often.
+
+    Returns:
+        Such as `shard-00003.h5`, `shard-00003-17.h5`, `shard-00003.r1.h5`.
+    """
+    return f"shard-{index:05d}{'' if rows is None else f'-{rows}'}{f'.r{revision}' if revision else ''}.h5"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -127,7 +127,7 @@ def _require_version(content: Mapping[str, Any], file: Path) -> None:
 def _manifest(content: dict[str, Any]) -> Manifest:
     """Build the manifest, checking each number that later becomes a position, a size or a loop bound."""
     names = {"format", "version", "digest", "identity", "fingerprint", "schema", "n", "shard_rows", "group"}
-    _require_names(content, names | {"split", "classes", "preview", "shards"}, "the manifest")
+    _require_names(content, names | {"split", "classes", "preview", "shards"}, "the manifest", {"removed"})
     manifest = Manifest(
         identity=content["identity"],
         fingerprint=_text(content["fingerprint"], "fingerprint"),
@@ -140,6 +140,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         preview=_text(content["preview"], "preview"),
     )
     _check_identity(manifest)
+    manifest = replace(manifest, removed=_spans(content.get("removed", []), manifest))
     if len(manifest.classes) != manifest.schema.classes:
         raise ValueError(f"{len(manifest.classes)} class names for {manifest.schema.classes} classes")
     if manifest.shard_count > _SHARDS:
@@ -148,6 +149,20 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     for entry in _listed(content["shards"], "shards"):
         shards.append(_shard(manifest, entry, shards[-1].index if shards else -1))
     return replace(manifest, shards=tuple(shards))
+
+
+def _spans(content: Any, manifest: Manifest) -> tuple[tuple[int, int], ...]:
+    """Stretches of rows, in order and apart from one another."""
+    spans, last = [], -1
+    for entry in _listed(content, "removed"):
+        first, stop = (_natural(row, "removed row", 0, manifest.n + 1) for row in _listed(entry, "removed"))
+        if not last < first < stop:
+            raise ValueError("removed rows out of order")
+        spans.append((first, stop))
+        last = stop
+    if spans and not manifest.schema.has_inputs:
+        raise ValueError("removed rows in a version that has none")
+    return tuple(spans)
 
 
 def _schema(content: Any, version: int) -> Schema:
@@ -208,7 +223,7 @@ def _check_plain(value: Any, depth: int = 0) -> None:
 
 def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
     """One entry of the list: in order, each dataset inside the file, and no two overlapping."""
-    _require_names(content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard")
+    _require_names(content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard", {"revision"})
     index = _natural(content["index"], "shard index")
     if not last < index < manifest.shard_count:
         raise ValueError(f"shard {index} out of order")
@@ -222,6 +237,7 @@ def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
         offsets={name: _natural(offset, "offset") for name, offset in content["offsets"].items()},
         header=_hex(content["header"]),
         columns={name: _hex(digest) for name, digest in content["columns"].items()},
+        revision=_natural(content.get("revision", 0), "revision"),
     )
     if shard.rows != len(manifest.rows_of(index)):
         raise ValueError(f"shard {index} has {shard.rows} rows")
@@ -230,8 +246,8 @@ def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
     return shard
 
 
-def _require_names(content: Any, names: set[str], where: str) -> None:
-    if not isinstance(content, dict) or set(content) != names:
+def _require_names(content: Any, names: set[str], where: str, perhaps: Set[str] = frozenset()) -> None:
+    if not isinstance(content, dict) or set(content) - perhaps != names:
         raise ValueError(f"other fields in {where}")
 
 

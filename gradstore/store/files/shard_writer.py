@@ -41,7 +41,8 @@ class ShardWriter:
 
     def __init__(self, directory: Path, manifest: Manifest, index: int, disk: Disk, fd: int) -> None:
         self.index = index
-        self.final = directory / manifest.file_of(index)
+        self._revision = revision_after(manifest, index)
+        self.final = directory / manifest.name_of(index, self._revision)
         self.temporary = temporary_of(self.final)
         self._disk, self._fd = disk, fd
         self._schema, self._layout = manifest.schema, manifest.layout_of(index)
@@ -98,17 +99,21 @@ class ShardWriter:
         self._disk.sync(self._fd, self.temporary)
         columns = {name: total.hexdigest() for name, total in self._sums.items()}
         layout = self._layout
-        self.shard = Shard(self.index, len(self._rows), layout.size, layout.offsets, layout.digest, columns)
+        self.shard = Shard(
+            self.index, len(self._rows), layout.size, layout.offsets, layout.digest, columns, self._revision
+        )
 
 
 @contextmanager
 def write_shard(directory: Path, manifest: Manifest, index: int, disk: Disk) -> Iterator[ShardWriter]:
     """Write shard `index`: published under its final name when the block ends, removed when it raises.
 
+    One that exists gets another name, so that it stays what it is until a manifest lists the new one.
+
     Yields:
         Takes the rows; after the block, its `shard` describes what was written.
     """
-    temporary = temporary_of(directory / manifest.file_of(index))
+    temporary = temporary_of(directory / manifest.name_of(index, revision_after(manifest, index)))
     try:
         with disk.create(temporary, manifest.layout_of(index).size) as fd:
             writer = ShardWriter(directory, manifest, index, disk, fd)
@@ -118,3 +123,9 @@ def write_shard(directory: Path, manifest: Manifest, index: int, disk: Disk) -> 
     except BaseException:
         disk.try_remove(temporary)
         raise
+
+
+def revision_after(manifest: Manifest, index: int) -> int:
+    """The revision that a shard is written as: one more than a published one's."""
+    shard = manifest.shard(index)
+    return 0 if shard is None else shard.revision + 1
