@@ -14,6 +14,7 @@ from gradstore.errors import UsageError
 from .options import PATH, as_json, lock_option, parse_rows_or_file
 from .output import on_one_line, print_json, say
 from .progress import CountBar
+from .stopping import signal_behind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,5 +76,9 @@ def _agreed(question: str) -> bool:
         raise UsageError("removing rows cannot be undone", where="--yes", expected="--yes, since nobody can be asked")
     try:
         return click.confirm(on_one_line(question), err=True)
-    except click.Abort:  # Ctrl-D; Ctrl-C is seen to elsewhere
+    except click.Abort as error:
+        say("")  # Ctrl-C and Ctrl-D leave the line open
+        stop = signal_behind(error)
+        if stop is not None:
+            raise stop from error
         return False

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gradstore as gs
+
 GOLDEN = Path(__file__).parent / "data" / "screens"
 WRITE = "GRADSTORE_WRITE_SCREENS"
 NARROW, WIDE = (40, 80), (40, 80, 160)
@@ -20,6 +22,11 @@ def damage(folder: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)
+
+
+def lose_rows(folder: Path) -> None:
+    """Remove rows of the training store."""
+    gs.remove(folder / "train", [3, 10, 11])
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ CASES = [
     Case("featurize-long-path", _FEATURIZE + LONG, NARROW),
     Case("featurize-mismatch", _FEATURIZE.replace("train", "test") + "train", NARROW, status=4),
     Case("featurize-not-finite", _FEATURIZE + "new -o bad=5", NARROW, status=8),
+    Case("featurize-skips", _FEATURIZE + "new -o bad=5 --on-bad-row skip", NARROW),
     Case("featurize-warns", _FEATURIZE + "new -o warn=20", NARROW),
     Case("featurize-odd-split", "featurize project.py --split [/b] --proj-dim 256 --out new -o split=[/b]"),
     Case(
@@ -88,6 +96,9 @@ CASES = [
     Case("verify", "verify train", NARROW),
     Case("verify-damaged", "verify train", NARROW, status=5, prepare=damage),
     Case("annotate", "annotate train --note mended"),
+    Case("remove", "remove train --rows 3,10:12 --yes", NARROW),
+    Case("info-absent", "info train", NARROW, prepare=lose_rows),
+    Case("topk-absent", "topk test train --rows 3", NARROW, status=2, prepare=lose_rows),
     Case("export", "export train features.npy"),
     Case("import", "import features.npy --out imported --tool trak --model resnet9"),
     Case("demo", "demo there --proj-dim 64", stable=False),  # trains a network

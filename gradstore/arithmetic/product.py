@@ -185,7 +185,8 @@ def multiply(a: Sequence[Operand], b: Operand, workers: Workers | None = None) -
         own = out[square:]
         own.copy_(own.triu() + own.triu(1).T)  # symmetric to the last bit
         if b.normalised:
-            own.fill_diagonal_(1.0)
+            diagonal_values = own.diagonal()
+            diagonal_values.masked_fill_(~diagonal_values.isnan(), 1.0)  # an absent row has no cosine with itself
     return out.cpu().numpy()
 
 

@@ -29,6 +29,7 @@ from gradstore.explain.faithfulness import Measure, Resamples, checked_labels, i
 from gradstore.explain.surrogate import KernelGLM
 from gradstore.explain.surrogate.alpha import log_odds
 from gradstore.explain.surrogate.training_data import two_logits
+from gradstore.store.present_rows import present_rows
 from gradstore.store.rows import Rows
 
 MAPS = ("phi1", "phi2", "phi3")
@@ -138,6 +139,7 @@ def linearise_store(
     model: KernelGLM, queries: Rows, *, target: str = "logits", bootstrap: int = 200, seed: int = 0
 ) -> list[Linearisation]:
     """All three maps for a surrogate and the network's logits and labels of some rows; see `linearise`."""
+    queries = present_rows(queries)
     basis, logits = model.log_odds_basis(queries), two_logits(queries.logits)
     return [
         linearise(queries.labels, logits, basis, name, target=target, bootstrap=bootstrap, seed=seed) for name in MAPS

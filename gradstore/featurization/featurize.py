@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,7 +176,8 @@ def featurize(
         if on_note is not None:
             on_note(note)
     same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)
-    with open_writer(Path(out), plan.manifest, disk, plan.data_of, same, lock) as writer:
+    planned = plan.manifest if grown is None else replace(plan.manifest, removed=grown.manifest.removed)
+    with open_writer(Path(out), planned, disk, plan.data_of, same, lock) as writer:
         if alone:
             _require_begun_alone(writer.path, writer.manifest.group)
         if verify:
@@ -350,7 +351,7 @@ class _Run:
 def _say_absent(store: FeatureStore, note: Callable[[str], None] | None) -> FeatureStore:
     if note is not None and store.absent.any():
         places = np.flatnonzero(store.absent)
-        note(f"{len(places)} of {len(store)} rows are absent, {spans(places)}; `gradstore info` says why")
+        note(f"absent, {len(places)} of {len(store)} rows: {spans(places)}; `gradstore info` says why")
     return store
 
 

@@ -138,7 +138,8 @@ class RowIndependence:
         alone = self._some_alone(seen, inputs, draw)
         if self._group > 1 and alone < len(rows):
             self._all_beside_others(seen, inputs)
-        self._first_again(seen, inputs)
+        if len(seen.there):  # of which it is known how large logits are
+            self._first_again(seen, inputs)
         if audit is not None and (absent is None or not absent[audit.row - rows.start]):
             seen.add([audit.row - rows.start], audit.logits[None], "alone, where gradients are on")
             seen.add_gradient(audit.compare())
@@ -176,9 +177,9 @@ class RowIndependence:
 
     def _first_again(self, seen: SecondLook, inputs: Inputs) -> None:
         if self._first is None:
-            for i in seen.there[:1].tolist():
-                some = slice(i, i + 1)
-                self._first = seen.rows[i], joined_rows([take(inputs, some)]), seen.logits[some].clone()
+            i = int(seen.there[0])
+            some = slice(i, i + 1)
+            self._first = seen.rows[i], joined_rows([take(inputs, some)]), seen.logits[some].clone()
             return
         row, example, stored = self._first
         (found,) = self._plan.engine.logits([example])

@@ -327,7 +327,7 @@ class Rows(ABC):
         lines = []
         for reason in np.unique(self.absent[self.absent > 0]):
             places = np.flatnonzero(self.absent == reason)
-            lines.append(f"{len(places)} rows, {REASONS.get(int(reason), 'no reason is known')}: {spans(places)}")
+            lines.append(f"{len(places)} since {REASONS.get(int(reason), 'it was so')}: {spans(places)}")
         return "; ".join(lines)
 
     def __repr__(self) -> str:

@@ -185,6 +185,22 @@ def test_labels_marks_and_names_are_annotated(folder: Path) -> None:
         assert run(folder, f"annotate annotated {wrong}").status == 2, wrong
 
 
+def test_rows_are_removed_by_a_person_who_is_asked_or_says_yes(folder: Path) -> None:
+    run(folder, "featurize project.py --split test --out fewer --proj-dim 256")
+    assert run(folder, "remove fewer --rows 3").err == (
+        "error: --yes: removing rows cannot be undone (expected --yes, since nobody can be asked).\n"
+    )
+    assert not gs.open(folder / "fewer").absent.any()
+    assert json.loads(run(folder, "remove fewer --rows 3,5:7 --yes --json").out)["removed"] == 3
+    (folder / "rows.txt").write_text("9\n3\n")
+    assert run(folder, "remove fewer --rows rows.txt --yes").err.splitlines()[-1] == "fewer: 2 rows removed"
+    assert gs.open(folder / "fewer").absent.nonzero()[0].tolist() == [3, 5, 6, 9]
+    card = run(folder, "info fewer").out
+    assert "absent       4 since it was removed: 3, 5-6, 9" in card
+    for wrong in ("", "--rows nothing.txt --yes", "--rows 3:3 --yes", "--rows 1000 --yes", "--rows rows.npy --yes"):
+        assert run(folder, f"remove fewer {wrong}").status == 2, wrong
+
+
 @pytest.mark.parametrize(("columns", "shown"), [(1000, ["  classes[0]  cat  dog  a lynx"]), (20, NARROW)])
 def test_values_in_which_spaces_stand_are_shown_whole(
     columns: int, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

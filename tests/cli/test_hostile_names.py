@@ -56,6 +56,8 @@ LINES = [
     "verify|{p}/train",
     "verify|{p}/damaged",
     f"annotate|{{p}}/copy|--classes|{LABEL},dog,cat|--note|{LABEL}",
+    "remove|{p}/copy|--rows|3|--yes",
+    "remove|{p}/copy|--rows|{p}/gone",
     "export|{p}/train|{p}/x.npy",
     f"import|{{p}}/features.npy|--out|{{p}}/i|--tool|{LABEL}|--model|{LABEL}|--split|{SPLIT}",
     "import|{p}/fitted|--out|{p}/i|--tool|t|--model|m",

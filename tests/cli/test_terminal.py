@@ -14,6 +14,7 @@ from gradstore_cli.commands import gradstore
 from screens import CASES, GOLDEN, Case, require_golden
 from terminal import CTRL_C, Screen, Terminals, in_terminal
 
+import gradstore as gs
 from gradstore.native import library
 
 PROJECT = """
@@ -223,6 +224,27 @@ def test_featurize_stopped(
     said = f"stopped: 0 of 8,000 rows are stored in slow; the same command continues: gradstore {' '.join(words)}"
     assert screen.whole_lines[-1] == said
     assert sum("━" in line for line in screen.whole_lines) == 1, "one bar is left"
+
+
+@pytest.mark.parametrize(
+    ("pressed", "status", "said", "left"),
+    [
+        (b"y\n", 0, "train: 2 rows removed", 46),
+        (b"\n", 0, "nothing was removed", 48),
+        (b"\x04", 0, "nothing was removed", 48),
+        (CTRL_C, 130, "stopped: the same command begins again: gradstore remove train --rows 3,40", 48),
+    ],
+    ids=["yes", "no", "end", "ctrl-c"],
+)
+def test_before_rows_are_removed_a_person_is_asked(
+    pressed: bytes, status: int, said: str, left: int, terminals: Terminals, folder: Path
+) -> None:
+    question = "Remove 2 of 48 rows of train for good, 3, 40? [y/N]:"
+    screen = terminals.run(folder, *["remove", "train", "--rows", "3,40"], press=("[y/N]", pressed))
+    assert screen.status == status, screen.text
+    assert screen.whole_lines[0].startswith(question)
+    assert screen.whole_lines[-1] == said
+    assert len(gs.open(folder / "train").present_at) == left
 
 
 @pytest.mark.parametrize(

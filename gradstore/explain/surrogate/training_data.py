@@ -259,5 +259,5 @@ def _require_two(labels: np.ndarray, where: str) -> None:
             "there is nothing to tell apart",
             where=where,
             expected="labels of at least two classes",
-            got=f"one class, {found[0]}",
+            got=f"one class, {found[0]}" if len(found) else "no rows",
         )

@@ -1,0 +1,208 @@
+"""F25: rows that cannot be stored, as a broken input or a dead network makes them, stop a run or are left out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Record
+from small_store import files
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import gradstore as gs
+from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageError
+from gradstore.featurization import plan
+from gradstore.store.feature_store import FeatureStore
+from gradstore.store.schema import NOT_FINITE, REMOVED, ZERO
+from gradstore.store.verify import verify
+
+N, K = 120, 64
+SPOILT = {3: NOT_FINITE, 40: NOT_FINITE, 41: ZERO, 119: NOT_FINITE}
+THERE = np.setdiff1d(np.arange(N), [*SPOILT])
+
+
+class Net(nn.Module):
+    """A convolution, a norm and layers on positions: the routes of most models; a bright first value silences all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv1d(1, 4, 3), nn.LayerNorm(6)
+            self.token, self.last = nn.Linear(6, 5), nn.Linear(20, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.token(self.norm(self.conv(x[:, None]))))
+        return self.last(hidden.flatten(1) * (x[:, :1] < 50))
+
+
+def good() -> Tensor:
+    return torch.randn(N, 8, generator=torch.Generator().manual_seed(0))
+
+
+def spoilt() -> Tensor:
+    x = good()
+    x[3, 2], x[40, 7], x[119, 0] = torch.nan, torch.inf, -torch.inf
+    x[41, 0] = 99
+    return x
+
+
+def project(x: Tensor, model: nn.Module | None = None) -> gs.Project:
+    return gs.Project(model=model or Net(), splits={"train": TensorDataset(x, torch.arange(len(x)) % 3)})
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_SHARD_FLOPS", {"cpu": 1e6})
+
+
+def featurize(x: Tensor, out: Path, **given: object) -> FeatureStore:
+    return gs.featurize(project(x), split="train", out=out, memory="64MB", **{"proj_dim": K, **given})  # type: ignore[arg-type]
+
+
+KINDS = {
+    "float16": {},
+    "int8": {"dtype": "int8"},
+    "sum": {"layout": "sum"},
+    "mixed": {"layout": "mixed"},
+    "one row at a time": {"alone": True},
+    "workers": {"workers": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_rows_are_left_out_and_the_others_are_to_the_bit_as_ever(kind: str, tmp_path: Path, record: Record) -> None:
+    """As in a run where the inputs of the bad rows were good."""
+    with pytest.raises(NonFiniteError, match="row 3"):
+        featurize(spoilt(), tmp_path / "s", **KINDS[kind])
+    store = featurize(spoilt(), tmp_path / "s", on_bad_row="skip", **KINDS[kind])
+    assert {int(i): int(store.absent[i]) for i in np.flatnonzero(store.absent)} == SPOILT
+    assert verify(store.path).ok
+    ever = featurize(good(), tmp_path / "ever", **KINDS[kind])
+    ours, theirs = (found.read(0, N) for found in (store, ever))
+    for name in ours:
+        if name != "digest":
+            np.testing.assert_array_equal(ours[name][THERE], theirs[name][THERE], err_msg=name)
+    for name in ("scale", "norm", "sq_norm"):
+        assert np.isnan(ours[name][[*SPOILT]]).all()
+    assert not ours["features"][[*SPOILT]].any()
+    np.testing.assert_array_equal(ours["label"], np.arange(N) % 3)
+    control = "stopped with status 8 at row 3, or stored as NaN before there was a check"
+    record("F25", "bad rows left out", injected=4, recovered=4, refused=0, silent=0, control=control)
+
+
+def test_a_run_that_leaves_rows_out_is_the_same_however_it_came_about(tmp_path: Path) -> None:
+    """In one go, after a stop at a bad row, in large batches and one group at a time."""
+    whole = featurize(spoilt(), tmp_path / "whole", on_bad_row="skip")
+    with pytest.raises(NonFiniteError, match="row 119"):
+        featurize(torch.where(torch.arange(N)[:, None] == 119, spoilt(), good()), tmp_path / "begun")
+    assert 0 < len(gs.open(tmp_path / "begun")) < N
+    again = [featurize(spoilt(), tmp_path / f"{size}", on_bad_row="skip", batch_size=size) for size in (1, 1000)]
+    for other in again:
+        assert files(other.path) == files(whole.path)
+
+
+def test_rows_that_were_left_out_are_computed_later(tmp_path: Path, record: Record) -> None:
+    """Their inputs were mended; those of rows that are there may not change."""
+    store = featurize(spoilt(), tmp_path / "s", on_bad_row="skip")
+    ever = featurize(good(), tmp_path / "ever")
+    before = files(store.path)
+    mended = spoilt()
+    mended[40], mended[41] = good()[40], good()[41]
+    assert files(featurize(mended, store.path).path) == before
+    with pytest.raises(NonFiniteError, match="row 3"):
+        featurize(mended, store.path, retry_absent=True)
+    assert files(store.path) == before
+    now = featurize(mended, store.path, retry_absent=True, on_bad_row="skip")
+    assert np.flatnonzero(now.absent).tolist() == [3, 119]
+    full = featurize(good(), store.path, retry_absent=True)
+    assert not full.absent.any()
+    assert verify(full.path).ok
+    ours, theirs = full.read(0, N), ever.read(0, N)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert any(".r2.h5" in name for name in files(full.path))
+    assert files(featurize(good(), store.path, retry_absent=True).path) == files(full.path)
+    changed = good()
+    changed[7] += 1
+    with pytest.raises(MismatchError, match="row 7 of split 'train' has other inputs"):
+        featurize(changed, store.path)
+    record("F25", "rows computed later", injected=4, recovered=4, refused=0, silent=0, control="left out for ever")
+
+
+def test_a_handle_opened_before_says_that_the_store_has_changed(tmp_path: Path) -> None:
+    store = featurize(spoilt(), tmp_path / "s", on_bad_row="skip")
+    before = gs.open(store.path)
+    featurize(good(), store.path, retry_absent=True)
+    with pytest.raises(UsageError, match="the store has changed since it was opened"):
+        before.read(0, N)
+
+
+class Spread(Net):
+    """Centred over the batch, so that one bad row spoils its neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - (x.mean(0) if len(x) > 3 else 0))
+
+
+class SilencedTogether(Net):
+    """A bright example silences all that are computed with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x.abs().max() < 50)
+
+
+@pytest.mark.parametrize(("model", "what"), [(Spread, "not finite"), (SilencedTogether, "is zero")])
+def test_a_row_that_is_bad_only_beside_others_is_refused(
+    model: type[Net], what: str, tmp_path: Path, record: Record
+) -> None:
+    """Left out it would be a right row lost, without a word."""
+    x = good()
+    x[100] = torch.nan if model is Spread else 99.0
+    with pytest.raises(ProjectError, match=rf"{what}, but only beside other rows|beside other rows|alone"):
+        gs.featurize(
+            project(x, model()), split="train", out=tmp_path / "s", proj_dim=K, memory="64MB", on_bad_row="skip"
+        )
+    assert not (gs.open(tmp_path / "s").absent > 0).any()
+    alone = gs.featurize(
+        project(x, model()), split="train", out=tmp_path / "a", proj_dim=K, on_bad_row="skip", alone=True
+    )
+    assert np.flatnonzero(alone.absent).tolist() == [100]
+    record("F25", "bad only beside others", injected=1, recovered=0, refused=1, silent=0, control="rows lost unsaid")
+
+
+def test_growing_and_appending_know_of_absent_rows(tmp_path: Path) -> None:
+    small = featurize(spoilt(), tmp_path / "small", on_bad_row="skip")
+    gs.remove(small.path, [10])
+    with pytest.raises(NonFiniteError, match="row 3"):
+        featurize(spoilt(), tmp_path / "grown", grow_from=small.path, proj_dim=4 * K)
+    grown = featurize(spoilt(), tmp_path / "grown", grow_from=small.path, proj_dim=4 * K, on_bad_row="skip")
+    featurize(spoilt(), tmp_path / "fresh", proj_dim=4 * K, on_bad_row="skip")
+    fresh = gs.remove(tmp_path / "fresh", [10])
+    assert {int(i): int(grown.absent[i]) for i in np.flatnonzero(grown.absent)} == {**SPOILT, 10: REMOVED}
+    for name, column in grown.read(0, N).items():
+        np.testing.assert_array_equal(column, fresh.read(0, N)[name], err_msg=name)
+    more = torch.cat([spoilt(), spoilt()[:30]])
+    longer = featurize(more, small.path, on_bad_row="skip")
+    assert len(longer) == N + 30
+    assert np.flatnonzero(longer.absent).tolist() == [3, 10, 40, 41, 119, N + 3]
+
+
+def test_an_unknown_word_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--on-bad-row: unknown answer to a bad row"):
+        featurize(good(), tmp_path / "s", on_bad_row="ignore")
+
+
+def test_every_row_may_be_bad(tmp_path: Path) -> None:
+    store = featurize(good() * torch.nan, tmp_path / "s", on_bad_row="skip")
+    assert (store.absent == NOT_FINITE).all()
+    assert featurize(good(), store.path, retry_absent=True).absent.sum() == 0
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    featurize(spoilt(), tmp_path / "s", on_bad_row="skip", on_note=said.append)
+    assert said == ["absent, 4 of 120 rows: 3, 40-41, 119; `gradstore info` says why"]
