@@ -13,6 +13,7 @@ from torch import Tensor
 from gradstore.errors import GradstoreError, ProjectError
 from gradstore.featurization.batch import project_rows, row_columns
 from gradstore.featurization.plan import GROUP, Plan, to_device
+from gradstore.featurization.repeated_inputs import repeated_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project, call_model
@@ -52,8 +53,8 @@ def checks(
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
 
-    Writes nothing. Reads every label and at most 64 examples, computes Jacobians of one example twice and features of
-    one group of rows.
+    Writes nothing. Reads every label, and inputs of all splits for some three seconds; computes Jacobians of one
+    example twice and features of one group of rows.
 
     Yields:
         One result after another, as soon as it is known.
@@ -68,6 +69,7 @@ def checks(
         ("project", prepare),
         ("logits", lambda: _logits(found["plan"])),
         ("data", lambda: _data(found["plan"])),
+        ("inputs", lambda: repeated_inputs(project, split)),
         ("parameters", lambda: _parameters(found["plan"])),
         ("Jacobians", lambda: _jacobians(found["plan"])),
         ("rows", lambda: _rows(found["plan"])),

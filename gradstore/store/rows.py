@@ -19,7 +19,7 @@ from gradstore.indices import spans
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.features import Features
 from gradstore.store.identity import require_same
-from gradstore.store.schema import NAMES, REASONS, Schema
+from gradstore.store.schema import NAMES, REASONS, REMOVED, Schema
 
 if TYPE_CHECKING:
     import torch
@@ -188,14 +188,17 @@ class Rows(ABC):
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        """What the rows are made of: their number, and a digest of all their inputs; 16 bytes a row are read for it.
+        """What the rows are made of: their number, a digest of all their inputs, and which were removed.
 
-        Of stores of versions before 3, whose rows have no digests of inputs, what their identity says.
+        Reads 16 bytes a row. Of stores of versions before 3, whose rows have no digests of inputs, what their identity
+        says.
         """
+        removed = np.flatnonzero(self.absent == REMOVED)
+        gone = {"removed": spans(removed, len(removed))} if len(removed) else {}
         if not self.schema.has_inputs or "imported" in self.identity:
-            return self.identity["data"]
+            return {**self.identity["data"], **gone}
         digest = blake3(np.ascontiguousarray(self.input_digests).data).hexdigest()[:32]
-        return {"length": len(self), "inputs": digest}
+        return {"length": len(self), "inputs": digest, **gone}
 
     # -- derived -------------------------------------------------------------------------------------------------
 

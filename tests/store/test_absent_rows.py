@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradstore as gs
-from gradstore.errors import NonFiniteError, UsageError
+from gradstore.errors import MismatchError, NonFiniteError, UsageError
 from gradstore.explain.linearisation import linearise_store
 from gradstore.featurization import plan
 from gradstore.featurization.settings import Settings
@@ -23,6 +23,7 @@ from gradstore.search.index.store_index import open_index
 from gradstore.store.export import export
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.features import FeatureDataset
+from gradstore.store.import_features import Provenance, import_features
 from gradstore.store.present_rows import PresentRows, PresentStore
 from gradstore.store.schema import NOT_FINITE, REMOVED, ZERO
 from gradstore.store.shared_inputs import shared_inputs
@@ -301,3 +302,19 @@ def test_an_index_of_a_store_whose_rows_went_is_built_again(stores: Stores, tmp_
     np.testing.assert_array_equal(found.indices, gs.topk(now, stores[2], 3).indices)
     assert 5 not in found.indices
     assert Settings.of(now.identity, where="") == Settings.of(stores[1].identity, where="")
+
+
+def test_what_was_made_of_a_store_before_rows_went_is_refused(stores: Stores, tmp_path: Path) -> None:
+    """A surrogate and a Gram matrix still hold the row; so they are of another store now, also of an imported one."""
+    some, rest, queries = stores
+    shutil.copytree(rest.path, tmp_path / "s")
+    np.save(tmp_path / "f.npy", rest.features[:])
+    made = Provenance("trak", "net")
+    import_features(tmp_path / "f.npy", tmp_path / "i", made, labels=rest.labels)
+    for path, asked in ((tmp_path / "s", queries), (tmp_path / "i", gs.open(tmp_path / "i"))):
+        model = gs.KernelGLM(alpha=1e-2).fit(gs.open(path))
+        assert np.isfinite(gs.attribute(model, asked, 3).values).all()
+        gs.remove(path, [5])
+        with pytest.raises(MismatchError, match=r"data\.removed"):
+            gs.attribute(model, asked, 3)
+    assert "removed" in some.data
