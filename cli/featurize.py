@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     default="stop",
     show_default=True,
     type=click.Choice(["stop", "skip"]),
-    help="A row that is not finite, or has a zero gradient, stops the run, or is left out and keeps its place.",
+    help="A row that cannot be read, is not finite or has no gradient: stop, or leave it out and keep its place.",
 )
 @click.option("--retry-absent", is_flag=True, help="Compute rows again that were left out.")
 @alone_option

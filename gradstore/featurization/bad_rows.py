@@ -1,4 +1,4 @@
-"""Rows that cannot be stored, since their logits or gradient are not finite or their gradient is zero.
+"""Rows that cannot be stored: unreadable ones, and those whose logits or gradient are not finite, or gradient zero.
 
 They stop a run, or keep their place and are left out. A row is left out only where it is bad by itself: one that is bad
 beside others and well alone shows a model that looks at its batch, which is refused like any other such.
@@ -18,7 +18,7 @@ from gradstore.jacobians.subject import take
 from gradstore.machine.cuda_streams import to_host
 from gradstore.model.examples import Inputs
 from gradstore.store.files.manifest import Manifest
-from gradstore.store.schema import NOT_FINITE, REASONS, REMOVED, ZERO
+from gradstore.store.schema import NOT_FINITE, REASONS, REMOVED, UNREADABLE, ZERO
 
 if TYPE_CHECKING:
     from gradstore.featurization.plan import Plan
@@ -72,6 +72,8 @@ class BadRows:
             ProjectError: a row is bad in its batch and not alone.
         """
         found = np.where(self._manifest.removed_of(rows), REMOVED, 0).astype(np.uint8)
+        unreadable = [row - rows.start for row in self._plan.examples.unreadable if row in rows]
+        found[unreadable] = np.where(found[unreadable], found[unreadable], UNREADABLE)
         if self._skipping:
             for i in np.flatnonzero((judged := _judged(logits, sq_norm)) * (found == 0)):
                 number = next(n for n, span in enumerate(spans) if rows[i] in span)

@@ -123,8 +123,9 @@ def featurize(
             slower, as `gradstore check --alone` measures. A store that was begun otherwise does not go on so.
         data_check: "all" reads every stored row's input again and compares its digest; "sample" does so for 256 random
             rows, and a note says what that can miss.
-        on_bad_row: what becomes of a row whose logits or gradient are not finite, or whose gradient is zero: "stop"
-            ends the run; "skip" leaves the row out, which keeps its place, with the reason.
+        on_bad_row: what becomes of a row that the dataset raises an error for, whose logits or gradient are not finite,
+            or whose gradient is zero: "stop" ends the run; "skip" leaves the row out, which keeps its place, with the
+            reason.
         retry_absent: compute rows that were left out again, and only these; a row that was removed stays so.
         lock: how other writers are kept out: "auto", which is `flock`, or an owner file where the file system has
             none; "flock"; "file"; or "none". See `gradstore.store.files.lock.LOCKS`.
@@ -164,6 +165,7 @@ def featurize(
         memory,
         group=None if grown is None else grown.manifest.group,
         alone=alone,
+        skipping=on_bad_row == "skip",
     )
     smaller = None
     if grown is not None:

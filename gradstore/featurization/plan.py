@@ -15,6 +15,7 @@ from gradstore.featurization.preview_column import preview_shape
 from gradstore.featurization.row_audit import require_labels
 from gradstore.featurization.settings import Settings
 from gradstore.jacobians import JacobianEngine
+from gradstore.jacobians.subject import take
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.machine.devices import choose_device, memory_of
 from gradstore.model.examples import Examples, Inputs, sample_rows
@@ -68,10 +69,11 @@ class Plan:
         *,
         group: int | None = None,
         alone: bool = False,
+        skipping: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.project = project.prepare(self.device)
-        self.examples: Examples = project.examples(split)
+        self.examples: Examples = project.examples(split, skipping=skipping)
         self.split, self.settings, self._group, self.alone = split, settings, 1 if alone else group, alone
         self.memory = memory_of(memory, self.device, model_bytes(project.model))
         self.projection = settings.make_projection()
@@ -88,7 +90,7 @@ class Plan:
             self.blocks,
             forward=project.forward,
             layout="sum" if settings.layout == "sum" else "per-class",
-            example=inputs,
+            example=_sound(inputs, logits),
             alone=alone,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
@@ -223,3 +225,12 @@ def joined_rows(parts: Sequence[Inputs]) -> Inputs:
 def one_row(inputs: Inputs, i: int) -> Tensor | dict[str, Tensor]:
     """Row i of stacked inputs, without the row axis."""
     return {name: x[i] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[i]
+
+
+def _sound(inputs: Inputs, logits: Tensor) -> Inputs:
+    """Examples by which layers' rules can be tried: those whose inputs and logits are finite, where there are any."""
+    good = logits.isfinite().all(dim=1)
+    for x in inputs.values() if isinstance(inputs, dict) else [inputs]:
+        if x.is_floating_point() and not x.is_sparse:
+            good &= x.flatten(1).isfinite().all(dim=1) if x.ndim > 1 else x.isfinite()
+    return take(inputs, torch.nonzero(good)[:, 0]) if good.any() else inputs

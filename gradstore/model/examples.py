@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -24,13 +25,19 @@ class Examples:
         dataset: `len(dataset)`, and `dataset[i] -> (x, label)` or `x` alone; x is a tensor, an array, or a dict of
             them.
         split: the split's name, for messages.
+        skipping: a row for which the dataset raises an error reads as the first row that can be read, without a label,
+            and is noted; but not where the system lacks something, such as memory or descriptors.
+
+    Attributes:
+        unreadable: rows that could not be read so far.
 
     Raises:
         ProjectError: the dataset has no length or no rows, or can only be iterated.
     """
 
-    def __init__(self, dataset: Any, split: str) -> None:
-        self.dataset, self.split = dataset, split
+    def __init__(self, dataset: Any, split: str, *, skipping: bool = False) -> None:
+        self.dataset, self.split, self.skipping = dataset, split, skipping
+        self.unreadable: set[int] = set()
         where = f"split {split!r}"
         if (
             isinstance(dataset, IterableDataset)
@@ -82,8 +89,8 @@ class Examples:
         table = _label_table(self.dataset)
         if table is None or len(table) != len(self):
             return None
-        rows = sample_rows(len(self))
-        return table if np.array_equal(table[rows], [self._label(self._item(int(r)), int(r)) for r in rows]) else None
+        sampled = {int(row): self._label(self._item(int(row)), int(row)) for row in sample_rows(len(self))}
+        return table if all(table[row] == label or row in self.unreadable for row, label in sampled.items()) else None
 
     def require_labels(self, rows: range, labels: np.ndarray) -> None:
         """Compare the labels [len(rows)] of rows that were read with those that the dataset's own table has.
@@ -94,9 +101,9 @@ class Examples:
         if self.label_table is None:
             return
         expected = self.label_table[rows.start : rows.stop]
-        differ = np.flatnonzero(expected != labels)
-        if differ.size:
-            i = int(differ[0])
+        differ = [i for i in np.flatnonzero(expected != labels).tolist() if rows[i] not in self.unreadable]
+        if differ:
+            i = differ[0]
             raise ProjectError(
                 f"row {rows[i]} has another label than the dataset's own table of labels says",
                 where=f"split {self.split!r}",
@@ -141,12 +148,25 @@ class Examples:
         except GradstoreError:
             raise
         except Exception as error:
+            if self.skipping and not _is_of_the_system(error):
+                self.unreadable.add(row)
+                return self._stand_in
             raise ProjectError(
                 f"row {row} cannot be read",
                 where=f"split {self.split!r}",
                 got=f"{type(error).__name__}: {error}",
                 hint=f"len() of this dataset is {len(self)}; ds[i] must work for every i below it",
             ) from error
+
+    @cached_property
+    def _stand_in(self) -> tuple[Any, int]:
+        """What a row that cannot be read reads as, so that its neighbours are computed as ever."""
+        for row in range(len(self)):
+            if row not in self.unreadable:
+                item = self._item(row)
+                if row not in self.unreadable:
+                    return (item[0] if isinstance(item, (tuple, list)) else item), -1
+        raise ProjectError("no row can be read", where=f"split {self.split!r}", got=f"errors for {len(self)} rows")
 
     def _input(self, item: Any, row: int) -> Inputs:
         x = item[0] if isinstance(item, (tuple, list)) else item
@@ -196,6 +216,11 @@ class Examples:
                 got=str(error).splitlines()[0],
                 hint="Pad or crop in the dataset",
             ) from error
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether an error says nothing of the row: memory, descriptors or a disk failed, and the next try may not."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.ENOENT))
 
 
 def sample_rows(n: int, count: int = 64) -> np.ndarray:

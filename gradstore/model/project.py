@@ -88,8 +88,12 @@ class Project:
         self.model.eval().to(device)
         return self
 
-    def examples(self, split: str) -> Examples:
+    def examples(self, split: str, *, skipping: bool = False) -> Examples:
         """Find the examples of one split.
+
+        Args:
+            split: its name.
+            skipping: rows that cannot be read do not end a run; see `Examples`.
 
         Returns:
             The examples, none of them read yet.
@@ -101,7 +105,7 @@ class Project:
             raise UsageError(
                 "unknown split", where="--split", expected=f"one of {', '.join(map(str, self.splits))}", got=repr(split)
             )
-        return Examples(self.splits[split], split)
+        return Examples(self.splits[split], split, skipping=skipping)
 
     def poisoned_mask(self, split: str) -> np.ndarray | None:
         """Which rows of a split are poisoned, bool [n], or None where the project does not say."""

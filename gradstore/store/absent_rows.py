@@ -1,7 +1,8 @@
 """What is stored of an absent row: nothing that was computed of it, in a form that nobody can take for something.
 
 Features are zeros times a scale that is NaN, norms are NaN: whatever forgets to ask whether a row is there gets NaN or
-is refused, never a number. Of a row that was removed nothing at all is left.
+is refused, never a number. Of a row that was removed, or could not
+be read, nothing at all is known.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gradstore.store.schema import REMOVED
+from gradstore.store.schema import REMOVED, UNREADABLE
 
 _NAN = ("scale", "sq_norm", "norm")
 
@@ -25,7 +26,7 @@ def blanked(columns: Mapping[str, np.ndarray], reasons: np.ndarray) -> dict[str,
     Returns:
         The same with `absent`; copies where anything differs.
     """
-    gone, removed = np.flatnonzero(reasons), np.flatnonzero(reasons == REMOVED)
+    gone, unknown = np.flatnonzero(reasons), np.flatnonzero(np.isin(reasons, (REMOVED, UNREADABLE)))
     if not len(gone):
         return {**columns, "absent": reasons}
     out = {name: array.copy() for name, array in columns.items()}
@@ -35,9 +36,9 @@ def blanked(columns: Mapping[str, np.ndarray], reasons: np.ndarray) -> dict[str,
         out[name][gone] = np.nan
     finite = np.isfinite(out["logits"][gone]).all(axis=1)
     out["logits"][gone[~finite]] = np.nan
-    out["logits"][removed] = np.nan
-    out["label"][removed] = -1
+    out["logits"][unknown] = np.nan
+    out["label"][unknown] = -1
     for name in ("input_digest", "preview"):
         if name in out:
-            out[name][removed] = 0
+            out[name][unknown] = 0
     return out

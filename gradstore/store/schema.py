@@ -33,11 +33,12 @@ WITH_INPUTS = 3
 """The format version from which on each row has a digest of its inputs."""
 INPUT_DIGEST = 16  # bytes; zeros where the inputs are not known
 
-NOT_FINITE, ZERO, REMOVED = 1, 2, 3
+NOT_FINITE, ZERO, REMOVED, UNREADABLE = 1, 2, 3, 4
 REASONS = {
     NOT_FINITE: "its logits or its gradient are not finite",
     ZERO: "its gradient is zero",
     REMOVED: "it was removed",
+    UNREADABLE: "it could not be read",
 }
 """Why a row may be absent: it keeps its place, with features that are zero times a scale that is NaN."""
 

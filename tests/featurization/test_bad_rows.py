@@ -15,8 +15,11 @@ from torch.utils.data import TensorDataset
 import gradstore as gs
 from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageError
 from gradstore.featurization import plan
+from gradstore.featurization.plan import Plan
+from gradstore.featurization.settings import Settings
+from gradstore.model.examples import sample_rows
 from gradstore.store.feature_store import FeatureStore
-from gradstore.store.schema import NOT_FINITE, REMOVED, ZERO
+from gradstore.store.schema import NOT_FINITE, REMOVED, UNREADABLE, ZERO
 from gradstore.store.verify import verify
 
 N, K = 120, 64
@@ -139,6 +142,78 @@ def test_a_handle_opened_before_says_that_the_store_has_changed(tmp_path: Path) 
     featurize(good(), store.path, retry_absent=True)
     with pytest.raises(UsageError, match="the store has changed since it was opened"):
         before.read(0, N)
+
+
+class Files(torch.utils.data.Dataset):
+    """Of which some are broken or missing."""
+
+    def __init__(self, errors: dict[int, Exception], targets: list[int] | None = None) -> None:
+        self.errors, self.targets = errors, [i % 3 for i in range(N)] if targets is None else targets
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if row in self.errors:
+            raise self.errors[row]
+        return good()[row], row % 3
+
+
+def test_rows_that_cannot_be_read_are_left_out(tmp_path: Path, record: Record) -> None:
+    """Such as pictures that are cut short, among the first rows, the sampled ones and others."""
+    errors: dict[int, Exception] = {0: OSError("image file is truncated"), 1: FileNotFoundError(2, "no such file")}
+    errors |= {50: ValueError("not enough values"), N - 1: KeyError("label")}
+    broken = gs.Project(model=Net(), splits={"train": Files(errors)})
+    with pytest.raises(ProjectError, match="row 0 cannot be read"):
+        gs.featurize(broken, split="train", out=tmp_path / "s", proj_dim=K, memory="64MB")
+    store = gs.featurize(broken, split="train", out=tmp_path / "s", proj_dim=K, memory="64MB", on_bad_row="skip")
+    assert {int(i): int(store.absent[i]) for i in np.flatnonzero(store.absent)} == dict.fromkeys(errors, UNREADABLE)
+    assert store.labels[[*errors]].tolist() == [-1] * 4
+    assert not store.input_digests[[*errors]].any()
+    ever, there = featurize(good(), tmp_path / "ever"), np.setdiff1d(np.arange(N), [*errors])
+    for name, column in store.read(0, N).items():
+        np.testing.assert_array_equal(column[there], ever.read(0, N)[name][there], err_msg=name)
+    whole = gs.Project(model=Net(), splits={"train": Files({})})
+    mended = gs.featurize(
+        whole, split="train", out=store.path, proj_dim=K, memory="64MB", on_bad_row="skip", retry_absent=True
+    )
+    assert not mended.absent.any()
+    np.testing.assert_array_equal(mended.features[:], ever.features[:])
+    record("F25", "rows that cannot be read", injected=4, recovered=4, refused=0, silent=0, control="status 3 at row 0")
+
+
+@pytest.mark.parametrize("error", [OSError(24, "too many open files"), OSError(5, "input/output error"), MemoryError()])
+def test_what_the_system_lacks_leaves_no_row_out(error: Exception, tmp_path: Path, record: Record) -> None:
+    broken = gs.Project(model=Net(), splits={"train": Files({100: error})})
+    with pytest.raises(ProjectError, match="row 100 cannot be read"):
+        gs.featurize(broken, split="train", out=tmp_path / "s", proj_dim=K, memory="64MB", on_bad_row="skip")
+    record("F25", "the system fails", injected=1, recovered=0, refused=1, silent=0, control="rows lost unsaid")
+
+
+def test_a_table_of_labels_is_still_held_against_rows_that_can_be_read(tmp_path: Path) -> None:
+    errors: dict[int, Exception] = {0: ValueError("broken"), 77: ValueError("broken")}
+    given = {"split": "train", "proj_dim": K, "memory": "64MB", "on_bad_row": "skip"}
+    wrong = [i % 3 for i in range(N)]
+    right = gs.Project(model=Net(), splits={"train": Files(errors, wrong)})
+    assert gs.featurize(right, out=tmp_path / "right", **given).labels[1:5].tolist() == [1, 2, 0, 1]  # type: ignore[arg-type]
+    other = next(i for i in range(1, N) if i not in sample_rows(N))
+    wrong = [*wrong[:other], (other + 1) % 3, *wrong[other + 1 :]]
+    with pytest.raises(ProjectError, match=f"row {other} has another label than the dataset's own table"):
+        gs.featurize(
+            gs.Project(model=Net(), splits={"train": Files(errors, wrong)}),
+            out=tmp_path / "wrong",
+            **given,  # type: ignore[arg-type]
+        )
+
+
+def test_first_rows_that_are_bad_slow_no_run_down() -> None:
+    """Layers' rules are tried by the first rows that are good."""
+    x = good()
+    routes = [Plan(project(x), "train", Settings(proj_dim=K), "cpu", "64MB").engine.describe()]
+    x[:2], x[2, 0], x[3, 1] = torch.nan, torch.inf, torch.nan
+    routes.append(Plan(project(x), "train", Settings(proj_dim=K), "cpu", "64MB").engine.describe())
+    assert routes[0] == routes[1]
+    assert not any("loop" in route for _, route in routes[0])
 
 
 class Spread(Net):
