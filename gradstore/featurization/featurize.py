@@ -224,7 +224,7 @@ class _Run:
     def write_missing(self) -> None:
         """Compute and publish the missing shards in ascending order."""
         manifest = self.writer.manifest
-        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing)
+        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing) - self.computed
         began = time.perf_counter()
 
         def report() -> None:

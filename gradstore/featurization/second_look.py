@@ -34,7 +34,8 @@ class SecondLook:
     def add(self, places: Sequence[int], found: Tensor, how: str) -> None:
         """Note logits [r, classes] of the rows at these places of the batch; `how` ends "has other logits …"."""
         if len(self.there) < len(self.rows):
-            kept = [k for k, place in enumerate(places) if place in set(self.there.tolist())]
+            there = set(self.there.tolist())
+            kept = [k for k, place in enumerate(places) if place in there]
             places, found = [places[k] for k in kept], found[kept]
             if not kept:
                 return

@@ -21,6 +21,8 @@ from gradstore.store.rows import Rows
 SHOWN = 50
 """Queries of a page, and neighbours of a query there, at most: each is a picture."""
 
+_TRANSLATED = 64  # queries at a time
+
 RESULT_BYTES = 24
 """Bytes of a result's arrays, a query and neighbour: row, similarity and standard error."""
 
@@ -112,9 +114,13 @@ class TopK:
     @classmethod
     def of(cls, request: Request, answer: Answer) -> TopK:
         """What was found for a request."""
-        whole, indices = request.train is request.within, answer.indices
-        found = (indices if whole else request.within.present_at[indices], answer.similarity, request.rows)
-        return cls(*found, request.kernel.name, request.within, request.queries, answer.search)
+        if request.train is not request.within:
+            at = request.within.present_at
+            for start in range(0, len(answer.indices), _TRANSLATED):  # in place, since the result may be all of memory
+                some = answer.indices[start : start + _TRANSLATED]
+                some[:] = at[some]
+        found = (answer.indices, answer.similarity, request.rows, request.kernel.name)
+        return cls(*found, request.within, request.queries, answer.search)
 
     @property
     def k(self) -> int:
