@@ -225,11 +225,15 @@ class _Run:
         """Compute and publish the missing shards in ascending order."""
         manifest = self.writer.manifest
         stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing) - self.computed
+        written = sum(shard.size for shard in manifest.shards)
         began = time.perf_counter()
+
+        def published(shard: Shard) -> None:
+            nonlocal written
+            written += shard.size
 
         def report() -> None:
             if self.progress is not None:
-                written = sum(shard.size for shard in self.writer.manifest.shards)
                 seconds = time.perf_counter() - began
                 rows = stored + self.computed
                 self.progress(
@@ -240,6 +244,7 @@ class _Run:
         if self.workers > 1:
 
             def count(shard: Shard, checks: tuple[int, Looked]) -> None:
+                published(shard)
                 self.computed += shard.rows
                 self.audited += checks[0]
                 self.independence.looked += checks[1]
@@ -247,7 +252,7 @@ class _Run:
 
             write_shards(self.writer, self._fill_here, self.workers, count)
         else:
-            with in_background(self.writer) as background:
+            with in_background(self.writer, published) as background:
                 for index in self.writer.missing:
                     self._fill(index, background.write, report)
             self.watch.lap("writing")

@@ -1,4 +1,4 @@
-"""`StoreWriter`: the one writer of a store. A row counts as stored only after the manifest lists its shard."""
+"""`StoreWriter`: the one writer of a store. A row counts as stored only after manifest or journal list its shard."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from typing import Any
 from gradstore.errors import CorruptError, NoSpaceError, UsageError
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.journal import JOURNAL, Journal
 from gradstore.store.files.lock import LOCK, OWNER, writer_lock
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard, shard_name
-from gradstore.store.files.manifest_file import parse_manifest, read_manifest, write_manifest
+from gradstore.store.files.manifest_file import FILE_BYTES, parse_manifest, read_manifest, write_manifest
 from gradstore.store.files.output import remove_leftovers
 from gradstore.store.files.shard_writer import ShardWriter, write_shard
 from gradstore.store.identity import require_same
 from gradstore.store.schema import Schema
 
 RUN_LOG = "run.jsonl"
-_TEMPORARY = re.compile(r"\.(?:shard-\d{5,}(?:-\d+)?(?:\.r\d+)?\.h5|store\.json|annotations\.safetensors)\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(?:shard-\d{5,}(?:-\d+)?(?:\.r\d+)?\.h5|store\.json|store\.journal|annotations\.safetensors)\.tmp"
+)
 _SHARD = re.compile(r"shard-\d{5,}(?:-\d+)?(?:\.r\d+)?\.h5")
+_LINES = 64  # that a journal may have before the manifest is written anew, however few shards that one lists
 _INDEX = r"index-[a-z0-9]+\.(?:safetensors|faiss|json)"
 
 
@@ -47,6 +51,7 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
         self.path, self.manifest, self.disk = path, manifest, disk
         self._short = short
+        self._journal: Journal | None = None  # until this writer has written the manifest, whatever another one left
         self.require_lock: Callable[[], None] = lambda: None
 
     @property
@@ -58,7 +63,11 @@ class StoreWriter:
     @property
     def bytes_missing(self) -> int:
         """Bytes that the missing shards will take."""
-        return sum(self.manifest.layout_of(i).size for i in self.manifest.missing)
+        missing = self.manifest.missing
+        if not missing:
+            return 0
+        # All but the last shard of a store are of one size.
+        return self.manifest.layout_of(missing[0]).size * (len(missing) - 1) + self.manifest.layout_of(missing[-1]).size
 
     def require_space(self) -> None:
         """Refuse to start what the disk cannot hold.
@@ -76,7 +85,7 @@ class StoreWriter:
                 got=format_bytes(free),
                 hint=hint,
             )
-        largest = max((self.manifest.layout_of(i).size for i in self.manifest.missing), default=0)
+        largest = max((self.manifest.layout_of(i).size for i in self.manifest.missing[:1]), default=0)
         limit = self.disk.largest_file()
         if limit is not None and largest > limit:
             raise NoSpaceError(
@@ -102,13 +111,39 @@ class StoreWriter:
         self.manifest = self.manifest.with_shard(shard)
         short = self._short
         if short is None or shard.index == short.index:
-            write_manifest(self.path, self.manifest, self.disk)
+            self._publish(shard, last=earlier is None and self.manifest.complete)
         if short is not None and shard.index == short.index:
             self._short = None
             # Just this file: workers may have published others that are not listed yet.
             self.disk.remove(self.path / shard_name(short.index, short.rows, short.revision))
         if replaced is not None:
             self.disk.remove(self.path / replaced)
+
+    def _publish(self, shard: Shard, *, last: bool) -> None:
+        """List on the disk a shard that is in the manifest: by a line of the journal, or by writing the manifest anew.
+
+        Which is done when a journal is as long as its manifest, so that n shards cost bytes of the order of n.
+
+        Args:
+            shard: the shard.
+            last: whether it makes the store complete; a finished store has no journal.
+        """
+        journal, self._journal = self._journal, None  # until the line is known to be there
+        if last or journal is None or journal.lines >= max(len(self.manifest.shards) // 2, _LINES):
+            self._rewrite()
+        else:
+            journal.append(shard.line)
+            self._journal = journal
+
+    def _rewrite(self) -> None:
+        self._journal = None  # while it is not known which manifest is on the disk
+        self._journal = write_manifest(self.path, self.manifest, self.disk)
+
+    def settle(self) -> None:
+        """Leave no journal behind, which is asked for when all is done."""
+        if self._journal is not None and self._journal.lines:
+            self.require_lock()
+            self._rewrite()
 
     def drop(self, indices: Iterable[int]) -> None:
         """Make damaged shards missing, so that they are computed again."""
@@ -117,7 +152,7 @@ class StoreWriter:
         files = [self.manifest.file_of(index) for index in dropped]
         self.manifest = self.manifest.without(dropped)
         if dropped and self._short is None:
-            write_manifest(self.path, self.manifest, self.disk)
+            self._rewrite()
         for name in files:
             self.disk.remove(self.path / name)
 
@@ -126,7 +161,7 @@ class StoreWriter:
         self.require_lock()
         if removed != self.manifest.removed:
             self.manifest = replace(self.manifest, removed=removed)
-            write_manifest(self.path, self.manifest, self.disk)
+            self._rewrite()
 
     def remove_indexes(self) -> None:
         """Delete the indexes kept beside the shards, which are built again where they are wanted."""
@@ -194,6 +229,7 @@ def open_writer(
         writer.require_lock = require_lock
         writer.clean()
         yield writer
+        writer.settle()
 
 
 @contextmanager
@@ -215,6 +251,7 @@ def open_for_repair(path: Path, disk: Disk | None = None, lock: str = "auto") ->
         writer = StoreWriter(path, read_manifest(path, disk), disk)
         writer.require_lock = require_lock
         yield writer
+        writer.settle()
 
 
 def _require_readable(plan: Manifest, path: Path) -> None:
@@ -224,6 +261,14 @@ def _require_readable(plan: Manifest, path: Path) -> None:
     except CorruptError as error:
         hint = "Change the name, label or setting that is meant"
         raise UsageError("a store cannot hold this", where=path, got=error.got, hint=hint) from error
+    if plan.finished_bytes > FILE_BYTES:
+        raise UsageError(
+            "the manifest of the finished store would be too large to be read",
+            where=path,
+            expected=f"at most {FILE_BYTES} bytes",
+            got=f"{plan.finished_bytes} for {plan.shard_count} shards",
+            hint="Split the rows over several stores, or give fewer or shorter names",
+        )
 
 
 def _continued(
@@ -246,6 +291,8 @@ def _continued(
     for a, b in ((stored.identity, planned), (asdict(stored.schema), asdict(plan.schema))):
         require_same(a, b, where=path, theirs="the store", ours=ours)
     accept(stored)
+    if os.path.lexists(path / JOURNAL):
+        write_manifest(path, stored, disk)
     if not longer:
         return StoreWriter(path, stored, disk)
     return _extended(path, plan, stored, disk)
@@ -258,6 +305,7 @@ def _extended(path: Path, plan: Manifest, stored: Manifest, disk: Disk) -> Store
     kept = tuple(shard for shard in stored.shards if shard is not short)
     kept_as_is = {name: getattr(stored, name) for name in ("group", "shard_rows", "removed")}
     manifest = replace(plan, **kept_as_is, shards=kept)
+    _require_readable(manifest, path)
     if short is None:
         write_manifest(path, manifest, disk)
     return StoreWriter(path, manifest, disk, short)

@@ -158,15 +158,16 @@ def find_damage(
     total = sum(shard.rows for shard in manifest.shards)
     done = 0
     damage: list[Damage] = []
-    for shard in manifest.shards:
-        file = ShardFile(path, manifest, shard.index, disk)
-        found = _examined(file)
-        if found is not None and found.unread:
-            found = _examined(file)  # a failure that passes is none
-        damage += [found] if found is not None else []
-        done += shard.rows
-        if progress is not None:
-            progress(done, total)
+    with ThreadPoolExecutor(THREADS + 1) as pool:
+        for shard in manifest.shards:
+            file = ShardFile(path, manifest, shard.index, disk)
+            found = _examined(file, pool)
+            if found is not None and found.unread:
+                found = _examined(file, pool)  # a failure that passes is none
+            damage += [found] if found is not None else []
+            done += shard.rows
+            if progress is not None:
+                progress(done, total)
     return tuple(damage)
 
 
@@ -192,7 +193,7 @@ def require_read(damage: tuple[Damage, ...], path: Path) -> tuple[Damage, ...]:
     return damage
 
 
-def _examined(file: ShardFile) -> Damage | None:
+def _examined(file: ShardFile, pool: ThreadPoolExecutor) -> Damage | None:
     """The damage of one shard, or that it cannot be read.
 
     Returns:
@@ -202,7 +203,7 @@ def _examined(file: ShardFile) -> Damage | None:
         UsageError: what this process or its user lacks.
     """
     try:
-        return _examine(file)
+        return _examine(file, pool)
     except (FailingDiskError, UnreadHeaderError) as error:
         problem = error.what if error.got is None else f"{error.what}: {error.got}"
         return Damage(file.index, file.path.name, problem, tuple(file.manifest.rows_of(file.index)), unread=True)
@@ -215,7 +216,7 @@ def _examined(file: ShardFile) -> Damage | None:
         ) from error
 
 
-def _examine(file: ShardFile) -> Damage | None:
+def _examine(file: ShardFile, pool: ThreadPoolExecutor) -> Damage | None:
     rows = file.manifest.rows_of(file.index)
     try:
         digests = file.check()
@@ -225,8 +226,7 @@ def _examine(file: ShardFile) -> Damage | None:
         return Damage(file.index, file.path.name, error.what, tuple(rows))
     step = max(1, _SPAN_BYTES // file.schema.row_bytes)
     parts = [range(low, min(low + step, len(rows))) for low in range(0, len(rows), step)]
-    with ThreadPoolExecutor(THREADS + 1) as pool:
-        found = list(pool.map(lambda part: _bad_rows(file, part, digests), parts))
+    found = list(pool.map(lambda part: _bad_rows(file, part, digests), parts))
     bad = np.concatenate([positions for positions, _ in found])
     if not bad.size:
         return None

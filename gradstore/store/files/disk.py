@@ -236,6 +236,22 @@ class Disk:
         finally:
             os.close(fd)
 
+    def extend(self, path: Path, data: bytes, size: int) -> None:
+        """Add bytes to a file of `size` bytes, durably.
+
+        Raises:
+            CorruptError: it has another size, so that somebody else has changed it.
+        """
+        fd = self.open_in_place(path, create=False)
+        try:
+            found = self.stat(fd, path).st_size
+            if found != size:
+                raise CorruptError("the file was changed meanwhile", where=path, expected=f"{size} bytes", got=found)
+            self.write(fd, data, size, path)
+            self.sync(fd, path)
+        finally:
+            os.close(fd)
+
     def remove(self, path: Path) -> None:
         """Remove a file that may already be gone."""
         self._call(path, lambda: self._unlink(path))

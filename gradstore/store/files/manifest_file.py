@@ -12,13 +12,16 @@ from typing import Any, NoReturn
 
 from gradstore.errors import CorruptError, UsageError
 from gradstore.store.files.disk import Disk, MissingFileError
+from gradstore.store.files.journal import DAMAGED, JOURNAL, RESTORE, Journal, read_journal, remove_journal
 from gradstore.store.files.layout import gaps
 from gradstore.store.files.manifest import MANIFEST, Manifest, Shard
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, VERSIONS, Schema
 
-# Bounds on what one manifest may make gradstore hold: some hundred megabytes at worst.
-_FILE_BYTES = 48 << 20
+# Bounds on what one manifest may make gradstore hold. 100,000 shards are some 100 MB on the disk, take 2 seconds to read
+# on one core, and 400 MB meanwhile (`benchmarks/bench_shards.py`).
+FILE_BYTES = 192 << 20
+"""Bytes that `store.json` may have, and `store.journal`."""
 _CONTAINERS = 1_000_000
 _SHARDS = 100_000
 _ROW_BYTES = 1 << 30
@@ -26,36 +29,47 @@ _NUMBER = 1 << 56
 _DEPTH = 8
 
 _TAIL = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n\}\n\Z')
+_TAIL_BYTES = 82
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+_STRANGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)  # what strange values raise
 _RESTORE = "Restore the file from a copy, or featurize into a new directory"
 
 
 def read_manifest(path: Path, disk: Disk) -> Manifest:
-    """Read the manifest of the store at `path`.
+    """Read the manifest of the store at `path`, with what its journal adds.
 
     Returns:
         The manifest; its numbers can be relied on.
 
     Raises:
         UsageError: there is no store.
-        CorruptError: the manifest is damaged, of another version, or says what cannot be.
-        UnsafeError: it is a symbolic link or no regular file.
+        CorruptError: the manifest or the journal is damaged, of another version, or says what cannot be.
+        UnsafeError: one is a symbolic link or no regular file.
     """
     file = path / MANIFEST
     try:
-        data = disk.read_file(file, _FILE_BYTES)
+        journal = read_journal(path, disk, FILE_BYTES)  # first: see there
+        data = disk.read_file(file, FILE_BYTES)
     except MissingFileError:
         _refuse_no_store(path)
     except UsageError:
         if path.is_dir():
             raise
         _refuse_no_store(path)
-    return parse_manifest(data, file)
+    manifest = parse_manifest(data, file)
+    return _with_entries(manifest, journal.entries, path) if journal.manifest == _digest_in(data) else manifest
 
 
-def write_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
-    """Replace the manifest atomically and durably."""
-    disk.replace_file(path / MANIFEST, manifest.to_bytes())
+def write_manifest(path: Path, manifest: Manifest, disk: Disk) -> Journal:
+    """Replace the manifest, and what was added to the one before, atomically and durably.
+
+    Returns:
+        Its journal, which is empty, and to which the shards that are published from now on may be added.
+    """
+    data = manifest.to_bytes()
+    disk.replace_file(path / MANIFEST, data)
+    remove_journal(path, disk)
+    return Journal(path, _digest_in(data), disk)
 
 
 def require_storable(texts: Iterable[str], *, where: str) -> None:
@@ -82,8 +96,8 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
     Raises:
         CorruptError: the bytes do not match their digest, are of another version, or say what cannot be.
     """
-    tail = _TAIL.search(data)
-    if tail is None or hashlib.sha256(data[: tail.start()]).hexdigest().encode() != tail.group(1):
+    tail = _tail(data)
+    if tail is None or hashlib.sha256(memoryview(data)[: tail.start()]).hexdigest().encode() != tail.group(1):
         raise CorruptError(
             "the manifest is not what was written: it does not match its digest", where=file, hint=_RESTORE
         )
@@ -91,8 +105,29 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
         content = _loads(data)
         _require_version(content, file)
         return _manifest(content)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except _STRANGE as error:
         raise CorruptError("the manifest says what cannot be", where=file, got=_clause(error), hint=_RESTORE) from error
+
+
+def _with_entries(manifest: Manifest, entries: Iterable[bytes], path: Path) -> Manifest:
+    """The manifest after its journal, of whose entries the last one of a shard counts."""
+    shards, shard = {shard.index: shard for shard in manifest.shards}, None
+    try:
+        for entry in entries:
+            shard = _shard(manifest, _loads(entry), -1, shard)
+            shards[shard.index] = shard
+    except _STRANGE as error:
+        raise CorruptError(DAMAGED, where=path / JOURNAL, got=_clause(error), hint=RESTORE) from error
+    return replace(manifest, shards=tuple(shards[index] for index in sorted(shards)))
+
+
+def _tail(data: bytes) -> re.Match[bytes] | None:
+    return _TAIL.search(data, len(data) - _TAIL_BYTES)
+
+
+def _digest_in(data: bytes) -> str:
+    tail = _tail(data)
+    return "" if tail is None else tail[1].decode()
 
 
 def _loads(data: bytes) -> dict[str, Any]:
@@ -147,7 +182,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         raise ValueError(f"{manifest.shard_count} shards")
     shards: list[Shard] = []
     for entry in _listed(content["shards"], "shards"):
-        shards.append(_shard(manifest, entry, shards[-1].index if shards else -1))
+        before = shards[-1] if shards else None
+        shards.append(_shard(manifest, entry, -1 if before is None else before.index, before))
     return replace(manifest, shards=tuple(shards))
 
 
@@ -221,29 +257,46 @@ def _check_plain(value: Any, depth: int = 0) -> None:
         raise ValueError(f"a {type(value).__name__}")
 
 
-def _shard(manifest: Manifest, content: Any, last: int) -> Shard:
-    """One entry of the list: in order, each dataset inside the file, and no two overlapping."""
+def _shard(manifest: Manifest, content: Any, last: int, like: Shard | None) -> Shard:
+    """One entry: in order, each dataset inside the file, and no two overlapping.
+
+    Args:
+        manifest: what the store is.
+        content: the entry, as JSON has it.
+        last: index below which it may not be.
+        like: another shard, already checked: most have the same places, which are then checked once, and held once.
+
+    Returns:
+        The shard.
+
+    Raises:
+        ValueError: it says what cannot be, as do KeyError, TypeError and AttributeError.
+    """
     _require_names(content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard", {"revision"})
     index = _natural(content["index"], "shard index")
     if not last < index < manifest.shard_count:
         raise ValueError(f"shard {index} out of order")
-    names = {column.name for column in manifest.schema.columns}
-    _require_names(content["offsets"], names, f"the offsets of shard {index}")
-    _require_names(content["columns"], names - set(BULK), f"the columns of shard {index}")
-    shard = Shard(
-        index=index,
-        rows=_natural(content["rows"], "rows", 1),
-        size=_natural(content["size"], "size", 1),
-        offsets={name: _natural(offset, "offset") for name, offset in content["offsets"].items()},
-        header=_hex(content["header"]),
-        columns={name: _hex(digest) for name, digest in content["columns"].items()},
-        revision=_natural(content.get("revision", 0), "revision"),
-    )
-    if shard.rows != len(manifest.rows_of(index)):
-        raise ValueError(f"shard {index} has {shard.rows} rows")
-    if any(start > stop for start, stop in gaps(manifest.schema.columns, shard.rows, shard.offsets, shard.size)):
-        raise ValueError(f"datasets of shard {index} overlap or leave the file")
-    return shard
+    rows, size = _natural(content["rows"], "rows", 1), _natural(content["size"], "size", 1)
+    if rows != len(manifest.rows_of(index)):
+        raise ValueError(f"shard {index} has {rows} rows")
+    alike = like is not None and (rows, size, content["offsets"]) == (like.rows, like.size, like.offsets)
+    offsets = like.offsets if like is not None and alike else _offsets(manifest.schema, content["offsets"], rows, size)
+    columns = content["columns"]
+    if like is None or not isinstance(columns, dict) or columns.keys() != like.columns.keys():
+        names = {column.name for column in manifest.schema.columns if column.name not in BULK}
+        _require_names(columns, names, f"the columns of shard {index}")
+    if not all(map(_HEX64.match, columns.values())):
+        raise ValueError("a digest that is none")
+    revision = _natural(content.get("revision", 0), "revision")
+    return Shard(index, rows, size, offsets, _hex(content["header"]), columns, revision)
+
+
+def _offsets(schema: Schema, content: Any, rows: int, size: int) -> dict[str, int]:
+    _require_names(content, {column.name for column in schema.columns}, "the offsets of a shard")
+    offsets = {name: _natural(offset, "offset") for name, offset in content.items()}
+    if any(start > stop for start, stop in gaps(schema.columns, rows, offsets, size)):
+        raise ValueError("datasets of a shard overlap or leave the file")
+    return offsets
 
 
 def _require_names(content: Any, names: set[str], where: str, perhaps: Set[str] = frozenset()) -> None:

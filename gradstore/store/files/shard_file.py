@@ -35,7 +35,10 @@ class ShardFile:
         self.path = directory / manifest.file_of(index)
         self.manifest, self.index, self.disk = manifest, index, disk
         self.schema = manifest.schema
-        self.shard: Shard = next(shard for shard in manifest.shards if shard.index == index)
+        shard = manifest.shard(index)
+        if shard is None:
+            raise ValueError(f"shard {index} is not listed")
+        self.shard: Shard = shard
 
     def check(self) -> np.ndarray:
         """Size, header and digest column, which together vouch for every byte of every row.
