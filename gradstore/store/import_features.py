@@ -27,6 +27,7 @@ from gradstore.store.store_writer import open_writer
 
 _SHARD_BYTES = 64 << 20
 _GROUP = 16
+_TOGETHER = 1 << 20  # bytes of whole groups that are read and written together: of small rows, thousands
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def import_features(
         disk: where bytes go.
 
     Returns:
-        the finished store, opened. Holds some tens of rows at a time.
+        the finished store, opened. Holds some megabytes, or some tens of rows where those are more.
 
     Raises:
         UsageError: shapes do not fit, labels or logits are none (names the row), the source is no array of floats, or
@@ -103,13 +104,14 @@ def import_features(
     _require_classes(truth, width, source)
     schema = Schema(c, K, width, dtype)
     manifest = _manifest(schema, provenance, features, truth, split, classes)
+    step = _whole_groups(_TOGETHER, schema)
     with open_writer(Path(out), manifest, disk, lock=lock) as writer:
         writer.require_space()
         with in_background(writer) as background:
             for index in writer.missing:
                 rows = manifest.rows_of(index)
-                for start in range(rows.start, rows.stop, _GROUP):
-                    span = slice(start, min(start + _GROUP, rows.stop))
+                for start in range(rows.start, rows.stop, step):
+                    span = slice(start, min(start + step, rows.stop))
                     background.write(partial(_columns, features, span, truth, outputs, dtype))
     return FeatureStore(out)
 
@@ -188,9 +190,9 @@ def _manifest(
     if len(names) != schema.classes:
         raise UsageError("class names do not fit", where="classes", expected=schema.classes, got=len(names))
     digest = hashlib.sha256()
-    n = features.shape[0]
-    for start in range(0, n, _GROUP):
-        digest.update(raw(features.rows(start, min(start + _GROUP, n))))
+    n, step = features.shape[0], _whole_groups(_TOGETHER, schema)
+    for start in range(0, n, step):
+        digest.update(raw(features.rows(start, min(start + step, n))))
     kind = f"{provenance.projection} ({provenance.tool})"
     identity = {
         "format": MEANING,
@@ -207,8 +209,13 @@ def _manifest(
             "features": digest.hexdigest(),
         },
     }
-    rows = max(1, _SHARD_BYTES // schema.row_bytes // _GROUP) * _GROUP
+    rows = _whole_groups(_SHARD_BYTES, schema)
     return Manifest(identity, fingerprint_of(identity), schema, n, rows, _GROUP, split, names)
+
+
+def _whole_groups(size: int, schema: Schema) -> int:
+    """Rows of as many groups as `size` bytes hold, or of one."""
+    return max(1, size // schema.row_bytes // _GROUP) * _GROUP
 
 
 def _columns(
