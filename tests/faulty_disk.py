@@ -38,7 +38,7 @@ class WatchedDisk(Disk):
 
     def __init__(self, before: Callable[[str, tuple[Any, ...]], Any] = lambda name, arguments: None) -> None:
         self.before = before
-        self.calls = 0
+        self.calls = self.concerned = 0
 
 
 def _watched(name: str) -> Callable[..., Any]:
@@ -56,9 +56,17 @@ for _name in CALLS:
 
 def failing(at: int, kind: str, for_good: bool) -> WatchedDisk:
     """Call number `at` fails (and all later ones too); "short" does half of what it should."""
+    return failing_where(lambda name, arguments: True, at, kind, for_good)
+
+
+def failing_where(concerns: Callable[[str, tuple[Any, ...]], bool], at: int, kind: str, for_good: bool) -> WatchedDisk:
+    """The same of just those calls that `concerns` tells from their name and arguments; counted as `concerned`."""
 
     def before(name: str, arguments: tuple[Any, ...]) -> Any:
-        if disk.calls != at and not (for_good and disk.calls > at):
+        if not concerns(name, arguments):
+            return None
+        disk.concerned += 1
+        if disk.concerned != at and not (for_good and disk.concerned > at):
             return None
         if kind == "killed":
             raise KilledError

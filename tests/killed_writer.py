@@ -18,6 +18,7 @@ from faulty_disk import NoLockDisk, slow, without_flock
 from small_store import ROWS, N, columns, data, fill, plan, write
 
 from gradstore.errors import GradstoreError
+from gradstore.store import store_writer
 from gradstore.store.files.disk import Disk
 from gradstore.store.store_writer import open_writer
 
@@ -25,6 +26,7 @@ from gradstore.store.store_writer import open_writer
 def write_slowly(path: str, n: int, shard_rows: int, acks: str, **_: Any) -> None:
     """Write a store, and note each shard that was reported stored."""
     notes = os.open(acks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    store_writer._LINES = 3  # so that a journal of a few lines is written anew as a manifest
     write(Path(path), n, slow(0.0003), lambda index: os.write(notes, b"%d\n" % index), shard_rows)
 
 

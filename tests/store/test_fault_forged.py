@@ -264,7 +264,9 @@ def test_no_output_is_written_elsewhere(name: str, fast: Path, record: Record) -
     note_hostile_name(record, 1)
 
 
-@pytest.mark.parametrize("leftover", [".shard-00000.h5.tmp", ".store.json.tmp", ".lock", "run.jsonl"])
+@pytest.mark.parametrize(
+    "leftover", [".shard-00000.h5.tmp", ".store.json.tmp", ".store.journal.tmp", ".lock", "run.jsonl"]
+)
 def test_a_link_left_in_the_directory_is_not_written_through(leftover: str, fast: Path) -> None:
     victim = fast / "victim"
     victim.write_text("precious")

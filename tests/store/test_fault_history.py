@@ -17,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from small_store import ROWS, SHARD_ROWS, files, plan, write, wrong_rows
 
 from gradstore.errors import GradstoreError, MismatchError
+from gradstore.store import store_writer
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.journal import JOURNAL
 from gradstore.store.store_writer import open_writer
 from gradstore.store.verify import verify
 
@@ -138,6 +140,13 @@ class History(RuleBasedStateMachine):
     def leave_litter(self) -> None:
         (self.path / ".shard-00001.h5.tmp").write_bytes(b"torn")
         (self.path / ".store.json.tmp").write_bytes(b"torn")
+        (self.path / ".store.journal.tmp").write_bytes(b"torn")
+
+    @precondition(lambda self: self.exists and (self.path / JOURNAL).exists())
+    @rule()
+    def tear_a_line(self) -> None:
+        with (self.path / JOURNAL).open("ab") as file:
+            file.write(b'{"columns": {"absent')
 
     @rule()
     def delete(self) -> None:
@@ -170,7 +179,8 @@ class History(RuleBasedStateMachine):
             assert np.array_equal(got["features"][0], ROWS[row]["features"])
 
 
-def test_any_history_keeps_the_promises(amount: object, record: Record) -> None:
+def test_any_history_keeps_the_promises(amount: object, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_writer, "_LINES", 1)  # so that a journal of few shards is written anew as a manifest
     examples = amount(200, 20_000)  # type: ignore[operator]
     History.steps = 0
     run_state_machine_as_test(

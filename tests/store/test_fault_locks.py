@@ -235,7 +235,7 @@ def test_who_was_taken_for_dead_publishes_nothing(fast: Path) -> None:
     assert (path / OWNER).exists(), "which is another's"
 
 
-@pytest.mark.parametrize("name", [".lock", "run.jsonl", OWNER])
+@pytest.mark.parametrize("name", [".lock", "run.jsonl", "store.journal", OWNER])
 @pytest.mark.parametrize("made", ["fifo", "link", "directory"])
 def test_a_foreign_store_in_which_a_pipe_or_link_stands_for_a_file(name: str, made: str, fast: Path) -> None:
     path, victim = fast / "store", fast / "victim"

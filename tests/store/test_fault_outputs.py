@@ -233,7 +233,8 @@ def test_an_output_never_replaces_what_is_no_file_or_a_stores_own(fast: Path, re
     (fast / "read-only").write_text("mine")
     names = ("store.json", "shard-00000.h5", "shard-00099.h5", "shard-00002-6.h5", "run.jsonl", ".lock", ".lock.owner",
              "index-classes.safetensors", "index-0123456789ab.faiss", "index-0123456789ab.json", ".store.json.tmp",
-             "annotations.safetensors", "STORE.JSON")  # fmt: skip
+             "store.journal", ".store.journal.tmp", "shard-00000.r1.h5", "annotations.safetensors",
+             "STORE.JSON")  # fmt: skip
     cases = {
         **{str(store / name): "place of a store's own file" for name in names},
         str(fast / "link"): "place of a store's own file",

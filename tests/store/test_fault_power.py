@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 from conftest import Record
 from faulty_disk import LoggingDisk
-from small_store import files, write, wrong_rows
+from small_store import SHARD_ROWS, files, write, wrong_rows
 
 from gradstore.errors import GradstoreError
+from gradstore.store import store_writer
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.files.journal import JOURNAL
 
 pytestmark = pytest.mark.soak
 SECTOR = 512
+SHORT, LONG = 12, 18
 
 
 @dataclass
@@ -98,10 +102,14 @@ def torn(inode: Inode, rng: np.random.Generator) -> bytes:
     return applied(inode.durable, [events[i] for i in rng.permutation(len(events))])
 
 
-def history(path: Path, disk: LoggingDisk) -> None:
+def history(path: Path, disk: LoggingDisk, shard_rows: int) -> None:
     """Create a store, finish it, and append to its short last shard; the log says when a shard was reported stored."""
-    for n in (12, 18):
-        write(path, n=n, disk=disk, each=lambda index, n=n: disk.log.append(("stored", index, min(8 * index + 8, n))))
+    for n in (SHORT, LONG):
+
+        def stored(index: int, n: int = n) -> None:
+            disk.log.append(("stored", index, min(shard_rows * (index + 1), n)))
+
+        write(path, n=n, disk=disk, each=stored, shard_rows=shard_rows)
 
 
 def acknowledged(log: list[tuple[Any, ...]]) -> int:
@@ -118,10 +126,12 @@ def lost_rows(path: Path, rows: int) -> bool:
         return rows > 0
 
 
-def run_states(path: Path, disk: LoggingDisk, states: int) -> list[tuple[int, bool]]:
+def run_states(
+    path: Path, disk: LoggingDisk, states: int, shard_rows: int = SHARD_ROWS, *, resumed: bool = True
+) -> list[tuple[int, bool]]:
     """(event of the cut, whether acknowledged rows were lost) for random power cuts, each followed by a resumed run."""
     rng = np.random.default_rng(0)
-    history(path, disk)
+    history(path, disk, shard_rows)
     whole = files(path)
     made = (
         next(i for i, event in enumerate(disk.log) if event[0] == "sync" and event[1] == path.parent)
@@ -138,8 +148,8 @@ def run_states(path: Path, disk: LoggingDisk, states: int) -> list[tuple[int, bo
             (path / name).write_bytes(content)
         lost = lost_rows(path, acknowledged(disk.log[:at]))
         found.append((at, lost))
-        if disk.syncs:
-            write(path, n=18)
+        if disk.syncs and resumed:
+            write(path, n=LONG, shard_rows=shard_rows)
             assert files(path) == whole, f"resumed after a power cut at event {at}"
     return found
 
@@ -155,3 +165,37 @@ def test_power_cuts_lose_nothing_that_was_reported_stored(
     what = "power cut at any event; unsynced writes lost, torn, reordered"
     why = f"the same writer without fsync: rows lost in {control} of 200 states"
     record("F3", what, injected=states, recovered=states, refused=0, silent=0, control=why)
+
+
+class ForgetfulJournal(LoggingDisk):
+    """A control: lines of the journal are written and never synced."""
+
+    def _fsync(self, fd: int) -> None:
+        if not os.readlink(f"/proc/self/fd/{fd}").endswith(JOURNAL):
+            super()._fsync(fd)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the control finds names of descriptors in /proc")
+def test_power_cuts_lose_no_line_of_a_journal(
+    fast: Path, amount: Callable[[int, int], int], record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of two rows; the manifest is written anew after one or two lines."""
+    monkeypatch.setattr(store_writer, "_LINES", 1)
+    states = amount(300, 20_000)
+    disk = LoggingDisk()
+    found = run_states(fast / "store", disk, states, shard_rows=2)
+    assert [at for at, lost in found if lost] == []
+    appended = sum(event[0] == "sync" and event[1] in journals(disk.log) for event in disk.log)
+    assert appended > 3
+    control = sum(
+        lost for _, lost in run_states(fast / "control", ForgetfulJournal(), 100, shard_rows=2, resumed=False)
+    )
+    assert control > 2
+    what = "power cut at any event of a journal"
+    why = f"lines that are not synced: rows lost in {control} of 100 states"
+    record("F3", what, injected=states, recovered=states, refused=0, silent=0, control=why)
+
+
+def journals(log: list[tuple[Any, ...]]) -> set[int]:
+    """Files that had the journal's name."""
+    return {event[3] for event in log if event[0] == "rename" and event[2].name == JOURNAL}

@@ -20,7 +20,7 @@ from gradstore.errors import UsageError
 _DESCRIPTOR = re.compile(r"/dev/(?:fd/(?P<fd>\d{1,9})|(?P<name>stdin|stdout|stderr))|/proc/self/fd/(?P<proc>\d{1,9})")
 _NAMES = {"stdin": 0, "stdout": 1, "stderr": 2}
 _STORE_NAMES = re.compile(
-    r"store\.(?:json|journal)|run\.jsonl|annotations\.safetensors|shard-\d+(?:-\d+)?\.h5"
+    r"store\.(?:json|journal)|run\.jsonl|annotations\.safetensors|shard-\d+(?:-\d+)?(?:\.r\d+)?\.h5"
     r"|index-[a-z0-9]+\.(?:safetensors|faiss|json)|\.lock(?:\.owner.*)?"
     r"|\.(?:store\.j(?:son|ournal)|annotations|shard-|index-).*",
     re.IGNORECASE,
