@@ -258,6 +258,7 @@ def test_a_file_that_changes_while_it_is_read(
         return rows(file, start, stop)
 
     monkeypatch.setattr(ArrayFile, "rows", spying)
+    monkeypatch.setattr("gradstore.store.import_features._TOGETHER", 1)  # bytes, so that each group is read by itself
     with pytest.raises((UsageError, CorruptError), match=r"changed while it was read|the file is gone") as error:
         imported(fast)
     assert "\n" not in error.value.line
