@@ -220,11 +220,12 @@ class FeatureStore(Rows):
         """One small column of all readable rows."""
         if not len(self):
             return self.schema.empty(0)[name]
-        parts = []
-        for index in range(-(-len(self) // self.manifest.shard_rows)):
+        column, size = self.schema.column(name), self.manifest.shard_rows
+        values = np.empty((len(self), *column.shape), column.dtype)
+        for index in range(-(-len(self) // size)):
             with self._shard(index) as file:
-                parts.append(file.column(name))
-        return np.concatenate(parts)
+                values[index * size : (index + 1) * size] = file.column(name)
+        return values
 
     def shard_file(self, index: int) -> ShardFile:
         """The published shard `index` on the disk."""

@@ -42,12 +42,14 @@ def test_version_2_is_the_published_blake3() -> None:
 
 
 @pytest.mark.parametrize("preview", [(), (9, 7)])
-@pytest.mark.parametrize(("K", "n"), [(3, 50), (600, 21), (10_240, 9)])
+@pytest.mark.parametrize(
+    ("c", "K", "n"), [(1, 4, 40), (1, 24, 5), (1, 40, 5), (10, 3, 50), (10, 600, 21), (10, 10_240, 9)]
+)
 @pytest.mark.parametrize(("version", "new"), [(1, hashlib.sha256), (2, blake3)])
 def test_a_digest_is_the_hash_of_the_whole_row(
-    version: int, new: object, K: int, n: int, preview: tuple[int, ...]
+    version: int, new: object, c: int, K: int, n: int, preview: tuple[int, ...]
 ) -> None:
-    schema = Schema(c=10, K=K, classes=10, preview=preview, version=version)
+    schema = Schema(c=c, K=K, classes=c, preview=preview, version=version)
     columns = columns_of(schema, n)
     want = hashed_rows(columns, new)
     for threads in (1, 3):

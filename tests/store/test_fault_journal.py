@@ -281,6 +281,7 @@ def fits(entry: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("content", [
     b"", b"\n", b"\0" * 4096, b"gradstore journal 1 of", b"{}\n", b"[" * 100_000 + b"\n", b"x" * 200 + b"\n",
+    b"\n" * (2 << 20),
 ])  # fmt: skip
 def test_what_is_no_journal_is_refused(content: bytes, store: Path) -> None:
     (store / JOURNAL).write_bytes(content)

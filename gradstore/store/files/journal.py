@@ -19,6 +19,7 @@ from gradstore.store.files.disk import Disk, MissingFileError
 
 JOURNAL = "store.journal"
 _FIRST = re.compile(rb"gradstore journal 1 of ([0-9a-f]{64})")
+_MOST_LINES = 1 << 20  # each is held; a writer makes no more of them than a manifest may have shards
 _SEAL = 65  # a space and 64 hexadecimal digits, which end each line
 DAMAGED = "the journal is not what was written"
 RESTORE = "Restore the file from a copy, or delete it: the shards that only it lists are then computed again"
@@ -118,6 +119,8 @@ def _manifest_of(first: bytes) -> str:
 
 def _checked(data: bytes) -> Iterator[bytes]:
     """The text of each line, whose digests are as they were written, but for a torn last one."""
+    if data.count(b"\n") > _MOST_LINES:
+        raise ValueError("too many lines")
     *lines, rest = data.split(b"\n")
     seal = b""
     for number, line in enumerate(lines):
