@@ -19,7 +19,7 @@ from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import BULK, DTYPES, FORMAT, LAYOUTS, ONE_ROW, VERSIONS, Schema
 
 # Bounds on what one manifest may make gradstore hold. 100,000 shards are some 100 MB on the disk; to read them takes
-# 2 seconds of one core, and 400 MB meanwhile (`benchmarks/bench_shards.py`).
+# 2 seconds of one core, and 430 MB meanwhile (`benchmarks/bench_shards.py`).
 FILE_BYTES = 192 << 20
 """Bytes that `store.json` may have, and `store.journal`."""
 _CONTAINERS = 1_000_000
