@@ -140,8 +140,8 @@ class StoreWriter:
         self._journal = write_manifest(self.path, self.manifest, self.disk)
 
     def settle(self) -> None:
-        """Leave no journal behind, which is asked for when all is done."""
-        if self._journal is not None and self._journal.lines:
+        """Leave no journal behind, neither this writer's nor an earlier one's; asked for when all is done."""
+        if self._short is None and os.path.lexists(self.path / JOURNAL):
             self.require_lock()
             self._rewrite()
 

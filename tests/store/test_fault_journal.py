@@ -28,7 +28,7 @@ from gradstore.store.files.disk import Disk
 from gradstore.store.files.journal import JOURNAL, Journal, JournalLines, read_journal
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.files.manifest_file import FILE_BYTES, read_manifest
-from gradstore.store.store_writer import StoreWriter, open_writer
+from gradstore.store.store_writer import StoreWriter, open_for_repair, open_writer
 from gradstore.store.verify import verify
 
 pytestmark = pytest.mark.soak
@@ -218,6 +218,13 @@ def test_a_journal_of_another_manifest_says_nothing(store: Path, fast: Path) -> 
     assert FeatureStore(store).complete
     finish(store)
     assert not (store / JOURNAL).exists()
+
+
+def test_a_journal_that_an_earlier_writer_left_goes_into_the_manifest(store: Path) -> None:
+    with open_for_repair(store):
+        pass
+    assert not (store / JOURNAL).exists()
+    assert listed(store) == list(range(5))
 
 
 def test_a_damaged_journal_may_be_deleted_as_the_error_says(store: Path, fast: Path) -> None:
