@@ -41,11 +41,13 @@ def told(path: Path) -> Said | GradstoreError:
     """What annotations say of the rows, or the one line in which they are refused."""
     try:
         opened = FeatureStore(path)
-        assert opened.poisoned is not None
-        return opened.labels.tolist(), opened.poisoned.tolist(), opened.classes, opened.note
+        return opened.labels.tolist(), np.asarray(opened.poisoned).tolist(), opened.classes, opened.note
     except GradstoreError as error:
-        assert "\n" not in error.line
         return error
+
+
+def is_one_line(error: GradstoreError) -> bool:
+    return error.exit_code == 5 and "\n" not in error.line and len(error.line) < 1000
 
 
 def header_of(data: bytes) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def test_mutated_annotations(store: FeatureStore, amount: Callable[[int, int], i
         file.write_bytes(mutated(rng, whole))
         found = told(store.path)
         harmless += not isinstance(found, GradstoreError)
-        assert found.exit_code == 5 if isinstance(found, GradstoreError) else found == truth
+        assert is_one_line(found) if isinstance(found, GradstoreError) else found == truth
     silent = believed_without_a_digest(whole)
     control = f"annotations without a digest: {silent} of 300 say something else"
     record("S15", "mutated annotations", injected=count, recovered=harmless, refused=count - harmless, silent=0,
@@ -96,7 +98,7 @@ def test_strange_values_under_a_right_digest(
         found = told(store.path)
         passed += not isinstance(found, GradstoreError)
         if isinstance(found, GradstoreError):
-            assert found.exit_code == 5
+            assert is_one_line(found)
         else:  # names and notes may be any text; of rows it says the same
             assert found[:2] == truth[:2]
             assert found[2:] == (tuple(strange["classes"] or ("a", "b")), strange["note"])
@@ -164,18 +166,24 @@ def test_hostile_tables(store: FeatureStore, amount: Callable[[int, int], int], 
     for _ in range(count):
         table = changed_table(rng)
         file.write_bytes(table)
-        try:
-            found = read_annotation_table(file, store)
-        except UsageError as error:
-            assert "\n" not in error.line
+        found = read_or_refused(file, store)
+        if isinstance(found, UsageError):
+            assert "\n" not in found.line
             silent += taken_as_it_stands(table)
-            continue
-        read += 1
-        assert {name: array.tolist() for name, array in found.items()} == meant(table, store)
+        else:
+            read += 1
+            assert {name: array.tolist() for name, array in found.items()} == meant(table, store)
     assert silent > 5
     control = f"cells turned into numbers without a look: {silent} of those refused are taken for rows and labels"
     record("S15", "hostile tables of annotations", injected=count, recovered=read, refused=count - read, silent=0,
            control=control)  # fmt: skip
+
+
+def read_or_refused(file: Path, store: FeatureStore) -> dict[str, np.ndarray] | UsageError:
+    try:
+        return read_annotation_table(file, store)
+    except UsageError as error:
+        return error
 
 
 def meant(table: bytes, store: FeatureStore) -> dict[str, list[Any]]:
@@ -209,6 +217,6 @@ def test_annotations_are_read_at_all(store: FeatureStore) -> None:
     found = read_annotation_table(file, store)
     assert {name: array.tolist() for name, array in found.items()} == meant(TABLE.encode(), store)
     assert meant(TABLE.encode(), store)["labels"][:4] == [0, 1, 1, -1]
+    (store.path / ANNOTATIONS).write_bytes(b"")
     with pytest.raises(CorruptError, match="annotations are damaged"):
-        (store.path / ANNOTATIONS).write_bytes(b"")
         FeatureStore(store.path).labels  # noqa: B018

@@ -105,7 +105,7 @@ def bad_races_with_a_fixed_name(forks: Forks, fast: Path, source: Path, chance: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_writer_may_die_at_any_call(kind: str, source: Path, fast: Path) -> None:
+def test_a_writer_may_die_at_any_call(kind: str, source: Path, fast: Path, record: Record) -> None:
     whole = expected(kind, fast, source)
     path = fast / "out" / KINDS[kind]
     path.parent.mkdir()
@@ -122,6 +122,9 @@ def test_a_writer_may_die_at_any_call(kind: str, source: Path, fast: Path) -> No
     WRITERS[kind](path, "a", Disk(), source)
     assert path.read_bytes() == whole["a"]
     assert os.listdir(path.parent) == [path.name]
+    kills = at - 2  # the last one wrote to its end
+    record("F20", "a writer of an output killed at every call", injected=kills, recovered=kills, refused=0, silent=0,
+           control=written_in_place(fast))  # fmt: skip
 
 
 STATUSES = {"ENOSPC": 7, "EDQUOT": 7, "EFBIG": 7, "EROFS": 2, "EACCES": 2, "EMFILE": 2, "EIO": 5}
