@@ -26,7 +26,7 @@ class SecondLook:
 
     def __init__(self, logits: Tensor, rows: Sequence[int], tolerance: float, absent: np.ndarray | None = None) -> None:
         self.logits, self.rows, self.tolerance = logits, rows, tolerance
-        self.there = np.flatnonzero(np.zeros(len(rows)) if absent is None else absent == 0)
+        self.there = np.flatnonzero(np.ones(len(rows)) if absent is None else absent == 0)
         norms = torch.linalg.vector_norm(logits if absent is None else logits[self.there], dim=1, dtype=torch.float64)
         self.typical = norms.square().mean().sqrt()
         self.comparisons: list[Again | GradientComparison] = []
