@@ -156,7 +156,7 @@ def test_the_same_command_after_a_kill_is_the_way_on(
         began = time.monotonic()
         assert attempt(forks, folder, lines[0], err) == 0, err.read_text()
         seconds = time.monotonic() - began
-        for _ in range(amount(2, 40)):
+        for _ in range(amount(2, 10)):
             kills += attempt(forks, folder, lines[1], err, chance.uniform(0, 0.7) * seconds) == -signal.SIGKILL
         status = attempt(forks, folder, lines[1], err)
         # `init` leaves a file alone that is there, and what is there is whole.

@@ -53,7 +53,7 @@ CONTROL = "the judge is shown ten wrong outcomes, bugs and forged lines among th
 def test_a_hostile_value_is_refused_in_one_line(
     tmp_path: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    calls, environment = amount(750, 20_000), {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    calls, environment = amount(750, 5000), {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     running = []
     for seed in ("0", "1"):
         prepare(tmp_path / seed)

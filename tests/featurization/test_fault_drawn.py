@@ -97,7 +97,7 @@ def test_models_that_look_at_their_batch_somehow(
     tmp_path: Path, amount: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     """Every row is looked at alone, as it is where projecting takes long; of fewer a share may escape, as promised."""
-    rng, count, right, data = np.random.default_rng(0), amount(20, 1500), 0, TensorDataset(X, Y)
+    rng, count, right, data = np.random.default_rng(0), amount(20, 1000), 0, TensorDataset(X, Y)
     monkeypatch.setattr(row_independence, "_AT_FIRST", N)
     glances = [a_glance(rng) for _ in range(count)]
     for i, glance in enumerate(glances):

@@ -123,7 +123,7 @@ def test_an_owner_elsewhere_is_alive_while_its_file_is_dated(fast: Path, monkeyp
 def test_one_of_many_takes_over_from_a_dead_owner(
     fast: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    rounds, attempts, refused = amount(8, 300), 0, 0
+    rounds, attempts, refused = amount(8, 100), 0, 0
     with Forks() as forks:
         for i in range(rounds):
             path, said, writers = fast / f"store{i}", fast / f"said{i}", 2 + i % 7
