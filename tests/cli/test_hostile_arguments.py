@@ -17,6 +17,7 @@ import pytest
 from commands import run
 from conftest import Record
 from hostile_calls import CALLS, prepare
+from test_cli_streams import CONTROL as STREAMS
 
 SCRIPT = Path(__file__).parents[1] / "hostile_calls.py"
 STATUSES = {0, *range(2, 10)}
@@ -163,7 +164,7 @@ def test_results_that_nobody_takes(more: str, line: str, folder: Path, record: R
             done = hostile_calls.exit_status((line + more).split())
         assert done == status
         record("E1", "streams that are closed, full, or read by nobody", injected=1, recovered=0, refused=1, silent=0,
-               control="print alone: exit 120 or 0, and nobody is told")  # fmt: skip
+               control=STREAMS)  # fmt: skip
         shutil.rmtree(folder / "new", ignore_errors=True)
 
 
