@@ -305,6 +305,19 @@ def test_mutated_array_files(fast: Path, amount: Callable[[int, int], int], reco
     record("S14", "hostile imports", injected=count, recovered=read, refused=count - read, silent=0, control=CONTROL)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (40, 0), (3, 0, 8)], ids=str)
+def test_arrays_of_nothing_are_read_as_such_and_are_no_labels(
+    shape: tuple[int, ...], fast: Path, record: Record
+) -> None:
+    for array in (np.zeros(shape, np.int64), np.zeros(shape, np.int64, order="F")):
+        np.save(fast / "x.npy", array)
+        assert open_array(fast / "x.npy", "array").rows(0, shape[0]).shape == shape
+    if len(shape) < 3:
+        with pytest.raises(UsageError, match="labels or logits do not fit"):
+            imported(fast, labels=np.load(fast / "x.npy"))
+    record("S14", "hostile imports", injected=2, recovered=2, refused=0, silent=0, control=CONTROL)
+
+
 def told(path: Path) -> np.ndarray | GradstoreError:
     try:
         file = open_array(path, "array")
