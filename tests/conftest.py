@@ -9,6 +9,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Threads that wait for work sleep, instead of asking for it again and again: two processes share the cores in CI, and
+# each would keep the other's threads from the work that is waited for. Read once, when they are imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # the same for NumPy's: 2**4 cycles, the least
+
 import pytest
 import torch
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.errors import GradstoreError, ProjectError
 from gradstore.featurization.bad_rows import BadRows
 from gradstore.featurization.gradient_audit import GradientAudit
 from gradstore.featurization.grow import SmallerStore
@@ -81,6 +82,9 @@ def compute(
         A call, for any thread, that gives every dataset but the digests, or raises `NonFiniteError` for a row whose
         logits or gradient are not finite or zero, or whose projection did not keep its norm or is not that by P, and
         `ProjectError` for one that depends on other rows, on its turn or on when it is read.
+
+    Raises:
+        ProjectError: a row cannot be read, does not fit beside the others, or is none that the model takes.
     """
     inputs, labels = plan.examples.read(rows)
     plan.examples.require_labels(rows, labels)
@@ -91,7 +95,11 @@ def compute(
     spans = list(_groups(rows, group))
     parts = [to_device(slice_rows(inputs, s.start - rows.start, s.stop - rows.start), plan.device) for s in spans]
     watch = watch or Stopwatch()
-    sums = _grown(plan, parts, spans, watch, smaller, independence, bad_rows, audited=audited)
+    try:
+        sums = _grown(plan, parts, spans, watch, smaller, independence, bad_rows, audited=audited)
+    except Exception as error:
+        _require_forward(plan, inputs, rows, error)
+        raise
     seen = None
     if independence is not None:
         seen = independence.look(inputs, labels, parts, rows, sums.logits, sums.gradient, sums.absent)
@@ -105,6 +113,26 @@ def compute(
         shape = plan.manifest.schema.preview
         columns["preview"] = preview_table(show, [one_row(inputs, i) for i in range(len(rows))], shape)
     return partial(_finished, sums, seen, plan, columns)
+
+
+def _require_forward(plan: Plan, inputs: Inputs, rows: range, error: Exception) -> None:
+    """Where a batch has failed because the model fails on an example, say on which: a word that it does not have, say.
+
+    A GPU is not asked: its errors come late, and after some of them every call fails.
+
+    Raises:
+        ProjectError: the model fails on a row by itself.
+    """
+    if isinstance(error, (GradstoreError, MemoryError)) or plan.device.type != "cpu":
+        return
+    for i, row in enumerate(rows):
+        try:
+            plan.project.logits(slice_rows(inputs, i, i + 1))
+        except ProjectError as failure:
+            hint = "Run the model on this example by hand"
+            raise ProjectError(
+                f"{failure.what}, here on row {row}", where=f"split {plan.split!r}", got=failure.got, hint=hint
+            ) from error
 
 
 def project_rows(plan: Plan, rows: range) -> Tensor:

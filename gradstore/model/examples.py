@@ -191,7 +191,7 @@ class Examples:
         label = item[1]
         if isinstance(label, (Tensor, np.generic, np.ndarray)) and np.asarray(label).size == 1:
             label = label.item()
-        if isinstance(label, bool) or not isinstance(label, int):
+        if isinstance(label, bool) or not isinstance(label, int) or not -(2**63) <= label < 2**63:
             raise ProjectError(
                 f"the label of row {row} is not a class index",
                 where=f"split {self.split!r}",
@@ -206,8 +206,8 @@ class Examples:
             if isinstance(first, dict):
                 if any(not isinstance(x, dict) or x.keys() != first.keys() for x in inputs):
                     raise RuntimeError("the keys of the dicts differ")
-                return {name: torch.stack([x[name] for x in inputs]) for name in first}  # type: ignore[index]
-            return torch.stack(inputs)  # type: ignore[arg-type]
+                return {name: _stacked([x[name] for x in inputs], rows) for name in first}  # type: ignore[index]
+            return _stacked(inputs, rows)  # type: ignore[arg-type]
         except (RuntimeError, TypeError) as error:
             raise ProjectError(
                 f"rows {rows[0]} to {rows[-1]} do not fit together",
@@ -221,6 +221,14 @@ class Examples:
 def _is_of_the_system(error: Exception) -> bool:
     """Whether an error says nothing of the row: memory, descriptors or a disk failed, and the next try may not."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.ENOENT))
+
+
+def _stacked(tensors: list[Tensor], rows: Sequence[int] | range) -> Tensor:
+    """Stack tensors of one dtype, which torch would make equal, so that a row's bytes depended on its neighbours."""
+    for tensor, row in zip(tensors, rows, strict=True):
+        if tensor.dtype != tensors[0].dtype:
+            raise RuntimeError(f"{tensors[0].dtype} in row {rows[0]}, {tensor.dtype} in row {row}")
+    return torch.stack(tensors)
 
 
 def sample_rows(n: int, count: int = 64) -> np.ndarray:

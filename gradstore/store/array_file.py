@@ -67,6 +67,8 @@ class ArrayFile:
     def _read(self, start: int, stop: int) -> np.ndarray:
         disk, count, inner = Disk(), stop - start, self.shape[1:]
         each = math.prod(inner)
+        if not count * each:
+            return np.empty((count, *inner), self.dtype)
         with disk.open(self._real) as fd:
             if not self._by_columns:
                 values = np.empty((count, *inner), self.dtype)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from commands import PROJECT, run
+from conftest import Record
 
 FULL = Path("/dev/full")
+CONTROL = "print alone: on a closed stdout exit 0 and no word, on a full one 120 and lines that name no file"
 STOPPED_AT_START = """
 import os, signal, sys
 class CtrlC:
@@ -42,11 +44,17 @@ def in_shell(folder: Path, line: str, *, buffered: bool = True) -> tuple[int, st
     return done.returncode, done.stdout, done.stderr
 
 
+def note(record: Record, count: int, *, refused: int) -> None:
+    record("E1", "streams that are closed, full, or read by nobody", injected=count, recovered=count - refused,
+           refused=refused, silent=0, control=CONTROL)  # fmt: skip
+
+
 @pytest.mark.parametrize(("command", "buffered"), [("info train", False), ("topk train train", True), ("--help", True)])
-def test_who_stops_reading_ends_the_command_quietly(command: str, buffered: bool, folder: Path) -> None:
+def test_who_stops_reading_ends_the_command_quietly(command: str, buffered: bool, folder: Path, record: Record) -> None:
     # The first command writes once its reader has gone for sure.
     status, out, err = in_shell(folder, f"{{ sleep 0.3; gradstore {command}; }} | exec 0<&-", buffered=buffered)
     assert (status, out, err) == (141, "", "")
+    note(record, 1, refused=1)
 
 
 def test_the_first_line_only(folder: Path) -> None:
@@ -58,25 +66,39 @@ def test_the_first_line_only(folder: Path) -> None:
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(("command", "buffered"), [("info train", False), ("topk train train", True), ("--help", True)])
-def test_results_that_do_not_fit_are_one_error(command: str, buffered: bool, folder: Path) -> None:
+def test_results_that_do_not_fit_are_one_error(command: str, buffered: bool, folder: Path, record: Record) -> None:
     status, _, err = in_shell(folder, f"gradstore {command} > {FULL}", buffered=buffered)
     assert (status, err) == (7, "error: stdout: the results cannot be written (got No space left on device).\n")
+    note(record, 1, refused=1)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+def test_what_print_alone_does() -> None:
+    """The control: Python's own streams."""
+    program, environment = [sys.executable, "-c", "print(1)"], {**os.environ, "PYTHONUNBUFFERED": ""}
+    for shell, status, said in ((f'exec "$@" > {FULL}', 120, "Exception ignored"), ('exec "$@" >&-', 0, "")):
+        words = ["bash", "-c", shell, "bash", *program]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr[: len(said)]) == (status, said)
+        assert "stdout:" not in done.stderr
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("redirection", [f"2> {FULL}", "2>&-", "2>&- <&-"])
-def test_messages_that_cannot_be_written_stop_nothing(redirection: str, folder: Path) -> None:
+def test_messages_that_cannot_be_written_stop_nothing(redirection: str, folder: Path, record: Record) -> None:
     line = "gradstore featurize project.py --split train --out train --proj-dim 64 --json"
     status, out, err = in_shell(folder, f"{line} {redirection}")
     assert (status, err) == (0, "")
     assert json.loads(out)["split"] == "train, 48 rows"
     assert in_shell(folder, f"gradstore topk nowhere train {redirection}") == (2, "", "")
+    note(record, 2, refused=1)
 
 
-def test_with_all_streams_closed_a_command_works(folder: Path) -> None:
+def test_with_all_streams_closed_a_command_works(folder: Path, record: Record) -> None:
     assert in_shell(folder, "gradstore export train features.npy <&- >&- 2>&-") == (0, "", "")
     assert run(folder, "export train same.npy").status == 0
     assert (folder / "features.npy").read_bytes() == (folder / "same.npy").read_bytes()
+    note(record, 1, refused=0)
 
 
 @pytest.mark.parametrize("redirections", [(), ("2>&-",)])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import PROJECT, run
 from conftest import Record
@@ -18,6 +19,7 @@ from forking import Forks
 from test_cli_streams import in_shell
 
 import gradstore as gs
+from gradstore.store.annotations import ANNOTATIONS
 
 pytestmark = pytest.mark.soak
 
@@ -118,13 +120,19 @@ def forks() -> Iterator[Forks]:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Every byte that a command leaves, but locks and the log of runs."""
+    """Every byte that a command leaves, but locks and the log of runs; of annotations what they say, not when."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {
-        str(file.relative_to(path)): file.read_bytes()
+        str(file.relative_to(path)): said(file) if file.name == ANNOTATIONS else file.read_bytes()
         for file in found
         if file.is_file() and file.name not in (".lock", "run.jsonl")
     }
+
+
+def said(file: Path) -> bytes:
+    """What annotations say of the rows of their store."""
+    store = gs.open(file.parent)
+    return repr((store.classes, store.labels.tolist(), np.asarray(store.poisoned).tolist(), store.note)).encode()
 
 
 def attempt(forks: Forks, folder: Path, line: str, stderr: Path, killed_after: float | None = None) -> int:
@@ -156,7 +164,7 @@ def test_the_same_command_after_a_kill_is_the_way_on(
         began = time.monotonic()
         assert attempt(forks, folder, lines[0], err) == 0, err.read_text()
         seconds = time.monotonic() - began
-        for _ in range(amount(2, 40)):
+        for _ in range(amount(2, 10)):
             kills += attempt(forks, folder, lines[1], err, chance.uniform(0, 0.7) * seconds) == -signal.SIGKILL
         status = attempt(forks, folder, lines[1], err)
         # `init` leaves a file alone that is there, and what is there is whole.

@@ -15,7 +15,9 @@ from typing import Any, TextIO
 import hostile_calls
 import pytest
 from commands import run
+from conftest import Record
 from hostile_calls import CALLS, prepare
+from test_cli_streams import CONTROL as STREAMS
 
 SCRIPT = Path(__file__).parents[1] / "hostile_calls.py"
 STATUSES = {0, *range(2, 10)}
@@ -45,9 +47,14 @@ def problem(done: dict[str, Any]) -> str:
     return "moves the cursor" if re.search("[\0-\x08\x0b-\x1f\x7f]", done["out"]) else ""
 
 
+CONTROL = "the judge is shown ten wrong outcomes, bugs and forged lines among them, and names each"
+
+
 @pytest.mark.soak
-def test_a_hostile_value_is_refused_in_one_line(tmp_path: Path, amount: Callable[[int, int], int]) -> None:
-    calls, environment = amount(750, 20_000), {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def test_a_hostile_value_is_refused_in_one_line(
+    tmp_path: Path, amount: Callable[[int, int], int], record: Record
+) -> None:
+    calls, environment = amount(750, 5000), {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     running = []
     for seed in ("0", "1"):
         prepare(tmp_path / seed)
@@ -59,6 +66,9 @@ def test_a_hostile_value_is_refused_in_one_line(tmp_path: Path, amount: Callable
         assert len(lines) == 2 * calls, f"the process ended in {lines[-1]}"
         bad += [(problem(done), words, done) for words, done in zip(lines[::2], lines[1::2], strict=True)]
     assert [found for found in bad if found[0]] == []
+    refused = sum(done["status"] != 0 for _, _, done in bad)
+    record("A1", "hostile arguments of commands", injected=len(bad), recovered=len(bad) - refused, refused=refused,
+           silent=0, control=CONTROL)  # fmt: skip
 
 
 CLEAN = {"status": 2, "out": "", "err": "note: --memory is kept\nerror: no.\n"}
@@ -119,19 +129,21 @@ ONCE = [
 
 
 @pytest.mark.parametrize(("line", "status", "message"), ONCE, ids=list(map(str, range(len(ONCE)))))
-def test_what_was_called_a_bug_is_refused(line: str, status: int, message: str, folder: Path) -> None:
+def test_what_was_called_a_bug_is_refused(line: str, status: int, message: str, folder: Path, record: Record) -> None:
     result = run(folder, line)
     assert message in result.err
     assert problem({"status": result.status, "out": result.out, "err": result.err}) == ""
     assert result.status == status
     assert not (folder / "new").exists()
+    record("A1", "hostile arguments of commands", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
 @pytest.mark.parametrize("line", ["topk|train|", "init|\0", "export|train|a\0.npy", "residual|project.py|train|--csv|"])
-def test_a_path_is_a_path(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_a_path(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
     monkeypatch.chdir(folder)
     done = hostile_calls.call(line.split("|"))
     assert (done["status"], problem(done)) == (2, "")
+    record("A1", "hostile arguments of commands", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
 # -- stdout ------------------------------------------------------------------------------------------------------
@@ -141,7 +153,7 @@ PRINTING = [line for line in CALLS if line.split()[0] not in ("demo", "init", "e
 
 @pytest.mark.parametrize("line", PRINTING)
 @pytest.mark.parametrize("more", ["", " --json"], ids=["text", "json"])
-def test_results_that_nobody_takes(more: str, line: str, folder: Path) -> None:
+def test_results_that_nobody_takes(more: str, line: str, folder: Path, record: Record) -> None:
     """141 where nobody reads any more, 7 where the disk is full."""
     for status, opened in ((141, _closed_pipe), (7, _full)):
         if status == 7 and not FULL.exists():
@@ -151,6 +163,8 @@ def test_results_that_nobody_takes(more: str, line: str, folder: Path) -> None:
             patch.chdir(folder)
             done = hostile_calls.exit_status((line + more).split())
         assert done == status
+        record("E1", "streams that are closed, full, or read by nobody", injected=1, recovered=0, refused=1, silent=0,
+               control=STREAMS)  # fmt: skip
         shutil.rmtree(folder / "new", ignore_errors=True)
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import run
+from conftest import Record
 from gradstore_cli.commands import gradstore
 from screens import CASES, GOLDEN, Case, require_golden
 from terminal import CTRL_C, Screen, Terminals, in_terminal
+from test_cli_streams import CONTROL as STREAMS
 
 import gradstore as gs
 from gradstore.native import library
@@ -177,7 +182,9 @@ def test_a_pipe_gets_whole_lines(folder: Path) -> None:
     ],
     ids=["latin-1", "C"],
 )
-def test_letters_that_the_locale_does_not_have(more: dict[str, str], arrow: bytes, label: bytes, folder: Path) -> None:
+def test_letters_that_the_locale_does_not_have(
+    more: dict[str, str], arrow: bytes, label: bytes, folder: Path, record: Record
+) -> None:
     line = "featurize project.py --split train --proj-dim 256 --out new --workers 2"
     screen = in_terminal(folder, *line.split(), **more)
     require_sound(screen, 0)
@@ -185,6 +192,16 @@ def test_letters_that_the_locale_does_not_have(more: dict[str, str], arrow: byte
     screen = in_terminal(folder, "topk", "train", "test", **more)
     require_sound(screen, 0)
     assert label in screen.written
+    record("E2", "locales without the letters of labels and messages", injected=2, recovered=2, refused=0, silent=0,
+           control=f"print alone: {of_python(more)}")  # fmt: skip
+
+
+def of_python(more: dict[str, str]) -> str:
+    """The control: what Python makes of an arrow there."""
+    program = [sys.executable, "-c", "print('\\u2192')"]
+    done = subprocess.run(program, capture_output=True, env={**os.environ, **more}, check=False)
+    assert b"UnicodeEncodeError" in done.stderr
+    return "UnicodeEncodeError"
 
 
 # -- closed streams ----------------------------------------------------------------------------------------------
@@ -192,13 +209,15 @@ def test_letters_that_the_locale_does_not_have(more: dict[str, str], arrow: byte
 
 @pytest.mark.parametrize("case", EACH, ids=lambda case: case.name)
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_with_a_stream_closed(closed: str, case: Case, terminals: Terminals, folder: Path) -> None:
+def test_with_a_stream_closed(closed: str, case: Case, terminals: Terminals, folder: Path, record: Record) -> None:
     screen = terminals.run(folder, *case.line.split(), "--json", closed=[closed])
     require_sound(screen, 0)
     if closed == "stderr":
         json.loads("\n".join(screen.whole_lines))
     else:
         assert re.search("^[{[]|\x1b\\[", screen.text, re.MULTILINE) is None, "JSON, or a bar, is on the wrong stream"
+    record("E1", "streams that are closed, full, or read by nobody", injected=1, recovered=1, refused=0, silent=0,
+           control=STREAMS)  # fmt: skip
 
 
 def test_ctrl_c_with_stderr_closed(terminals: Terminals, folder: Path) -> None:

@@ -67,8 +67,11 @@ def library(folder: Path, variant: Variant) -> ctypes.CDLL:
     path = folder / f"{name}.so"
     defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command = ["g++", *flags, *defines, f"-I{cuda_source.FOLDER}", str(HERE / "cuda_emulation.cpp"), "-o", str(path)]
-    subprocess.run(command, check=True)
+    if not path.exists():  # of a process before this one
+        new = path.with_suffix(".new")
+        source = str(HERE / "cuda_emulation.cpp")
+        subprocess.run(["g++", *flags, *defines, f"-I{cuda_source.FOLDER}", source, "-o", str(new)], check=True)
+        new.replace(path)
     return ctypes.CDLL(str(path))
 
 

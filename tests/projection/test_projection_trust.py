@@ -29,8 +29,14 @@ GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where the emulations are compiled, each once for all tests; which fault a folder has is in its name."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def machine(tmp_path, compiled, monkeypatch):
     """A GPU that is not there, whose paths are emulated in processes of their own; lists the checks that were made."""
     checks = []
 
@@ -40,7 +46,7 @@ def machine(tmp_path, monkeypatch):
         program = [str(HERE / "emulated_paths.py")]
         return check_apart([arguments[0], f"{path.name}:{path.fault}", *arguments[2:]], program)
 
-    monkeypatch.setenv("EMULATED_FOLDER", str(tmp_path))
+    monkeypatch.setenv("EMULATED_FOLDER", str(compiled))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("GRADSTORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trust, "check_apart", apart)

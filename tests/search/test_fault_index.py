@@ -61,7 +61,7 @@ def require_right(store: FeatureStore) -> str:
 def test_strange_facts_under_a_right_digest(
     store: FeatureStore, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 500)
     whole = file.read_bytes()
     tensors, binding = load(whole), binding_of(whole)
     spots = [(), *(place for place in places(binding) if place and place != ("facts", "recall"))]
@@ -121,7 +121,7 @@ def test_arrays_that_do_not_fit_are_built_anew(name: str, store: FeatureStore, r
 
 
 def test_mutated_indexes_are_built_anew(store: FeatureStore, amount: Callable[[int, int], int], record: Record) -> None:
-    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 2000)
+    file, rng, count = index_of(store), np.random.default_rng(0), amount(30, 500)
     whole = file.read_bytes()
     for _ in range(count):
         file.write_bytes(mutated(rng, whole))

@@ -126,7 +126,13 @@ def test_a_table_says_some_rows(store: FeatureStore, tmp_path: Path) -> None:
         ("row,label\n1,9\n", "line 2 cannot be read"),
         ("row,poisoned\n1,1\n2,perhaps\n", "line 3 cannot be read"),
         ('row,label\n1,"0\n', "cannot be read|no CSV"),
-        ("row,label\n1\n", "line 2 cannot be read"),
+        ("row,label\n1\n", "line 2 cannot be read .got 1 cells under 2 columns"),
+        ("row,label,poisoned\n1,0,1\n2,1", "line 3 cannot be read .got 2 cells under 3 columns"),  # cut short
+        ("row,poisoned\n1,0,1\n", "line 2 cannot be read .got 3 cells under 2 columns"),
+        ("row,label,label\n1,0,1\n", "unknown columns"),
+        ("row,label\n1_0,0\n", "line 2 cannot be read .got '1_0' is no whole number"),
+        ("row,label\n٣,0\n", "line 2 cannot be read .got '٣' is no whole number"),
+        ('row,label\n1,"0\n1"\n', "cannot be read"),
     ],
 )
 def test_a_table_that_cannot_be_read_names_its_line(

@@ -140,7 +140,7 @@ def survive(path: Path, changes: Iterator[Change]) -> tuple[int, int]:
 
 
 def test_a_flipped_bit_is_never_read(store: Path, amount: Callable[[int, int], int], record: Record) -> None:
-    count, unnoticed = survive(store, flips(store, amount(1000, 20_000)))
+    count, unnoticed = survive(store, flips(store, amount(1000, 10_000)))
     assert unnoticed > count / 50
     control = f"HDF5 alone: {unnoticed} of {-(-count // 5)} read wrongly without an error"
     record("F5", "one bit flipped anywhere", injected=count, recovered=count, refused=0, silent=0, control=control)

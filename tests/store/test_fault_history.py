@@ -181,7 +181,7 @@ class History(RuleBasedStateMachine):
 
 def test_any_history_keeps_the_promises(amount: object, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_writer, "_LINES", 1)  # so that a journal of few shards is written anew as a manifest
-    examples = amount(200, 20_000)  # type: ignore[operator]
+    examples = amount(200, 3000)  # type: ignore[operator]
     History.steps = 0
     run_state_machine_as_test(
         History,

@@ -226,10 +226,11 @@ def test_a_link_of_the_users_own_is_followed(fast: Path) -> None:
 @pytest.mark.parametrize(
     "shape", [(N, C * K + 1), (-N, K), (N, 0), (1 << 62, 1 << 62), (N, C, K, 1), (N * C * K,)], ids=str
 )
-def test_shapes_of_raw_maps_that_do_not_fit_are_refused(shape: tuple[int, ...], fast: Path) -> None:
+def test_shapes_of_raw_maps_that_do_not_fit_are_refused(shape: tuple[int, ...], fast: Path, record: Record) -> None:
     VALUES.tofile(fast / "raw")
     with pytest.raises(UsageError, match="this is no array of features"):
         import_features(fast / "raw", fast / "out", TRAK, shape=shape)
+    record("S14", "hostile imports", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
 def cut(path: Path) -> None:
@@ -268,7 +269,7 @@ def test_a_file_that_changes_while_it_is_read(
 @pytest.mark.parametrize("change", [cut, overwritten, Path.unlink], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_change_between_the_look_and_the_read_is_seen(
-    when: str, change: Callable[[Path], None], fast: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, change: Callable[[Path], None], fast: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     np.save(fast / "x.npy", VALUES)
     file = open_array(fast / "x.npy", "array")
@@ -285,11 +286,12 @@ def test_a_change_between_the_look_and_the_read_is_seen(
     monkeypatch.setattr(ArrayFile, "_read", changing)
     with pytest.raises((UsageError, CorruptError), match=r"the file changed while it was read|the file is gone"):
         file.rows(0, N)
+    record("S14", "hostile imports", injected=1, recovered=0, refused=1, silent=0, control=CONTROL)
 
 
 def test_mutated_array_files(fast: Path, amount: Callable[[int, int], int], record: Record) -> None:
     """They have no digest: what is read is what the file says, or one line."""
-    rng, count, read = np.random.default_rng(0), amount(100, 3000), 0
+    rng, count, read = np.random.default_rng(0), amount(1500, 40_000), 0
     np.save(fast / "whole.npy", VALUES)
     content = (fast / "whole.npy").read_bytes()
     for _ in range(count):
@@ -302,6 +304,19 @@ def test_mutated_array_files(fast: Path, amount: Callable[[int, int], int], reco
             assert found.exit_code in (2, 5)
             assert "\n" not in found.line
     record("S14", "hostile imports", injected=count, recovered=read, refused=count - read, silent=0, control=CONTROL)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (40, 0), (3, 0, 8)], ids=str)
+def test_arrays_of_nothing_are_read_as_such_and_are_no_labels(
+    shape: tuple[int, ...], fast: Path, record: Record
+) -> None:
+    for array in (np.zeros(shape, np.int64), np.zeros(shape, np.int64, order="F")):
+        np.save(fast / "x.npy", array)
+        assert open_array(fast / "x.npy", "array").rows(0, shape[0]).shape == shape
+    if len(shape) < 3:
+        with pytest.raises(UsageError, match="labels or logits do not fit"):
+            imported(fast, labels=np.load(fast / "x.npy"))
+    record("S14", "hostile imports", injected=2, recovered=2, refused=0, silent=0, control=CONTROL)
 
 
 def told(path: Path) -> np.ndarray | GradstoreError:

@@ -49,7 +49,7 @@ def kill_at_random(forks: Forks, order: dict[str, object], longest: float, chanc
 def test_a_killed_writer_loses_no_stored_row(
     forks: Forks, fast: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    kills, wanted, chance = 0, amount(200, 2000), random.Random(0)
+    kills, wanted, chance = 0, amount(200, 1000), random.Random(0)
     path, acks = fast / "store", fast / "acks"
     write(fast / "whole", 60, shard_rows=4)
     order = {"job": "write_slowly", "path": str(path), "n": 60, "shard_rows": 4, "acks": str(acks)}
@@ -116,7 +116,7 @@ def test_one_of_several_writers_proceeds(
     forks: Forks, fast: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
     write(fast / "whole")
-    rounds, refused, attempts = amount(50, 500), 0, 0
+    rounds, refused, attempts = amount(50, 300), 0, 0
     with Forks(HDF5_USE_FILE_LOCKING="FALSE") as unlocked:
         for i in range(rounds):
             path, writers = fast / f"store{i}", 2 + i % 7

@@ -157,7 +157,7 @@ def run_states(
 def test_power_cuts_lose_nothing_that_was_reported_stored(
     fast: Path, amount: Callable[[int, int], int], record: Record
 ) -> None:
-    states = amount(3000, 50_000)
+    states = amount(3000, 20_000)
     found = run_states(fast / "store", LoggingDisk(), states)
     assert [at for at, lost in found if lost] == []
     control = sum(lost for _, lost in run_states(fast / "control", LoggingDisk(syncs=False), 200))

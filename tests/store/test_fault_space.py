@@ -121,7 +121,7 @@ def rows_before_hdf5_notices(path: Path, file_limit: Callable[[int], None]) -> i
 
 
 def test_readers_see_right_rows_or_none(fast: Path, amount: Callable[[int, int], int], record: Record) -> None:
-    wanted, chance = amount(10_000, 1_000_000), np.random.default_rng(0)
+    wanted, chance = amount(10_000, 300_000), np.random.default_rng(0)
     reads = not_yet = unclear = 0
     path, ends = fast / "store", threading.Event()
     writer = threading.Thread(target=write_again_and_again, args=(path, ends))
