@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import alone_option, as_json, memory_option, project_options, settings_options
+from .options import alone_option, as_json, bad_row_option, memory_option, project_options, settings_options
 from .output import print_hanging, print_json
 
 
@@ -17,6 +17,7 @@ from .output import print_hanging, print_json
 @project_options
 @settings_options
 @memory_option("auto")
+@bad_row_option
 @alone_option
 @as_json
 def check(project_file: Path, options: dict[str, str], split: str, as_json: bool, **settings: Any) -> None:

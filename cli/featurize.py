@@ -14,6 +14,7 @@ from .options import (
     PATH,
     alone_option,
     as_json,
+    bad_row_option,
     lock_option,
     memory_option,
     parse_count,
@@ -61,13 +62,7 @@ if TYPE_CHECKING:
     type=click.Choice(["all", "sample"]),
     help="Whose inputs are compared before going on: all stored rows', or those of 256 random ones.",
 )
-@click.option(
-    "--on-bad-row",
-    default="stop",
-    show_default=True,
-    type=click.Choice(["stop", "skip"]),
-    help="A row that cannot be read, is not finite or has no gradient: stop, or leave it out and keep its place.",
-)
+@bad_row_option
 @click.option("--retry-absent", is_flag=True, help="Compute rows again that were left out.")
 @alone_option
 @lock_option()

@@ -61,12 +61,13 @@ def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: in
     model = gs.KernelGLM(alpha=_strength(alpha), memory=memory, random_state=seed, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.fit(gs.open(train))
+        store = gs.open(train)
+        model.fit(store)
     model.save(out)
     say(f"wrote {out}")
     for warning in caught:
         say(f"warning: {warning.message}")
-    report = _report(model)
+    report = _report(model, len(store.present_at))
     if as_json:
         print_json(report)
     else:
@@ -94,11 +95,11 @@ def _print(report: dict[str, Any], select: str) -> None:
         print_table(("alpha", f"{held_out} on rows held out", ""), rows, right=(0, 1))
 
 
-def _report(model: KernelGLM) -> dict[str, Any]:
+def _report(model: KernelGLM, rows: int) -> dict[str, Any]:
     return {
         "kernel": model.kernel,
         "backend": model.backend,
-        "rows": model.coef_.shape[1],
+        "rows": rows,
         "classes": model.coef_.shape[0],
         "alpha": model.alpha_,
         "alpha_scores": {f"{alpha:g}": score for alpha, score in model.alpha_scores_.items()},

@@ -141,6 +141,17 @@ def alone_option(function: F) -> F:
     return click.option("--alone", is_flag=True, help=text)(function)
 
 
+def bad_row_option(function: F) -> F:
+    """`--on-bad-row`."""
+    return click.option(
+        "--on-bad-row",
+        default="stop",
+        show_default=True,
+        type=click.Choice(["stop", "skip"]),
+        help="A row that cannot be read, is not finite or has no gradient: stop, or leave it out and keep its place.",
+    )(function)
+
+
 def lock_option(when: str = "") -> Callable[[F], F]:
     """`--lock`; `when` it is heeded, a few words that begin its help."""
     ways = "; ".join(f"{name}: {meaning}" for name, meaning in LOCKS.items())

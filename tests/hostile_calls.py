@@ -36,7 +36,7 @@ CALLS = [
     *("topk train project.py --rows 0:2", "gram train test --out gram.h5", "gram project.py test --out exact.h5"),
     *("residual project.py train test --pairs 4", "fit train --out surrogate", "attribute fitted test --row 0"),
     *("evaluate fitted test --bootstrap 2", "verify train", "export train out.npy"),
-    "import features.npy --out new --tool t --model m",
+    *("import features.npy --out new --tool t --model m", "annotate spare --note n", "remove spare --rows 0 --yes"),
 ]
 _COSTLY = ("check", "residual")  # and called less often
 _LEFT_OUT = {"--help", "--again", "--faiss"}  # whose factories are FAISS's own to judge
@@ -50,6 +50,7 @@ def prepare(folder: Path) -> None:
     for line in (*made, "fit train --out fitted", "export train features.npy"):
         result = run(folder, line)
         assert result.status == 0, result.err
+    shutil.copytree(folder / "train", folder / "spare")
     noise = np.random.default_rng(0)
     for name in ("noise", "noise.npy", "noise.h5", "noise.safetensors", "hostile.py"):
         (folder / name).write_bytes(noise.bytes(3000))

@@ -27,6 +27,21 @@ ON_BAD_ROW = ("stop", "skip")
 """What becomes of a run that meets one."""
 
 
+def skips(on_bad_row: str) -> bool:
+    """Whether bad rows are left out.
+
+    Returns:
+        True for "skip", False for "stop".
+
+    Raises:
+        UsageError: another word.
+    """
+    if on_bad_row not in ON_BAD_ROW:
+        expected = f"one of {', '.join(ON_BAD_ROW)}"
+        raise UsageError("unknown answer to a bad row", where="--on-bad-row", expected=expected, got=on_bad_row)
+    return on_bad_row == "skip"
+
+
 class BadRows:
     """Which rows of a batch are left out.
 
@@ -40,10 +55,7 @@ class BadRows:
     """
 
     def __init__(self, plan: Plan, manifest: Manifest, on_bad_row: str = "stop") -> None:
-        if on_bad_row not in ON_BAD_ROW:
-            expected = f"one of {', '.join(ON_BAD_ROW)}"
-            raise UsageError("unknown answer to a bad row", where="--on-bad-row", expected=expected, got=on_bad_row)
-        if on_bad_row == "skip" and not manifest.schema.has_inputs:
+        if skips(on_bad_row) and not manifest.schema.has_inputs:
             raise UsageError(
                 "a store of this version cannot leave rows out",
                 where="--on-bad-row",
@@ -51,7 +63,7 @@ class BadRows:
                 got=f"version {manifest.schema.version}",
                 hint="Begin a store of its own",
             )
-        self._plan, self._manifest, self._skipping = plan, manifest, on_bad_row == "skip"
+        self._plan, self._manifest, self._skipping = plan, manifest, skips(on_bad_row)
 
     def reasons(
         self, rows: range, logits: Tensor, sq_norm: Tensor, groups: Sequence[Inputs], spans: Sequence[range]

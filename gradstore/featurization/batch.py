@@ -135,23 +135,24 @@ def _require_forward(plan: Plan, inputs: Inputs, rows: range, error: Exception) 
             ) from error
 
 
-def project_rows(plan: Plan, rows: range) -> Tensor:
+def project_rows(plan: Plan, rows: range, bad_rows: BadRows | None = None) -> Tensor:
     """Features float32 [len(rows), c, K] of a few rows, as featurize computes them but neither rounded nor stored."""
     inputs = to_device(plan.examples.read(rows)[0], plan.device)
     spans = list(_groups(rows, plan.manifest.group))
     parts = [slice_rows(inputs, span.start - rows.start, span.stop - rows.start) for span in spans]
-    sums = _project(plan, parts, spans, Stopwatch())
+    sums = _project(plan, parts, spans, Stopwatch(), bad_rows=bad_rows)
     with plan.projection.explained(plan.device):
         sums.require_good(plan)
     return sums.features.mul_(plan.projection.scale)
 
 
-def row_columns(plan: Plan, groups: Iterable[range]) -> Iterator[Columns]:
+def row_columns(plan: Plan, groups: Iterable[range], bad_rows: BadRows | None = None) -> Iterator[Columns]:
     """Every dataset but the digests for some groups of rows, one group after another, as featurize would store them."""
     truth, audits, group = plan.project.poisoned_mask(plan.split), audit_schedule(plan), plan.manifest.group
     independence = RowIndependence(plan, group)
     for rows in groups:
-        yield compute(plan, rows, group, truth, audited=audits.due, independence=independence)()
+        audited = audits.due
+        yield compute(plan, rows, group, truth, audited=audited, independence=independence, bad_rows=bad_rows)()
         audits.computed(len(rows))
 
 

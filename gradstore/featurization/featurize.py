@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.errors import MismatchError, UsageError
-from gradstore.featurization.bad_rows import BadRows, is_retried
+from gradstore.featurization.bad_rows import BadRows, is_retried, skips
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
 from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
 from gradstore.featurization.environment import environment, require_same_environment
@@ -165,7 +165,7 @@ def featurize(
         memory,
         group=None if grown is None else grown.manifest.group,
         alone=alone,
-        skipping=on_bad_row == "skip",
+        skipping=skips(on_bad_row),
     )
     smaller = None
     if grown is not None:
@@ -185,14 +185,13 @@ def featurize(
         if verify:
             _drop_damaged(writer, on_damage)
         mark_poisoned(plan, writer, on_note)
-        again = _shards_to_retry(writer) if retry_absent else []
+        again = _to_retry(writer) if retry_absent else {}
         if writer.manifest.missing or again:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
             bad_rows = BadRows(plan, writer.manifest, on_bad_row)
             run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note, bad_rows)
-            run.retry_absent(again)
-            run.write_missing()
+            run.write_missing(again)
     return _say_absent(FeatureStore(out), on_note)
 
 
@@ -221,10 +220,14 @@ class _Run:
         self.audits, self.independence = audit_schedule(plan), RowIndependence(plan, self.group)
         self.computed = self.audited = 0
 
-    def write_missing(self) -> None:
-        """Compute and publish the missing shards in ascending order."""
+    def write_missing(self, again: Mapping[int, int]) -> None:
+        """Compute and publish shards in ascending order: those with absent rows anew, and then the missing ones.
+
+        Args:
+            again: the shards to write anew, and of how many rows each of them has groups to compute.
+        """
         manifest = self.writer.manifest
-        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing) - self.computed
+        stored = manifest.n - sum(len(manifest.rows_of(i)) for i in manifest.missing) - sum(again.values())
         written = sum(shard.size for shard in manifest.shards)
         began = time.perf_counter()
 
@@ -241,6 +244,7 @@ class _Run:
                 )
 
         report()
+        self._retry_absent(again, report)
         if self.workers > 1:
 
             def count(shard: Shard, checks: tuple[int, Looked]) -> None:
@@ -263,17 +267,17 @@ class _Run:
         done = {"rows": self.computed, "seconds": seconds, "busy": busy, "audited": self.audited, "looked": looked}
         self.writer.log(event="finish", at=now_utc(), **done)
 
-    def retry_absent(self, indices: Sequence[int]) -> None:
+    def _retry_absent(self, indices: Iterable[int], report: Callable[[], None]) -> None:
         """Write some shards anew, of which just the groups with rows to try again are computed."""
 
         def again(rows: range, stored: Columns) -> Columns:
             if not is_retried(stored["absent"]).any():
                 return stored
+            looking, bad = self.independence, self.bad_rows
+            found = compute(self.plan, rows, self.group, self.truth, self.watch, independence=looking, bad_rows=bad)()
             self.computed += len(rows)
-            looking = self.independence
-            return compute(
-                self.plan, rows, self.group, self.truth, self.watch, independence=looking, bad_rows=self.bad_rows
-            )()
+            report()
+            return found
 
         for index in indices:
             rewrite_shard(self.writer, index, self.group, again)
@@ -372,10 +376,14 @@ def _drop_damaged(writer: StoreWriter, on_damage: Callable[[Sequence[Damage]], N
         writer.drop(found.shard for found in damage)
 
 
-def _shards_to_retry(writer: StoreWriter) -> list[int]:
-    """Listed shards with rows that were left out and may be computed after all."""
-    indices = (shard.index for shard in writer.manifest.shards)
-    return [index for index in indices if is_retried(absent_of(writer, index)).any()]
+def _to_retry(writer: StoreWriter) -> dict[int, int]:
+    """Listed shards with rows that were left out and may be computed after all -> rows of the groups with such rows."""
+    found, group = {}, writer.manifest.group
+    for shard in writer.manifest.shards:
+        groups = np.unique(np.flatnonzero(is_retried(absent_of(writer, shard.index))) // group)
+        if len(groups):
+            found[shard.index] = int(np.minimum(group, shard.rows - groups * group).sum())
+    return found
 
 
 def _require_same_inputs(

@@ -85,12 +85,13 @@ class Plan:
         self.classes = int(logits.shape[1])
         if self.examples.label_table is not None:
             require_labels(self.examples.label_table, self.classes, split)
+        self.first_sound, sound = _sound(inputs, logits)
         self.engine = JacobianEngine(
             project.model,
             self.blocks,
             forward=project.forward,
             layout="sum" if settings.layout == "sum" else "per-class",
-            example=_sound(inputs, logits),
+            example=sound,
             alone=alone,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
@@ -227,10 +228,14 @@ def one_row(inputs: Inputs, i: int) -> Tensor | dict[str, Tensor]:
     return {name: x[i] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[i]
 
 
-def _sound(inputs: Inputs, logits: Tensor) -> Inputs:
-    """Examples by which layers' rules can be tried: those whose inputs and logits are finite, where there are any."""
+def _sound(inputs: Inputs, logits: Tensor) -> tuple[int, Inputs]:
+    """Examples by which layers' rules can be tried: those whose inputs and logits are finite, where there are any.
+
+    Returns:
+        (the row of the first, all of them).
+    """
     good = logits.isfinite().all(dim=1)
     for x in inputs.values() if isinstance(inputs, dict) else [inputs]:
         if x.is_floating_point() and not x.is_sparse:
             good &= x.flatten(1).isfinite().all(dim=1) if x.ndim > 1 else x.isfinite()
-    return take(inputs, torch.nonzero(good)[:, 0]) if good.any() else inputs
+    return (int(good.int().argmax()), take(inputs, torch.nonzero(good)[:, 0])) if good.any() else (0, inputs)

@@ -42,7 +42,8 @@ def require_finite_block(sq_norm: Tensor, rows: Sequence[int], parameter: str, s
         where=f"split {split!r}, parameter {parameter}",
         expected="finite values",
         got=f"squared norm {sq_norm[i, c].item()}",
-        hint="Look at this row's input and logits; a NaN input, a log of zero or an overflow are the usual causes",
+        hint="Look at this row's input and logits; a NaN input, a log of zero or an overflow are the usual causes; "
+        "featurize --on-bad-row skip leaves such rows out",
     )
 
 
@@ -78,7 +79,8 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: Sequence[int], sp
             where=f"split {split!r}",
             expected="a gradient, of which a cosine can be taken",
             got="‖g‖² = 0",
-            hint="Widen `parameters=`, or check that the logits depend on them",
+            hint="Widen `parameters=`, or check that the logits depend on them; "
+            "featurize --on-bad-row skip leaves such rows out",
         )
     low, high = norm_band(features.shape[-1])
     norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).cpu() * scale

@@ -82,7 +82,7 @@ def compare_inputs(
         expected = f"one of {', '.join(DATA_CHECKS)}"
         raise UsageError("unknown check of the data", where="--data-check", expected=expected, got=repr(how))
     spans = [(shard.index, manifest.rows_of(shard.index)) for shard in manifest.shards]
-    stored = np.concatenate([_NONE, *(np.arange(rows.start, rows.stop) for _, rows in spans)])
+    stored = np.concatenate([_NONE, *(_there(ShardFile(path, manifest, index, disk), rows) for index, rows in spans)])
     chosen = stored
     if how == "sample" and len(stored) > SAMPLE:
         chosen = np.sort(np.random.default_rng().choice(stored, SAMPLE, replace=False))
@@ -94,7 +94,6 @@ def compare_inputs(
             continue
         file = ShardFile(path, manifest, index, disk)
         try:
-            here = here[file.column("absent")[here - rows.start] == 0]
             known, labels = (file.column(name)[here - rows.start] for name in ("input_digest", "label"))
         except (CorruptError, UnsafeError):
             continue  # whoever verifies the store says what is damaged
@@ -112,6 +111,14 @@ def compare_inputs(
                 progress(done, len(chosen))
     _require_none(np.concatenate(changed), len(chosen), examples.split, path)
     return Compared(len(chosen), len(stored), np.concatenate(relabelled))
+
+
+def _there(file: ShardFile, rows: range) -> np.ndarray:
+    """Rows of a shard that are there; all of one that is damaged, of which whoever verifies the store speaks."""
+    try:
+        return rows.start + np.flatnonzero(file.column("absent") == 0)
+    except (CorruptError, UnsafeError):
+        return np.arange(rows.start, rows.stop)
 
 
 def _require_none(changed: np.ndarray, compared: int, split: str, path: Path) -> None:

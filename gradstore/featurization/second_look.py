@@ -62,7 +62,8 @@ class SecondLook:
                 where=f"split {split!r}",
                 expected="finite logits",
                 got=float(logits[i, c]),
-                hint="Look at this row's input; a NaN input, a log of zero or an overflow are the usual causes",
+                hint="Look at this row's input; a NaN input, a log of zero or an overflow are the usual causes; "
+                "featurize --on-bad-row skip leaves such rows out",
             )
 
     def require(self, split: str) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradstore.errors import GradstoreError, ProjectError
+from gradstore.featurization.bad_rows import BadRows, skips
 from gradstore.featurization.batch import project_rows, row_columns
 from gradstore.featurization.plan import GROUP, Plan, to_device
 from gradstore.featurization.repeated_inputs import repeated_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
+from gradstore.indices import spans
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project, call_model
 
@@ -49,6 +52,7 @@ def checks(
     device: str = "auto",
     memory: int | str = "auto",
     alone: bool = False,
+    on_bad_row: str = "stop",
     **settings: Unpack[Given],
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
@@ -62,7 +66,9 @@ def checks(
     found: dict[str, Any] = {}
 
     def prepare() -> str:
-        found["plan"] = Plan(project, split, Settings(**settings), device, memory, alone=alone)
+        skipping = skips(on_bad_row)
+        found["plan"] = Plan(project, split, Settings(**settings), device, memory, alone=alone, skipping=skipping)
+        found["bad rows"] = BadRows(found["plan"], found["plan"].manifest, on_bad_row)
         return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
 
     steps: list[tuple[str, Callable[[], str]]] = [
@@ -72,9 +78,9 @@ def checks(
         ("inputs", lambda: repeated_inputs(project, split)),
         ("parameters", lambda: _parameters(found["plan"])),
         ("Jacobians", lambda: _jacobians(found["plan"])),
-        ("rows", lambda: _rows(found["plan"])),
+        ("rows", lambda: _rows(found["plan"], found["bad rows"])),
         ("store", lambda: _store(found["plan"])),
-        ("time", lambda: _time(found["plan"])),
+        ("time", lambda: _time(found["plan"], found["bad rows"])),
     ]
     for name, step in steps:
         try:
@@ -107,8 +113,9 @@ def _parameters(plan: Plan) -> str:
 
 
 def _jacobians(plan: Plan) -> str:
-    """Compare the streamed Jacobian of one example with one autograd pass a class."""
-    inputs = to_device(plan.examples.read([0])[0], plan.device)
+    """Compare the streamed Jacobian of the first sound example with one autograd pass a class."""
+    row = plan.first_sound
+    inputs = to_device(plan.examples.read([row])[0], plan.device)
     worst, name = 0.0, ""
     expected = _looped(plan, inputs)
     streamed: dict[str, list[Tensor]] = {}
@@ -121,13 +128,13 @@ def _jacobians(plan: Plan) -> str:
             worst, name = error, parameter
     if not worst <= _JACOBIAN_TOLERANCE:
         raise ProjectError(
-            "the Jacobian of row 0 differs from looped autograd",
+            f"the Jacobian of row {row} differs from looped autograd",
             where=f"parameter {name}",
             expected=f"a relative difference below {_JACOBIAN_TOLERANCE:g}",
             got=f"{worst:.2g}",
             hint="Is the model deterministic? Report it otherwise",
         )
-    return f"row 0 equals looped autograd to {worst:.1g} relative"
+    return f"row {row} equals looped autograd to {worst:.1g} relative"
 
 
 def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
@@ -153,13 +160,14 @@ def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
     }
 
 
-def _rows(plan: Plan) -> str:
+def _rows(plan: Plan, bad_rows: BadRows) -> str:
     """Compute one group as a run does, and look at it a second time."""
     rows = range(min(plan.manifest.group, len(plan.examples)))
-    next(row_columns(plan, [rows]))
+    absent = np.flatnonzero(next(row_columns(plan, [rows], bad_rows)).get("absent", ()))
+    left_out = f"; {len(absent)} are left out: {spans(absent)}" if len(absent) else ""
     if plan.alone:
-        return "each computed by itself, and the same the second time"
-    return f"{len(rows)} rows are the same alone, beside others and read again"
+        return f"each computed by itself, and the same the second time{left_out}"
+    return f"{len(rows)} rows are the same alone, beside others and read again{left_out}"
 
 
 def _store(plan: Plan) -> str:
@@ -168,12 +176,12 @@ def _store(plan: Plan) -> str:
     return f"[{n}, {c}, {K}] {plan.manifest.schema.dtype}: {format_bytes(plan.bytes)} in shards of {rows} rows"
 
 
-def _time(plan: Plan) -> str:
+def _time(plan: Plan, bad_rows: BadRows) -> str:
     """Featurize one group of rows twice; the second time is the measure."""
     rows = range(min(max(plan.manifest.group, GROUP), len(plan.examples)))
-    project_rows(plan, rows)
+    project_rows(plan, rows, bad_rows)
     began = time.perf_counter()
-    project_rows(plan, rows)
+    project_rows(plan, rows, bad_rows)
     seconds = (time.perf_counter() - began) / len(rows) * len(plan.examples)
     return (
         f"about {_duration(seconds)} ({plan.flops:.2g} flops of projection, {plan.projection.path(plan.device)} path)"

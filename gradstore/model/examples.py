@@ -155,7 +155,8 @@ class Examples:
                 f"row {row} cannot be read",
                 where=f"split {self.split!r}",
                 got=f"{type(error).__name__}: {error}",
-                hint=f"len() of this dataset is {len(self)}; ds[i] must work for every i below it",
+                hint=f"len() of this dataset is {len(self)}; ds[i] must work for every i below it, or "
+                "featurize --on-bad-row skip leaves such rows out",
             ) from error
 
     @cached_property

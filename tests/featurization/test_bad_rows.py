@@ -17,6 +17,7 @@ from gradstore.errors import MismatchError, NonFiniteError, ProjectError, UsageE
 from gradstore.featurization import plan
 from gradstore.featurization.plan import Plan
 from gradstore.featurization.settings import Settings
+from gradstore.featurization.trial import checks
 from gradstore.model.examples import sample_rows
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.schema import NOT_FINITE, REMOVED, UNREADABLE, ZERO
@@ -281,3 +282,28 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     featurize(spoilt(), tmp_path / "s", on_bad_row="skip", on_note=said.append)
     assert said == ["absent, 4 of 120 rows: 3, 40-41, 119; `gradstore info` says why"]
+
+
+def test_check_tries_a_project_with_bad_rows() -> None:
+    x = spoilt()
+    x[0] = torch.nan
+    failed = [check for check in checks(project(x), proj_dim=16) if check.error is not None]
+    assert "featurize --on-bad-row skip leaves such rows out" in failed[0].detail
+    found = {check.name: check for check in checks(project(x), proj_dim=16, on_bad_row="skip")}
+    assert not any(check.error for check in found.values())
+    assert found["Jacobians"].detail.startswith("row 1 equals looped autograd")
+    assert found["rows"].detail.endswith("; 2 are left out: 0, 3")
+
+
+def test_progress_counts_only_what_is_computed(tmp_path: Path) -> None:
+    featurize(spoilt(), tmp_path / "s", on_bad_row="skip")
+    seen: list[tuple[int, int, int]] = []
+    featurize(good(), tmp_path / "s", retry_absent=True, progress=lambda p: seen.append((p.rows, p.computed, p.total)))
+    group = gs.open(tmp_path / "s").manifest.group
+    again = sum(len(range(start, min(start + group, N))) for start in {row // group * group for row in SPOILT})
+    assert seen[0] == (N - again, 0, N)
+    assert seen[-1] == (N, again, N)
+    compared: list[tuple[int, int]] = []
+    featurize(spoilt(), tmp_path / "t", on_bad_row="skip")
+    featurize(spoilt(), tmp_path / "t", on_bad_row="skip", on_data_check=lambda *count: compared.append(count))
+    assert compared[-1] == (N - 4, N - 4)
