@@ -31,6 +31,7 @@ def present_rows(rows: Rows) -> Rows:
         A handle on them; their `rows` say which of the split they are. Holds 8 bytes a row.
 
     Example:
+        >>> from gradstore.store.present_rows import present_rows
         >>> present_rows(train) is train  # where none is absent
         True
     """

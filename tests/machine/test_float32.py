@@ -122,7 +122,7 @@ def results(folder):
     store = gs.featurize(project, split="train", out=folder, proj_dim=64, dtype="float32")
     index = open_index(store, size=20)
     rows, chosen = IndexedRows(index, 10**9), np.arange(40)
-    request = Request(store, store, chosen, (index.phi,) * 40, index.phi.kernel, 3)
+    request = Request(store, store, chosen, (index.phi,) * 40, index.phi.kernel, 3, store)
     upper = [rows.upper_bounds(group, 3)[0].tobytes() for _, group in rows.batches(request)]
     exact = {name: gs.exact_gram(project, "train", kernel=name).tobytes() for name in ("ck", "trntk")}
     return {"features": store.features[:].tobytes(), "logits": store.logits.tobytes(), "bounds": upper, **exact}
