@@ -219,6 +219,13 @@ def parse_rows_or_file(context: click.Context, parameter: click.Parameter, value
     return FILE.convert(value, parameter, context)
 
 
+def parse_excluded(context: click.Context, parameter: click.Parameter, value: str) -> Sequence[int] | Path | None:
+    """The same, or "none" for no row; None where nothing is said."""
+    if not value:
+        return None
+    return [] if value == "none" else parse_rows_or_file(context, parameter, value)
+
+
 def _promised(context: click.Context, parameter: click.Parameter, value: str, *, or_auto: bool) -> str:
     """A budget; of one that is too small to be promised, the user is told so."""
     if not (or_auto and value == AUTO) and parse_bytes(value, or_auto=or_auto) < PROMISED:

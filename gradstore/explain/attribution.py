@@ -18,7 +18,7 @@ from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
 from gradstore.store.feature_store import FeatureStore
-from gradstore.store.present_rows import present_rows, require_present
+from gradstore.store.present_rows import PresentRows, require_present
 from gradstore.store.rows import Rows
 
 
@@ -233,8 +233,9 @@ def attribute(
         model.binding_.require_queries(queries)
         require_present(queries, np.array([row]), where="--row")
         train = _remembered(model.binding_.source) if train is None else train
-        similarity, labels = _to_training_store(model, queries, row, train), train.labels
-        absent = train.absent > 0 if train.absent.any() else None
+        model.binding_.require_training_store(train)
+        labels, absent = train.labels, _absent(model, train)
+        similarity = _to_training_store(model, queries, row, train, np.flatnonzero(~absent))
     else:
         similarity = _given(model, queries, row)
     n = len(similarity)
@@ -263,14 +264,21 @@ def class_index(names: Sequence[str], wanted: str) -> int:
     return list(names).index(wanted)
 
 
-def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows) -> np.ndarray:
-    """κ(x, x_i) in float64, so that the attributions sum to the logit."""
-    model.binding_.require_training_store(store)
+def _absent(model: KernelGLM, train: Rows) -> np.ndarray:
+    """Which training examples have no part in the logits, bool [n]; one that was excluded after the fit has."""
+    if model.coef_.shape[1] != len(train):
+        return train.absent > 0  # a file that says it is bound to these rows, and is not, which is said below
+    return (train.absent > 0) & ~model.coef_.any(axis=0)
+
+
+def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows, at: np.ndarray) -> np.ndarray:
+    """κ(x, x_i) of the rows at these places in float64, so that the attributions sum to the logit; else NaN."""
     phi_of = model.phi_on(store)
     query = phi_of.unit_rows(queries.read(row, row + 1), queries.where)[0].double()
     out = np.full(len(store), np.nan)
-    for span, phi in doubled(StoreRows(present_rows(store), phi_of, parse_bytes(model.memory))):
-        out[store.present_at[span]] = (phi @ query).numpy()
+    rows = store if len(at) == len(store) else PresentRows(store, at)
+    for span, phi in doubled(StoreRows(rows, phi_of, parse_bytes(model.memory))):
+        out[at[span]] = (phi @ query).numpy()
     return out
 
 

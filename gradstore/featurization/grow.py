@@ -40,6 +40,8 @@ class SmallerStore:
         require_same(theirs, ours, where=store.path, theirs="the smaller store", ours="this run")
         _require_growable(store.require_complete(), planned)
         self._store = store
+        # Rows that annotations exclude have features like any other.
+        self._absent = store.column("absent") if store.schema.has_inputs else np.zeros(len(store), np.uint8)
         self.K = store.schema.K
 
     def require_inputs(self, rows: range, digests: np.ndarray) -> None:
@@ -51,7 +53,7 @@ class SmallerStore:
         if self._store.input_digests is None:
             return
         theirs = self._store.input_digests[rows.start : rows.stop]
-        differ = np.flatnonzero((theirs != digests).any(axis=1) & (self._store.absent[rows.start : rows.stop] == 0))
+        differ = np.flatnonzero((theirs != digests).any(axis=1) & (self._absent[rows.start : rows.stop] == 0))
         if differ.size:
             raise MismatchError(
                 f"row {rows[int(differ[0])]} has other inputs than in the smaller store",
@@ -62,7 +64,7 @@ class SmallerStore:
 
     def has(self, rows: range) -> bool:
         """Whether all of these rows are there."""
-        return not self._store.absent[rows.start : rows.stop].any()
+        return not self._absent[rows.start : rows.stop].any()
 
     def sums(self, rows: range) -> tuple[Tensor, Tensor, Tensor]:
         """(P g float32 [n, c, K], exponent of each row's scale [n, c], rows [n, c] whose small digits were cut)."""

@@ -254,6 +254,7 @@ class StoreTiles:
         if self.in_place:
             columns["features"] = made.values[place : place + len(rows)].view(columns["features"].shape).numpy()
         store.read(rows.start, rows.stop, out=columns, check=check)
+        columns["absent"] = store.absent[rows.start : rows.stop]  # annotations have a say in it
         for at in range(0, len(rows), self.together):
             some = slice(at, at + self.together)
             part = {name: column[some] for name, column in columns.items()}

@@ -15,6 +15,7 @@ from gradstore.store.annotations import read_annotations, write_annotations
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
 from gradstore.store.files.manifest_file import require_storable
+from gradstore.store.schema import EXCLUDED
 from gradstore.store.store_writer import open_for_repair
 
 
@@ -23,6 +24,7 @@ def annotate(
     *,
     labels: Sequence[int] | np.ndarray | None = None,
     poisoned: RowChoice | None = None,
+    excluded: RowChoice | None = None,
     classes: Sequence[str] | None = None,
     note: str | None = None,
     disk: Disk | None = None,
@@ -36,6 +38,8 @@ def annotate(
         store: directory of the store.
         labels: classes of all rows, int [n]; -1 for none.
         poisoned: which rows are poisoned, as a bool mask [n] or indices.
+        excluded: which rows are to count nowhere, as a bool mask [n] or indices: they are never neighbours, queries or
+            part of a fit, until this is changed again. Their features stay; `gradstore.remove` takes them out.
         classes: names of the classes.
         note: for people; shown by `gradstore info`.
         disk: where bytes go; for tests.
@@ -53,8 +57,9 @@ def annotate(
         array([3, 5])
     """
     path = Path(store)
-    if labels is None and poisoned is None and classes is None and note is None:
-        raise UsageError("nothing to annotate", where="annotate", expected="labels, poisoned, classes or note")
+    if all(given is None for given in (labels, poisoned, excluded, classes, note)):
+        expected = "labels, poisoned, excluded, classes or note"
+        raise UsageError("nothing to annotate", where="annotate", expected=expected)
     disk = disk or Disk()
     with open_for_repair(path, disk) as writer:
         now = FeatureStore(path, disk=disk)
@@ -67,6 +72,9 @@ def annotate(
             values["poisoned"] = row_mask(poisoned, len(now), where="poisoned")
             before = np.zeros(len(now), bool) if now.poisoned is None else now.poisoned
             changes.append(f"{int((values['poisoned'] != before).sum())} poison marks")
+        if excluded is not None:
+            values["excluded"] = row_mask(excluded, len(now), where="excluded")
+            changes.append(f"{int((values['excluded'] != (now.absent == EXCLUDED)).sum())} exclusions")
         if classes is not None:
             values["classes"] = _names(classes, now)
             changes += ["names of classes"] if values["classes"] != now.classes else []

@@ -1,4 +1,4 @@
-"""What people say of rows and may change their minds about: labels, poison marks, names of classes, a note.
+"""What people say of rows and may change their minds about: labels, marks, rows to leave out, names of classes, a note.
 
 Features depend on none of it, so it is kept beside the shards in one small file, `annotations.safetensors`: whole,
 under a digest, replaced atomically, with a line of history a change. What it does not say stays as it was when the rows
@@ -36,6 +36,7 @@ class Annotations:
         classes: names of the classes; None where the manifest's hold.
         labels: int64 [≤ n], of the first rows; None where those read with the rows hold.
         poisoned: bool [≤ n], of the first rows; None where it is not known.
+        excluded: bool [≤ n], of the first rows: those that count nowhere; None for none.
         note: for people.
         history: (when, what) of every change, the latest last.
     """
@@ -43,6 +44,7 @@ class Annotations:
     classes: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
     poisoned: np.ndarray | None = None
+    excluded: np.ndarray | None = None
     note: str = ""
     history: tuple[tuple[str, str], ...] = ()
 
@@ -61,7 +63,7 @@ def read_annotations(path: Path, manifest: Manifest, disk: Disk) -> Annotations:
         disk: where bytes come from.
 
     Returns:
-        The annotations; empty where there is no such file. Holds up to 9 bytes a row.
+        The annotations; empty where there is no such file. Holds up to 10 bytes a row.
 
     Raises:
         CorruptError: the file is damaged, of another version, or of another store.
@@ -69,7 +71,7 @@ def read_annotations(path: Path, manifest: Manifest, disk: Disk) -> Annotations:
     """
     file = path / ANNOTATIONS
     try:
-        return _checked(read_tensors(file, _NAME, 9 * manifest.n + _TEXT_BYTES, disk), manifest)
+        return _checked(read_tensors(file, _NAME, 10 * manifest.n + _TEXT_BYTES, disk), manifest)
     except MissingFileError:
         return Annotations()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,7 +85,7 @@ def read_annotations(path: Path, manifest: Manifest, disk: Disk) -> Annotations:
 
 def write_annotations(path: Path, manifest: Manifest, said: Annotations, disk: Disk) -> None:
     """Replace the annotations of the store at `path`, in one atomic step; the writer's lock is held."""
-    arrays = {"labels": said.labels, "poisoned": said.poisoned}
+    arrays = {"labels": said.labels, "poisoned": said.poisoned, "excluded": said.excluded}
     kept = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
     text = json.dumps(
         {
@@ -104,8 +106,9 @@ def _checked(found: TensorFile, manifest: Manifest) -> Annotations:
         raise ValueError("no digest, or another version")
     if (said["fingerprint"], said["split"]) != (manifest.fingerprint, manifest.split):
         raise ValueError("annotations of another store")
-    labels, poisoned, classes = arrays.pop("labels", None), arrays.pop("poisoned", None), said["classes"]
-    for array, dtype in ((labels, np.int64), (poisoned, np.bool_)):
+    labels, poisoned, excluded = (arrays.pop(name, None) for name in ("labels", "poisoned", "excluded"))
+    classes = said["classes"]
+    for array, dtype in ((labels, np.int64), (poisoned, np.bool_), (excluded, np.bool_)):
         if array is not None and (array.dtype != dtype or array.ndim != 1 or len(array) > manifest.n):
             raise ValueError(f"an array {array.dtype} {list(array.shape)}")
     if arrays:
@@ -119,7 +122,7 @@ def _checked(found: TensorFile, manifest: Manifest) -> Annotations:
     if not isinstance(said["note"], str) or not all(_are_names(line, 2) for line in history):
         raise ValueError("a note or history that is no text")
     lines = tuple((at, what) for at, what in history)
-    return Annotations(None if classes is None else tuple(classes), labels, poisoned, said["note"], lines)
+    return Annotations(None if classes is None else tuple(classes), labels, poisoned, excluded, said["note"], lines)
 
 
 def _are_names(value: Any, count: int) -> bool:

@@ -25,6 +25,7 @@ from gradstore.store.files.manifest import Manifest
 from gradstore.store.files.manifest_file import read_manifest
 from gradstore.store.files.shard_file import VERIFY, ShardFile
 from gradstore.store.rows import Rows
+from gradstore.store.schema import EXCLUDED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -159,6 +160,15 @@ class FeatureStore(Rows):
         if said is None:
             return self.column("poisoned").astype(bool) if self.schema.truth else None
         return np.pad(said[: len(self)], (0, max(0, len(self) - len(said))))
+
+    @cached_property
+    def absent(self) -> np.ndarray:
+        """Why a row is not there, as it was stored or annotations say; see `Rows.absent`."""
+        stored, said = super().absent, self.annotations.excluded
+        if said is None:
+            return stored
+        excluded = np.pad(said[: len(self)], (0, max(0, len(self) - len(said))))
+        return np.where((stored == 0) & excluded, EXCLUDED, stored).astype(np.uint8)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

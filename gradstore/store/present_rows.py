@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
+from blake3 import blake3
 
 from gradstore.errors import UsageError
 from gradstore.store.feature_store import FeatureStore
@@ -68,12 +69,13 @@ class PresentRows(Rows):
 
     Args:
         whole: rows of which some are absent.
+        at: int64, ascending, the places of those that are read; default all that are there.
     """
 
     _kind = "are some of a store's"
 
-    def __init__(self, whole: Rows) -> None:
-        self._whole, self._at = whole, whole.present_at
+    def __init__(self, whole: Rows, at: np.ndarray | None = None) -> None:
+        self._whole, self._at = whole, whole.present_at if at is None else at
         for name in ("where", "split", "schema", "identity", "fingerprint"):
             setattr(self, name, getattr(whole, name))
 
@@ -135,6 +137,11 @@ class PresentRows(Rows):
         """One small column of the rows that are there."""
         return self._whole.column(name)[self._at]
 
+    @property
+    def absent(self) -> np.ndarray:
+        """None of them is."""
+        return np.zeros(len(self), np.uint8)
+
     @cached_property
     def labels(self) -> np.ndarray:
         """True classes; see `Rows.labels`."""
@@ -170,12 +177,10 @@ class PresentStore(PresentRows, FeatureStore):
 
     @cached_property
     def shard_marks(self) -> tuple[tuple[int, str], ...]:
-        """Rows that are there and digest, of each shard."""
-        return tuple(
-            (int(np.diff(np.searchsorted(self._at, (rows.start, rows.stop)))[0]), digest)
-            for rows, (_, digest) in zip(
-                (self.manifest.rows_of(shard.index) for shard in self.manifest.shards),
-                super().shard_marks,
-                strict=True,
-            )
-        )
+        """How many rows are there, and a digest of which and of what is stored, of each shard."""
+        marks = []
+        for shard, (_, digest) in zip(self.manifest.shards, super().shard_marks, strict=True):
+            rows = self.manifest.rows_of(shard.index)
+            there = self._at[slice(*np.searchsorted(self._at, (rows.start, rows.stop)))]
+            marks.append((len(there), blake3(digest.encode() + there.tobytes()).hexdigest()))
+        return tuple(marks)

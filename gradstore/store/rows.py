@@ -263,7 +263,8 @@ class Rows(ABC):
     def absent(self) -> np.ndarray:
         """Why a row is not there, uint8 [n]: 0 where it is, else a key of `gradstore.store.schema.REASONS`.
 
-        An absent row keeps its place; its features, scale and norms are NaN, and nothing counts it.
+        An absent row keeps its place, and nothing counts it; its features, scale and norms are NaN, unless it is there
+        and annotations exclude it.
         """
         return self.column("absent") if self.schema.has_inputs else np.zeros(len(self), np.uint8)
 

@@ -33,14 +33,16 @@ WITH_INPUTS = 3
 """The format version from which on each row has a digest of its inputs."""
 INPUT_DIGEST = 16  # bytes; zeros where the inputs are not known
 
-NOT_FINITE, ZERO, REMOVED, UNREADABLE = 1, 2, 3, 4
+NOT_FINITE, ZERO, REMOVED, UNREADABLE, EXCLUDED = 1, 2, 3, 4, 5
 REASONS = {
     NOT_FINITE: "its logits or its gradient are not finite",
     ZERO: "its gradient is zero",
     REMOVED: "it was removed",
     UNREADABLE: "it could not be read",
+    EXCLUDED: "it is excluded by annotation",
 }
-"""Why a row may be absent: it keeps its place, with features that are zero times a scale that is NaN."""
+"""Why a row may be absent: it keeps its place, with features that are zero times a scale that is NaN. An excluded one
+has its features, and is absent for as long as the annotation says so."""
 
 
 @dataclass(frozen=True)

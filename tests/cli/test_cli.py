@@ -181,7 +181,21 @@ def test_labels_marks_and_names_are_annotated(folder: Path) -> None:
     assert (card["note"], card["poisoned"]) == ("mended", f"{store.poisoned.sum()} rows")
     assert run(folder, "annotate annotated --from project.py").status == 0
     assert gs.open(folder / "annotated").labels.tolist() == before.tolist()
-    for wrong in ("", "--from nothing.csv", "--classes a", "--from project.py --split no"):
+    assert run(folder, "annotate annotated --exclude 0:3").err.splitlines()[-1] == "annotated: 3 exclusions changed"
+    assert gs.open(folder / "annotated").present_at[0] == 3
+    (folder / "left.txt").write_text("5\n")
+    assert run(folder, "annotate annotated --exclude left.txt").status == 0
+    assert gs.open(folder / "annotated").absent.nonzero()[0].tolist() == [5]
+    assert run(folder, "annotate annotated --exclude none").status == 0
+    assert not gs.open(folder / "annotated").absent.any()
+    for wrong in (
+        "",
+        "--exclude 5000",
+        "--exclude gone.txt",
+        "--from nothing.csv",
+        "--classes a",
+        "--from project.py --split no",
+    ):
         assert run(folder, f"annotate annotated {wrong}").status == 2, wrong
 
 

@@ -25,7 +25,7 @@ from gradstore.store.feature_store import FeatureStore
 from gradstore.store.features import FeatureDataset
 from gradstore.store.import_features import Provenance, import_features
 from gradstore.store.present_rows import PresentRows, PresentStore
-from gradstore.store.schema import NOT_FINITE, REMOVED, ZERO
+from gradstore.store.schema import EXCLUDED, NOT_FINITE, REMOVED, ZERO
 from gradstore.store.shared_inputs import shared_inputs
 
 N, K = 200, 256
@@ -318,3 +318,51 @@ def test_what_was_made_of_a_store_before_rows_went_is_refused(stores: Stores, tm
         with pytest.raises(MismatchError, match=r"data\.removed"):
             gs.attribute(model, asked, 3)
     assert "removed" in some.data
+
+
+def test_excluded_rows_count_nowhere_until_they_are_taken_back(stores: Stores, tmp_path: Path) -> None:
+    _, rest, queries = stores
+    path = Path(shutil.copytree(rest.path, tmp_path / "s"))
+    before, first = gs.open(path), gs.topk(rest, queries, 1).indices[:, 0]
+    gone = np.unique(first)
+    fitted = gs.KernelGLM(alpha=1e-2).fit(before)
+    now = gs.annotate(path, excluded=gone)
+    assert np.flatnonzero(now.absent == EXCLUDED).tolist() == gone.tolist()
+    assert f"{len(gone)} since it is excluded by annotation" in now.card()["absent"]
+    assert now.annotations.history[-1][1] == f"{len(gone)} exclusions"
+    second = gs.topk(rest, queries, len(gone) + 1).indices
+    want = [next(i for i in row if i not in gone) for row in second]
+    for mode in ("exact", "certified", "approx"):
+        assert gs.topk(now, queries, 1, mode=mode).indices[:, 0].tolist() == want
+    matrix = gs.gram(now, out=tmp_path / "gram.h5")[:]
+    assert np.isnan(matrix[gone]).all()
+    assert np.isfinite(np.delete(np.delete(matrix, gone, 0), gone, 1)).all()
+    assert np.isfinite(now.features[gone]).all()
+    assert not gs.KernelGLM(alpha=1e-2).fit(now).coef_[:, gone].any()
+    found = gs.attribute(fitted, queries, 3, train=now)  # of a surrogate that learnt from them
+    np.testing.assert_allclose(found.logits, fitted.logits(queries)[3], rtol=1e-5)
+    np.testing.assert_allclose(found.values.sum(axis=1), found.logits, rtol=1e-9)
+    assert gs.annotate(path, excluded=[]).absent.sum() == 0
+    np.testing.assert_array_equal(gs.topk(gs.open(path), queries, 1).indices[:, 0], first)
+
+
+def test_an_index_knows_which_rows_were_excluded(stores: Stores, tmp_path: Path) -> None:
+    """As many as before, but others, and of the same shard."""
+    path = Path(shutil.copytree(stores[1].path, tmp_path / "s"))
+    for excluded in ([3, 9], [3, 10], [4, 9]):
+        now = gs.annotate(path, excluded=excluded)
+        assert open_index(now).event.startswith("built")
+        assert open_index(gs.open(path)).event == "opened"
+        found = gs.topk(now, gs.present_rows(now), 1, mode="certified").indices[:, 0]
+        np.testing.assert_array_equal(found, now.present_at)
+        flat = gs.Session(now, faiss="Flat").topk(gs.present_rows(now), 1, mode="approx").indices[:, 0]
+        np.testing.assert_array_equal(flat, now.present_at)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_rows_of_older_stores_may_be_excluded(version: str, tmp_path: Path) -> None:
+    archive = Path(__file__).parents[1] / "data/archives" / version
+    now = gs.annotate(shutil.copytree(archive, tmp_path / "s"), excluded=[2, 5])
+    assert gs.present_rows(now).rows.tolist() == [i for i in range(len(now)) if i not in (2, 5)]
+    both = gs.concat([now, gs.open(archive)])
+    assert np.flatnonzero(both.absent).tolist() == [2, 5]
