@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import runpy
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -58,6 +59,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         Path("project.py").write_text(MODEL + PROJECT_FILE)
         save_file(runpy.run_path("project.py")["SmallCNN"](10).state_dict(), "cnn.safetensors")
         gs.featurize(gs.load_project("project.py"), split="test", out="stores/extra")
+        shutil.copytree("stores/extra", "stores/old")
         found = {"np": np, "torch": torch, "gradients": torch.ones(2, 110)}
         exec(IN_PYTHON, found)
         yield found

@@ -55,7 +55,7 @@ def remove(
         NoSpaceError: the disk has no room for a second copy of a shard.
 
     Example:
-        >>> gs.remove("stores/train", [3, 5]).absent.nonzero()[0]
+        >>> gs.remove("stores/old", [3, 5]).absent.nonzero()[0]
         array([3, 5])
     """
     path, disk = Path(store), disk or Disk()

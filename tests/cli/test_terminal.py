@@ -270,7 +270,7 @@ def test_before_rows_are_removed_a_person_is_asked(
     ("line", "at", "said"),
     [
         (
-            "topk train project.py -o n=2000 -o warn=20 --split train",
+            "topk train project.py -o n=16000 -o warn=20 --split train",
             "blurred",
             "stopped: the same command begins again: ",
         ),

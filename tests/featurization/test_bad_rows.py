@@ -80,7 +80,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_rows_are_left_out_and_the_others_are_to_the_bit_as_ever(kind: str, tmp_path: Path, record: Record) -> None:
     """As in a run where the inputs of the bad rows were good."""
-    with pytest.raises(NonFiniteError, match="row 3"):
+    with pytest.raises(NonFiniteError, match=r"row (3|40|41|119)\b"):  # of several workers any may come first
         featurize(spoilt(), tmp_path / "s", **KINDS[kind])
     store = featurize(spoilt(), tmp_path / "s", on_bad_row="skip", **KINDS[kind])
     assert {int(i): int(store.absent[i]) for i in np.flatnonzero(store.absent)} == SPOILT
