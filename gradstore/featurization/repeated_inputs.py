@@ -12,6 +12,7 @@ from gradstore.model.project import Project
 
 SECONDS = 3.0  # of reading, for all splits together
 _TOGETHER = 64
+_UNREAD = np.void(bytes(16))
 
 
 def repeated_inputs(project: Project, split: str, seconds: float = SECONDS) -> str:
@@ -28,31 +29,34 @@ def repeated_inputs(project: Project, split: str, seconds: float = SECONDS) -> s
         What was found, for people: how many rows were read, which are the same, and which splits share some.
     """
     names = [split, *(name for name in project.splits if name != split)]
-    own, n = _digests(project.examples(split), seconds / len(names))
-    read = f"{len(own)} of {n} inputs read" if len(own) < n else f"all {n} inputs"
-    _, first, counts = np.unique(own, return_index=True, return_counts=True)
-    again = len(own) - len(first)
+    own, n = _digests(project.examples(split, skipping=True), seconds / len(names))
+    rows = np.flatnonzero(own != _UNREAD)
+    read = f"all {n} inputs" if len(rows) == n else f"{len(rows)} of {n} inputs read"
+    _, first, counts = np.unique(own[rows], return_index=True, return_counts=True)
+    again = len(rows) - len(first)
     parts = [f"{read}: no two the same" if not again else f"{read}: {again} the same as an earlier one"]
     if again:
-        row = int(first[counts > 1].min())
+        row = int(rows[first[counts > 1].min()])
         parts.append(f"such as rows {row} and {int(np.flatnonzero(own == own[row])[1])}")
     for name in names[1:]:
         try:
-            other, _ = _digests(project.examples(name), seconds / len(names))
+            other, _ = _digests(project.examples(name, skipping=True), seconds / len(names))
         except GradstoreError:
             continue  # whoever featurizes it is told
-        shared = np.flatnonzero(np.isin(other, own))
+        shared = np.flatnonzero(np.isin(other, own[rows]))
         if len(shared):
             parts.append(f"{len(shared)} of {len(other)} of split {name!r} are among them, row {shared[0]} first")
     return "; ".join(parts)
 
 
 def _digests(examples: Examples, seconds: float) -> tuple[np.ndarray, int]:
-    """Digests of the first rows as 16 opaque bytes each, and how many rows there are."""
+    """Digests of the first rows, 16 opaque bytes each, zeros where one cannot be read; and how many rows there are."""
     found, began, n = [np.empty(0, "V16")], time.perf_counter(), len(examples)
     for start in range(0, n, _TOGETHER):
-        inputs, _ = examples.read(range(start, min(start + _TOGETHER, n)))
-        found.append(np.ascontiguousarray(input_digests(inputs)).view("V16")[:, 0])
+        rows = range(start, min(start + _TOGETHER, n))
+        digests = np.ascontiguousarray(input_digests(examples.read(rows)[0])).view("V16")[:, 0]
+        digests[[row - start for row in examples.unreadable if row in rows]] = _UNREAD
+        found.append(digests)
         if time.perf_counter() - began > seconds:
             break
     return np.concatenate(found), n

@@ -293,6 +293,11 @@ def test_check_tries_a_project_with_bad_rows() -> None:
     assert not any(check.error for check in found.values())
     assert found["Jacobians"].detail.startswith("row 1 equals looped autograd")
     assert found["rows"].detail.endswith("; 2 are left out: 0, 3")
+    broken = gs.Project(model=Net(), splits={"train": Files({0: OSError("image file is truncated")})})
+    found = {check.name: check for check in checks(broken, proj_dim=16, on_bad_row="skip")}
+    assert not any(check.error for check in found.values())
+    assert found["inputs"].detail == "119 of 120 inputs read: no two the same"
+    assert found["rows"].detail.endswith("; 1 are left out: 0")
 
 
 def test_progress_counts_only_what_is_computed(tmp_path: Path) -> None:

@@ -40,15 +40,28 @@ def test_no_more_is_read_than_the_time_allows() -> None:
 
 
 class Broken(Dataset):
+    def __init__(self, *broken: int, n: int = 3) -> None:
+        self.broken, self.n = broken, n
+
     def __len__(self) -> int:
-        return 3
+        return self.n
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        raise OSError("gone")
+        if i in self.broken:
+            raise OSError("gone")
+        return X[i % 190], i % 3
+
+
+def test_rows_that_cannot_be_read_are_no_duplicates() -> None:
+    broken = project(train=Broken(0, 7, 8, 192, n=194), test=Broken(1, n=3))
+    assert repeated_inputs(broken, "train") == (
+        "190 of 194 inputs read: 2 the same as an earlier one; such as rows 1 and 191; "
+        "2 of 3 of split 'test' are among them, row 0 first"
+    )
 
 
 def test_another_split_that_cannot_be_read_is_left_to_who_featurizes_it() -> None:
-    assert repeated_inputs(project(train=X, test=Broken()), "train") == "all 200 inputs: no two the same"
+    assert repeated_inputs(project(train=X, test=Broken(0, 1, 2)), "train") == "all 200 inputs: no two the same"
 
 
 def test_check_says_it() -> None:
