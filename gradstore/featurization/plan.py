@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Plan:
         self.classes = int(logits.shape[1])
         if self.examples.label_table is not None:
             require_labels(self.examples.label_table, self.classes, split)
-        self.first_sound, sound = _sound(inputs, logits)
+        self.first_sound, sound = _sound(inputs, logits, self.examples.unreadable)
         self.engine = JacobianEngine(
             project.model,
             self.blocks,
@@ -228,13 +228,14 @@ def one_row(inputs: Inputs, i: int) -> Tensor | dict[str, Tensor]:
     return {name: x[i] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[i]
 
 
-def _sound(inputs: Inputs, logits: Tensor) -> tuple[int, Inputs]:
-    """Examples by which layers' rules can be tried: those whose inputs and logits are finite, where there are any.
+def _sound(inputs: Inputs, logits: Tensor, unreadable: Collection[int]) -> tuple[int, Inputs]:
+    """Examples by which layers' rules can be tried: those that could be read and are finite, where there are any.
 
     Returns:
         (the row of the first, all of them).
     """
     good = logits.isfinite().all(dim=1)
+    good[[row for row in unreadable if row < len(good)]] = False
     for x in inputs.values() if isinstance(inputs, dict) else [inputs]:
         if x.is_floating_point() and not x.is_sparse:
             good &= x.flatten(1).isfinite().all(dim=1) if x.ndim > 1 else x.isfinite()

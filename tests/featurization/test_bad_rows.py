@@ -298,6 +298,7 @@ def test_check_tries_a_project_with_bad_rows() -> None:
     assert not any(check.error for check in found.values())
     assert found["inputs"].detail == "119 of 120 inputs read: no two the same"
     assert found["rows"].detail.endswith("; 1 are left out: 0")
+    assert found["Jacobians"].detail.startswith("row 1 ")
 
 
 def test_progress_counts_only_what_is_computed(tmp_path: Path) -> None:
