@@ -195,8 +195,8 @@ def forensics_page(results: Sequence[Forensics]) -> ForensicsPage:
     stores = [result.queries for result in first.neighbours]
     return ForensicsPage(
         train=first.train.split,
-        train_size=len(first.train),
-        train_poisoned=int(first.poisoned.sum()),
+        train_size=len(first.train.present_at),
+        train_poisoned=int(first.poisoned[first.train.present_at].sum()),
         queries=tuple(store.split for store in stores),
         verdicts=tuple(result.verdict() for result in results),
         provenance=provenance(first.train, *stores),

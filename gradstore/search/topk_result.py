@@ -170,7 +170,7 @@ class TopK:
         return TopKPage(
             kernel=self.kernel,
             train=self.train.split,
-            train_size=len(self.train),
+            train_size=len(self.train.present_at),
             queries=self.queries.split,
             query_size=len(self.rows),
             explanations=tuple(self.explanation(q) for q in range(min(limit, len(self.rows)))),

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import MismatchError, NonFiniteError, UsageError
+from gradstore.explain.forensics import forensics_page
 from gradstore.explain.linearisation import linearise_store
 from gradstore.featurization import plan
 from gradstore.featurization.settings import Settings
@@ -366,3 +367,10 @@ def test_rows_of_older_stores_may_be_excluded(version: str, tmp_path: Path) -> N
     assert gs.present_rows(now).rows.tolist() == [i for i in range(len(now)) if i not in (2, 5)]
     both = gs.concat([now, gs.open(archive)])
     assert np.flatnonzero(both.absent).tolist() == [2, 5]
+
+
+def test_pages_count_the_rows_that_are_there(stores: Stores) -> None:
+    some, _, queries = stores
+    assert gs.topk(some, queries, 2).page().train_size == len(THERE)
+    page = forensics_page([gs.forensics(some, queries, poisoned=MARKS)])
+    assert (page.train_size, page.train_poisoned) == (len(THERE), MARKS[THERE].sum())
