@@ -14,6 +14,7 @@ from gradstore.featurization.same_inputs import compare_inputs
 from gradstore.model.project import Project
 from gradstore.store.annotate import annotate
 from gradstore.store.feature_store import FeatureStore
+from gradstore.store.schema import UNREADABLE
 
 _TOGETHER = 64
 
@@ -51,7 +52,8 @@ def annotate_from_project(
     """
     now = FeatureStore(store).require_complete()
     split = split or now.split
-    examples, n = project.examples(split), len(now)
+    # A row that could not be read when the store was made need not be readable now.
+    examples, n = project.examples(split, skipping=bool((now.absent == UNREADABLE).any())), len(now)
     if len(examples) != n:
         raise MismatchError("the split has other rows than the store", where=now.path, expected=n, got=len(examples))
     if now.schema.has_inputs:

@@ -84,7 +84,7 @@ class BadRows:
             ProjectError: a row is bad in its batch and not alone.
         """
         found = np.where(self._manifest.removed_of(rows), REMOVED, 0).astype(np.uint8)
-        unreadable = [row - rows.start for row in self._plan.examples.unreadable if row in rows]
+        unreadable = [i for i, row in enumerate(rows) if row in self._plan.examples.unreadable]
         found[unreadable] = np.where(found[unreadable], found[unreadable], UNREADABLE)
         if self._skipping:
             for i in np.flatnonzero((judged := _judged(logits, sq_norm)) * (found == 0)):

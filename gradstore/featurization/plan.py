@@ -235,7 +235,7 @@ def _sound(inputs: Inputs, logits: Tensor, unreadable: Collection[int]) -> tuple
         (the row of the first, all of them).
     """
     good = logits.isfinite().all(dim=1)
-    good[[row for row in unreadable if row < len(good)]] = False
+    good[[row for row in range(len(good)) if row in unreadable]] = False
     for x in inputs.values() if isinstance(inputs, dict) else [inputs]:
         if x.is_floating_point() and not x.is_sparse:
             good &= x.flatten(1).isfinite().all(dim=1) if x.ndim > 1 else x.isfinite()

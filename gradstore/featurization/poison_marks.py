@@ -25,6 +25,7 @@ def mark_poisoned(plan: Plan, writer: StoreWriter, note: Callable[[str], None] |
     mask = plan.project.poisoned_mask(plan.split)
     if mask is None or writer.manifest.schema.truth:
         return
+    mask = mask & ~writer.manifest.removed_of(range(len(mask)))
     said = read_annotations(writer.path, writer.manifest, writer.disk)
     known = np.zeros(0, bool) if said.poisoned is None else said.poisoned
     begun = said.poisoned is not None or not writer.manifest.shards

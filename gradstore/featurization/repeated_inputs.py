@@ -55,7 +55,7 @@ def _digests(examples: Examples, seconds: float) -> tuple[np.ndarray, int]:
     for start in range(0, n, _TOGETHER):
         rows = range(start, min(start + _TOGETHER, n))
         digests = np.ascontiguousarray(input_digests(examples.read(rows)[0])).view("V16")[:, 0]
-        digests[[row - start for row in examples.unreadable if row in rows]] = _UNREAD
+        digests[[row - start for row in rows if row in examples.unreadable]] = _UNREAD
         found.append(digests)
         if time.perf_counter() - began > seconds:
             break

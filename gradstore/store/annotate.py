@@ -36,7 +36,7 @@ def annotate(
 
     Args:
         store: directory of the store.
-        labels: classes of all rows, int [n]; -1 for none.
+        labels: classes of all rows, int [n]; -1 for none, as removed rows have, whatever is given.
         poisoned: which rows are poisoned, as a bool mask [n] or indices.
         excluded: which rows are to count nowhere, as a bool mask [n] or indices: they are never neighbours, queries or
             part of a fit, until this is changed again. Their features stay; `gradstore.remove` takes them out.
@@ -63,13 +63,14 @@ def annotate(
     disk = disk or Disk()
     with open_for_repair(path, disk) as writer:
         now = FeatureStore(path, disk=disk)
+        gone = now.manifest.removed_of(range(len(now)))  # of which nothing is known, and nothing said
         values: dict[str, Any] = {}
         changes = []
         if labels is not None:
-            values["labels"] = _labels(labels, now)
+            values["labels"] = np.where(gone, -1, _labels(labels, now))
             changes.append(f"{int((values['labels'] != now.labels).sum())} labels")
         if poisoned is not None:
-            values["poisoned"] = row_mask(poisoned, len(now), where="poisoned")
+            values["poisoned"] = row_mask(poisoned, len(now), where="poisoned") & ~gone
             before = np.zeros(len(now), bool) if now.poisoned is None else now.poisoned
             changes.append(f"{int((values['poisoned'] != before).sum())} poison marks")
         if excluded is not None:

@@ -90,7 +90,7 @@ class PresentRows(Rows):
 
     def __eq__(self, other: object) -> bool:
         """Whether they are those of the same rows."""
-        return isinstance(other, PresentRows) and self._whole == other._whole
+        return isinstance(other, PresentRows) and self._whole == other._whole and np.array_equal(self._at, other._at)
 
     def __hash__(self) -> int:
         """Of the rows that they are of."""

@@ -313,3 +313,19 @@ def test_progress_counts_only_what_is_computed(tmp_path: Path) -> None:
     featurize(spoilt(), tmp_path / "t", on_bad_row="skip")
     featurize(spoilt(), tmp_path / "t", on_bad_row="skip", on_data_check=lambda *count: compared.append(count))
     assert compared[-1] == (N - 4, N - 4)
+
+
+def test_annotations_of_a_project_bring_back_nothing_of_absent_rows(tmp_path: Path) -> None:
+    """Labels and marks are taken over but for those of rows that were removed; one that cannot be read is passed over."""
+    marks = np.arange(N) % 2 == 0
+    given = {"split": "train", "proj_dim": K, "memory": "64MB", "on_bad_row": "skip"}
+    broken = gs.Project(model=Net(), splits={"train": Files({9: ValueError("broken")})}, poisoned={"train": marks})
+    gs.featurize(broken, out=tmp_path / "s", **given)  # type: ignore[arg-type]
+    gs.remove(tmp_path / "s", [4, 5])
+    now = gs.annotate_from_project(broken, tmp_path / "s")
+    assert now.labels[[3, 4, 5, 6, 9]].tolist() == [0, -1, -1, 0, -1]
+    assert now.poisoned is not None
+    assert now.poisoned[[2, 4, 5, 6]].tolist() == [True, False, False, True]
+    said: list[str] = []
+    gs.featurize(broken, out=tmp_path / "s", on_note=said.append, **given)  # type: ignore[arg-type]
+    assert said == ["absent, 3 of 120 rows: 4-5, 9; `gradstore info` says why"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +225,15 @@ def test_a_whole_shard_and_rows_to_come_may_be_removed(tmp_path: Path) -> None:
     write(path, n=N)
     assert np.flatnonzero(gs.open(path).absent).tolist() == list(range(SHARD_ROWS))
     assert FeatureStore(path).manifest.removed == ((0, SHARD_ROWS),)
+
+
+def test_very_many_scattered_removals_cost_no_run_much(whole: Path) -> None:
+    """Each batch asks which of its rows are gone."""
+    n = 200_000
+    manifest = replace(FeatureStore(whole).manifest, n=n, removed=tuple((i, i + 1) for i in range(0, n, 2)))
+    began = time.process_time()
+    for start in range(0, n, 64):
+        assert manifest.removed_of(range(start, start + 64)).tolist() == [True, False] * 32
+    assert time.process_time() - began < 5  # looked for one by one it takes minutes
+    assert replace(manifest, removed=((3, 70),)).removed_of(range(64, 128)).sum() == 6
+    assert not replace(manifest, removed=((3, 64), (128, 130))).removed_of(range(64, 128)).any()

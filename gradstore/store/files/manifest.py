@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,11 @@ class Manifest:
     def removed_of(self, rows: range) -> np.ndarray:
         """Which of some rows were removed, as bool."""
         gone = np.zeros(len(rows), bool)
-        for first, stop in self.removed:
-            gone[max(0, first - rows.start) : max(0, stop - rows.start)] = True
+        place = bisect_right(self.removed, rows.start, key=lambda span: span[1])
+        for first, stop in islice(self.removed, place, None):
+            if first >= rows.stop:
+                break
+            gone[max(0, first - rows.start) : stop - rows.start] = True
         return gone
 
     def layout_of(self, index: int) -> ShardLayout:
