@@ -316,7 +316,7 @@ def test_progress_counts_only_what_is_computed(tmp_path: Path) -> None:
 
 
 def test_annotations_of_a_project_bring_back_nothing_of_absent_rows(tmp_path: Path) -> None:
-    """Labels and marks are taken over but for those of rows that were removed; one that cannot be read is passed over."""
+    """Labels and marks are taken over, but not of rows that were removed; one that cannot be read is passed over."""
     marks = np.arange(N) % 2 == 0
     given = {"split": "train", "proj_dim": K, "memory": "64MB", "on_bad_row": "skip"}
     broken = gs.Project(model=Net(), splits={"train": Files({9: ValueError("broken")})}, poisoned={"train": marks})
