@@ -216,6 +216,9 @@ def parse_rows_or_file(context: click.Context, parameter: click.Parameter, value
     """Rows as `parse_rows` takes them, or the path of a file that lists them."""
     if re.fullmatch(r"[\d\s,:]+", value, re.ASCII):
         return parse_rows(context, parameter, value) or []
+    if not Path(value).exists():
+        expected = "rows such as 0:100 (100 not among them) or 3,5,8, or a file that is there"
+        raise click.BadParameter(f"expected {expected}, got {shown(value)}", context, parameter)
     return FILE.convert(value, parameter, context)
 
 

@@ -211,6 +211,8 @@ def test_rows_are_removed_by_a_person_who_is_asked_or_says_yes(folder: Path) -> 
     assert gs.open(folder / "fewer").absent.nonzero()[0].tolist() == [3, 5, 6, 9]
     card = run(folder, "info fewer").out
     assert "absent       4 since it was removed: 3, 5-6, 9" in card
+    said = run(folder, "remove fewer --rows 5-9").err
+    assert "expected rows such as 0:100 (100 not among them) or 3,5,8, or a file that is there, got '5-9'" in said
     for wrong in ("", "--rows nothing.txt --yes", "--rows 3:3 --yes", "--rows 1000 --yes", "--rows rows.npy --yes"):
         assert run(folder, f"remove fewer {wrong}").status == 2, wrong
 

@@ -197,7 +197,7 @@ def test_a_surrogate_of_them_is_one_of_the_others(stores: Stores) -> None:
     assert chosen[0] == pytest.approx(chosen[1], abs=0.02)
     given = gs.KernelGLM(alpha=1e-3).fit(some, np.where(some.labels < 0, 0, some.labels), outputs=some.logits)
     np.testing.assert_allclose(given.coef_, gs.KernelGLM(alpha=1e-3).fit(some).coef_)
-    with pytest.raises(UsageError, match="there is not one a row"):
+    with pytest.raises(UsageError, match="the labels or outputs are not one a row"):
         gs.KernelGLM().fit(some, some.labels[THERE])
 
 

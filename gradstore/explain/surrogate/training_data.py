@@ -162,7 +162,9 @@ def of_present(given: Any, whole: Rows) -> Any:
         return None
     values = np.asarray(given)
     if len(values) != len(whole):
-        raise UsageError("there is not one a row", where=whole.where, expected=len(whole), got=len(values))
+        raise UsageError(
+            "the labels or outputs are not one a row", where=whole.where, expected=len(whole), got=len(values)
+        )
     return values[whole.present_at]
 
 
