@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
-from gradstore.errors import NonFiniteError
+from gradstore.errors import NonFiniteError, ProjectError
 from gradstore.jacobians import DenseBlock, EmbeddingBlock, LinearBlock
 from gradstore.projection import Projection, cuda, trust
 from gradstore.projection.cuda import cuda_source
@@ -241,6 +243,38 @@ def test_stores_have_the_same_bits_for_every_batch_size(tmp_path):
         gs.featurize(small_project(), split="train", out=out, **settings)
         found.append({path.name: path.read_bytes() for path in (*out.glob("*.h5"), out / "store.json")})
     assert found[0] == found[1] == found[2]
+
+
+def test_bad_rows_are_left_out_as_on_a_cpu(tmp_path):
+    found = []
+    for device in ("cuda", "cpu"):
+        project = small_project()
+        inputs = project.splits["train"].tensors[0]
+        inputs[[3, 40]] = torch.nan
+        inputs[69] = torch.inf
+        store = gs.featurize(
+            project, split="train", out=tmp_path / device, proj_dim=1000, device=device, on_bad_row="skip"
+        )
+        found.append(store)
+    there, here = found
+    assert np.flatnonzero(there.absent).tolist() == [3, 40, 69]
+    assert (there.absent == here.absent).all()
+    assert np.isnan(there.sq_norms[[3, 40, 69]]).all()
+    assert abs(there.sq_norms - here.sq_norms)[there.absent == 0].max() < 1e-4 * np.nanmax(here.sq_norms)
+
+
+class CentredByItsBatch(torch.nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x.flatten(1))
+        return logits - logits.mean(0)
+
+
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_a_model_that_looks_at_its_batch_is_refused_on_a_card(on_bad_row, tmp_path):
+    project = replace(small_project(), model=CentredByItsBatch(64, 5))
+    with pytest.raises(ProjectError, match="beside other rows|on the other examples"):
+        gs.featurize(project, split="train", out=tmp_path / "s", proj_dim=100, device="cuda", on_bad_row=on_bad_row)
+    assert not list((tmp_path / "s").glob("shard*"))
 
 
 @pytest.mark.parametrize("allowed", ["by the older name", "by the newer name"])
