@@ -2,13 +2,14 @@
 
 A model's backward pass can look at its batch where its logits do not: a gradient that is scaled by the batch's largest
 value, say. So the combined gradient Σ_c u_c g^c of one row, drawn at random, is computed by the definition, with no
-other row beside it, and subtracted block by block from what streams past.
+other row beside it, and subtracted block by block from what streams past. What is left may be as large as rounding
+makes it, and twice what roundings move that gradient by (`jacobians.steadiness`), which is found out where it matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from gradstore.errors import ProjectError
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.row_owners import weights
+from gradstore.jacobians.steadiness import VALUES
 from gradstore.jacobians.subject import take
 from gradstore.machine.cuda_streams import to_host
 from gradstore.model.examples import Inputs
@@ -35,7 +37,8 @@ _FLOOR = 1e-2  # a parameter's share of the whole below which a difference canno
 class GradientAudit:
     """The gradient of one row of a batch alone, from which the batch's blocks are subtracted.
 
-    Holds twice the chosen parameters' gradient of one row, and one example's graph while it is made.
+    Holds twice the chosen parameters' gradient of one row, and one example's graph while it is made; a third time, and
+    some weights, where a difference has to be accounted for.
 
     Args:
         plan: the model and its engine.
@@ -59,13 +62,10 @@ class GradientAudit:
         self._starts = {plan.blocks[b].name: plan.blocks[b].start for b in chosen}
         example = take(groups[self._group], slice(self._i, self._i + 1))
         self._factors = weights(classes, torch.empty(0, device=plan.device))
+        self._engine, self._example = plan.engine, example
         self.logits, gradients = plan.engine.alone(example, list(self._starts), self._factors)
         self._norms = {name: _norm(g) for name, g in gradients.items()}
         self._left = {name: g.float().clone() for name, g in gradients.items()}  # autograd may give one memory twice
-        for b in chosen:
-            if (name := plan.blocks[b].name) not in self._left:
-                self._left[name] = torch.zeros(plan.blocks[b].size, device=plan.device)
-                self._norms[name] = _norm(self._left[name])
         self._tolerance = plan.engine.rounding(self.logits)
 
     def look(self, group: int, block: JacobianBlock, *, formed: bool) -> None:
@@ -80,15 +80,25 @@ class GradientAudit:
             self._left[block.name][at : at + part.size] -= part.dense()[0, 0]
 
     def compare(self) -> GradientComparison:
-        """How much is left; queued, so for `require` to judge later."""
-        errors = torch.stack([_norm(left) for left in self._left.values()])
-        norms = torch.stack([self._norms[name] for name in self._left])
-        return GradientComparison(self.row, tuple(self._left), errors, norms, self._tolerance)
+        """How much is left, and where that is more than rounding makes, how much roundings may; waits for a GPU."""
+        names = tuple(self._left)
+        left = torch.stack([_norm(values) for values in self._left.values()])
+        errors, norms = to_host(left, torch.stack([*self._norms.values()]))
+        self._left.clear()
+        found = GradientComparison(self.row, names, errors, norms, self._tolerance)
+        if not bool(errors.isfinite().all()) or found.agrees:
+            return found
+
+        def excused(moved: Mapping[str, float]) -> bool:
+            return replace(found, moved=moved).agrees
+
+        moved = self._engine.spread(self._example, names, self._factors, self._tolerance, excused)
+        return replace(found, moved=moved)
 
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """How far a row's gradient in its batch is from its gradient alone; perhaps still under way.
+    """How far a row's gradient in its batch is from its gradient alone.
 
     Attributes:
         row: of the split.
@@ -96,6 +106,7 @@ class GradientComparison:
         errors: norm of the difference for each, float64 [parameters].
         norms: of the gradient alone.
         tolerance: relative difference that rounding may make.
+        moved: by name, how far roundings were seen to move the gradient.
     """
 
     row: int
@@ -103,6 +114,18 @@ class GradientComparison:
     errors: Tensor
     norms: Tensor
     tolerance: float
+    moved: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def allowed(self) -> Tensor:
+        """The largest error of each parameter that is no fault, float64 [parameters]."""
+        moved = torch.tensor([2 * self.moved.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        return self.tolerance * (self.norms + _FLOOR * self.norms.square().sum().sqrt()) + moved
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no error is larger."""
+        return bool((self.errors <= self.allowed).all())
 
     def require(self, split: str) -> None:
         """Refuse a gradient that depends on the batch.
@@ -110,17 +133,15 @@ class GradientComparison:
         Raises:
             ProjectError: names the row and the parameter that differs most.
         """
-        errors, norms = to_host(self.errors, self.norms)
-        allowed = self.tolerance * (norms + _FLOOR * norms.square().sum().sqrt())
-        excess = errors - allowed
-        if bool((excess <= 0).all()):
+        if self.agrees:
             return
-        worst = int(excess.nan_to_num(torch.inf).argmax())
+        allowed = self.allowed
+        worst = int((self.errors - allowed).nan_to_num(torch.inf).argmax())
         raise ProjectError(
             f"row {self.row} has another gradient alone than in its batch",
             where=f"split {split!r}, parameter {self.names[worst]}",
-            expected=f"the same to {float(allowed[worst]):.2g} of {float(norms[worst]):.3g}",
-            got=f"a difference of {float(errors[worst]):.2g}",
+            expected=f"the same to {float(allowed[worst]):.2g} of {float(self.norms[worst]):.3g}",
+            got=f"a difference of {float(self.errors[worst]):.2g}",
             hint="The backward pass looks at its batch; --alone, or alone=True, computes each example by itself",
         )
 
@@ -131,8 +152,9 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def bytes_needed(sizes: Sequence[int]) -> int:
-    """What an audit holds beside one example's graph, for parameters of these sizes: the gradient twice and a block."""
-    return 3 * 4 * min(sum(sizes), max(_VALUES, *sizes))
+    """What an audit holds beside one example's graph, for parameters of these sizes: gradients three times, weights."""
+    moved = min(sum(sizes), max(VALUES, min(sizes)))
+    return 3 * 4 * min(sum(sizes), max(_VALUES, *sizes)) + 2 * 4 * moved
 
 
 def _some(sizes: Sequence[int], draw: np.random.Generator) -> list[int]:

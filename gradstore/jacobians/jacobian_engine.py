@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from gradstore.jacobians.probe import Exact, Plan, Prober
 from gradstore.jacobians.pullback import Pulled, pull_back
 from gradstore.jacobians.reused_memory import drop_spare
 from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
+from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined
 from gradstore.model.parameters import ParameterBlock
@@ -174,16 +175,36 @@ class JacobianEngine:
             factors: u [c], of the c rows that the layout has.
 
         Returns:
-            Logits float32 [classes], and Σ_c u_c g^c by name, [size]; absent where nothing depends on the parameter.
+            Logits float32 [classes], and Σ_c u_c g^c by name, [size].
         """
-        inputs = as_inputs(example)
         with self._subject.ready():
-            logits = self._subject.logits(inputs)[0]
-            cotangent = factors.to(logits) @ self._cotangents(logits[None])
-            parameters = [self._subject.parameters[name] for name in names]
-            found = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
-        gradients = {name: g.reshape(-1) for name, g in zip(names, found, strict=True) if g is not None}
-        return logits.detach().float(), gradients
+            return self._combined(self._subject, as_inputs(example), names, factors)
+
+    def spread(
+        self,
+        example: Any,
+        names: Sequence[str],
+        factors: Tensor,
+        tolerance: float,
+        enough: Callable[[Mapping[str, float]], bool],
+    ) -> dict[str, float]:
+        """How far roundings alone move what `alone` returns; see `steadiness.spread`."""
+
+        def gradients(subject: Subject, inputs: Inputs) -> dict[str, Tensor]:
+            return self._combined(subject, inputs, names, factors)[1]
+
+        with self._subject.ready():
+            return spread(self._subject, as_inputs(example), gradients, tolerance, enough)
+
+    def _combined(
+        self, subject: Subject, inputs: Inputs, names: Sequence[str], factors: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = subject.logits(inputs)[0]
+        cotangent = factors.to(logits) @ self._cotangents(logits[None])
+        parameters = [subject.parameters[name] for name in names]
+        found = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        made = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return logits.detach().float(), {name: g.detach().reshape(-1) for name, g in zip(names, made, strict=True)}
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":

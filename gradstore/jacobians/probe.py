@@ -1,14 +1,15 @@
 """How each parameter of a model is differentiated, decided once on a few probe examples and checked against autograd.
 
 A structured route is taken only where all of this holds: every use of the parameter is a call that a rule covers, its
-rows are proved to stay with their examples, and the resulting gradient equals looped autograd's. Anything else takes
+rows are proved to stay with their examples, the resulting gradient equals autograd's of the same batch, and that equals
+looped autograd's, one example at a time, but for what roundings alone move it by (`steadiness`). Anything else takes
 `torch.func`, and where that too fails or differs, looped autograd itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from gradstore.jacobians.forward_record import Recording, Tap, record
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.row_owners import weights
 from gradstore.jacobians.rules import EMBEDDING
+from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 from gradstore.jacobians.terms import Term, sum_of
 
@@ -96,8 +98,10 @@ class Prober:
         self._tolerance = subject.rounding(self._logits)
         self._require_independent_examples()
         self._cotangent = weights(self._logits.shape[1], self._logits)
-        self._reference = self._differentiated()
+        looped = self._differentiated()
+        self._reference = self._batched()
         self._scale = float(torch.stack([g.norm().double() for g in self._reference.values()]).norm())
+        self._apart = self._differing(looped)
 
     @property
     def device(self) -> torch.device:
@@ -112,11 +116,11 @@ class Prober:
     def plan(self) -> Plan:
         """Drop parameters from the structured route until what remains agrees with autograd."""
         reasons: dict[str, str] = {}
-        for spread in (True, False):
+        for repeating in (True, False):
             structured = list(self._subject.parameters)
             while structured:
                 try:
-                    attempt = self._attempt(structured, spread)
+                    attempt = self._attempt(structured, repeating)
                 except Exception as error:  # the model's own code may fail in any way when its calls are noted
                     reasons.update(dict.fromkeys(structured, f"{type(error).__name__} while noting its calls"))
                     break
@@ -127,10 +131,10 @@ class Prober:
         nothing = Recording(self._logits, [])
         return self._decided(_Attempt([], nothing, [], measured([], {}, 0, 1), {}), reasons)
 
-    def _attempt(self, structured: list[str], spread: bool) -> _Attempt:
+    def _attempt(self, structured: list[str], repeating: bool) -> _Attempt:
         parameters = {name: self._subject.parameters[name] for name in structured}
         with saved_bytes(self._subject.model) as saved:
-            recording = record(self._subject, structured, self._probe, spread)
+            recording = record(self._subject, structured, self._probe, repeating)
         if not self._near(recording.logits.detach(), self._logits, 0.0):
             raise ArithmeticError("the noted pass changed the logits")
         found = arrange(recording, self._cotangent)
@@ -145,7 +149,7 @@ class Prober:
         failed = dict(pulled.unsafe)
         for name in structured:
             agrees = self._agree(pulled.terms.pop(name, []), self._reference[name])
-            if name not in failed and not agrees:
+            if name not in failed and (not agrees or name in self._apart):
                 failed[name] = "differs from autograd"
         return _Attempt(structured, recording, arrangements, footprint, failed)
 
@@ -172,10 +176,9 @@ class Prober:
             found = by_torch_func(self._subject, names, self._probe, self._cotangent[None]) if names else []
         except Exception:  # vmap refuses models in many ways; the loop serves them all
             return exact
-        for name, values in zip(names, found, strict=True):
-            if self._near(self._mixed(values), self._reference[name], self._scale):
-                exact[name] = by_torch_func
-        return exact
+        mixed = {name: self._mixed(values) for name, values in zip(names, found, strict=True)}
+        wrong = self._differing(mixed) | self._apart
+        return exact | {name: by_torch_func for name in mixed if name not in wrong}
 
     def _differentiated(self) -> dict[str, Tensor]:
         """The reference, or why there is none."""
@@ -188,23 +191,50 @@ class Prober:
                 hint="A .detach(), torch.no_grad() or conversion to NumPy in the forward pass would do this",
             )
         try:
-            return self._looped()
+            return self._looped(self._subject, self._probe)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ProjectError("autograd cannot differentiate the model", where="model", got=reason) from error
 
-    def _looped(self) -> dict[str, Tensor]:
+    def _looped(self, subject: Subject, probe: Inputs) -> dict[str, Tensor]:
         """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""
-        names = list(self._subject.parameters)
-        wide = {name: _wide(p.dtype) for name, p in self._subject.parameters.items()}
-        total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in self._subject.parameters.items()}
+        names = list(subject.parameters)
+        wide = {name: _wide(p.dtype) for name, p in subject.parameters.items()}
+        total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in subject.parameters.items()}
         factors = weights(self._count, self._logits).tolist()
-        for i, _, gradients in one_by_one(self._subject, names, self._probe, self._cotangent[None]):
+        for i, _, gradients in one_by_one(subject, names, probe, self._cotangent[None]):
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient.reshape(-1), alpha=factors[i])
             del gradients  # before those of the next example are made
         return total
+
+    def _batched(self) -> dict[str, Tensor]:
+        """The same of all examples at once."""
+        parameters = self._subject.parameters
+        cotangents = weights(self._count, self._logits)[:, None] * self._cotangent
+        found = torch.autograd.grad(
+            self._subject.logits(self._probe), list(parameters.values()), cotangents, allow_unused=True
+        )
+        made = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), found, strict=True)]
+        return {name: g.reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, made, strict=True)}
+
+    def _differing(self, ours: Mapping[str, Tensor]) -> set[str]:
+        """Parameters whose gradient is another than autograd's of the batch, by more than roundings move that."""
+        left = {name: float((values - self._reference[name]).norm()) for name, values in ours.items()}
+
+        def unexplained(moved: Mapping[str, float]) -> set[str]:
+            return {
+                name
+                for name, error in left.items()
+                if not self._small(error - 2 * moved.get(name, 0.0), self._reference[name], self._scale)
+            }
+
+        if not unexplained({}):
+            return set()
+        return unexplained(
+            spread(self._subject, self._probe, self._looped, self._tolerance, lambda moved: not unexplained(moved))
+        )
 
     def _mixed(self, values: Tensor) -> Tensor:
         """[examples, 1, size] to the same weighted sum, [size]."""

@@ -29,7 +29,7 @@ class Subject:
     def __init__(self, model: nn.Module, forward: Forward | None, names: Sequence[str]) -> None:
         self.model, self.forward = model, forward
         everything = dict(model.named_parameters())
-        self.parameters = {name: everything[name] for name in names}
+        self.parameters: dict[str, Tensor] = {name: everything[name] for name in names}
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
 
     def logits(self, inputs: Inputs) -> Tensor:

@@ -272,7 +272,7 @@ class CentredByItsBatch(torch.nn.Linear):
 @pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
 def test_a_model_that_looks_at_its_batch_is_refused_on_a_card(on_bad_row, tmp_path):
     project = replace(small_project(), model=CentredByItsBatch(64, 5))
-    with pytest.raises(ProjectError, match="beside other rows|on the other examples"):
+    with pytest.raises(ProjectError, match=r"beside other rows|on the other examples"):
         gs.featurize(project, split="train", out=tmp_path / "s", proj_dim=100, device="cuda", on_bad_row=on_bad_row)
     assert not list((tmp_path / "s").glob("shard*"))
 
