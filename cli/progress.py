@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gradstore.machine.byte_counts import format_bytes
 
 from .output import on_one_line, say
+from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from gradstore.featurization.featurize import Progress as State
@@ -76,6 +77,7 @@ class CountBar:
             self._bar.stop()
 
     def _show(self, done: int, total: int, more: list[str]) -> None:
+        stop_if_asked()
         now = time.monotonic()
         if not self.used:
             self.used, self._began = True, (now, done)

@@ -56,6 +56,16 @@ def _raise(number: int, frame: FrameType | None) -> None:
     raise _arrived[-1]
 
 
+def stop_if_asked() -> None:
+    """Stop this command where a signal came and something on its way took the exception for one of its own.
+
+    Raises:
+        KeyboardInterrupt: the signal's.
+    """
+    if _arrived:
+        raise _arrived[-1]
+
+
 def signal_behind(error: BaseException) -> KeyboardInterrupt | None:
     """The signal that a command was stopped by, if it was, whatever error came of it."""
     if isinstance(error, KeyboardInterrupt):

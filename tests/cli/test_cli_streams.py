@@ -155,7 +155,9 @@ def project():
 """
 
 
-@pytest.mark.parametrize(("number", "status", "call"), [("SIGINT", 130, 0), ("SIGINT", 130, 24), ("SIGTERM", 143, 12)])
+@pytest.mark.parametrize(
+    ("number", "status", "call"), [("SIGINT", 130, 0), *(("SIGTERM", 143, call) for call in (8, 10, 12, 14, 24))]
+)
 def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(
     number: str, status: int, call: int, tmp_path: Path
 ) -> None:
