@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,12 +44,30 @@ def listen() -> None:
 
     Their exception may be raised anywhere, also within the clean-up of a library, which then fails with an error of its
     own. Whatever error a command ends with after a signal, it is the signal that ended it. One that is ignored, as in a
-    shell's background, stays so.
+    shell's background, stays so. Within a finalizer, from which nothing can be raised, Python would print it and go on;
+    it is silent there, and the command stops at its next count.
     """
     _arrived.clear()
+    if not isinstance(sys.unraisablehook, _Silent):
+        sys.unraisablehook = _Silent(sys.unraisablehook)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
+
+
+class _Silent:
+    """What reports errors that could not be raised, without those of a signal.
+
+    Args:
+        others: reports them.
+    """
+
+    def __init__(self, others: Callable[[sys.UnraisableHookArgs], object]) -> None:
+        self._others = others
+
+    def __call__(self, found: sys.UnraisableHookArgs) -> None:
+        if found.exc_value not in _arrived:
+            self._others(found)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
