@@ -75,7 +75,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    append_rows("second_look", [measure(case, options.pairs, options.seed, options.device) for case in options.cases], options.seed)
+    rows = [measure(case, options.pairs, options.seed, options.device) for case in options.cases]
+    append_rows("second_look", rows, options.seed)
 
 
 if __name__ == "__main__":
