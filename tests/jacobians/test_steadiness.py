@@ -128,6 +128,28 @@ def test_a_gradient_that_a_batch_changes_takes_the_loop_beside_kinks() -> None:
     assert {name for name, _ in engine(TenfoldBeforeItsKinks()).generic()} == {"before.weight", "before.bias"}
 
 
+class FailsInABatch(torch.autograd.Function):
+    """Identity whose backward pass takes one example at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        assert len(gradient) == 1
+        return gradient
+
+
+def test_a_backward_pass_that_fails_in_a_batch_takes_the_loop() -> None:
+    class OneByOne(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return FailsInABatch.apply(super().forward(x))
+
+    found = engine(OneByOne(24, 3)).generic()
+    assert [route.split(" (")[0] for _, route in found] == ["autograd loop"] * 2
+
+
 def moved(model: nn.Module, change: Any = None) -> dict[str, float]:
     subject = Subject(model, change, [name for name, _ in model.named_parameters()])
 
