@@ -3,7 +3,7 @@
 A model's backward pass can look at its batch where its logits do not: a gradient that is scaled by the batch's largest
 value, say. So the combined gradient Σ_c u_c g^c of one row, drawn at random, is computed by the definition, with no
 other row beside it, and subtracted block by block from what streams past. What is left may be as large as rounding
-makes it, and twice what roundings move that gradient by (`jacobians.steadiness`), which is found out where it matters.
+makes it, and as roundings move that gradient (`jacobians.steadiness`), which is found out where it matters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradstore.errors import ProjectError
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.row_owners import weights
-from gradstore.jacobians.steadiness import VALUES
+from gradstore.jacobians.steadiness import VALUES, allowed
 from gradstore.jacobians.subject import take
 from gradstore.machine.cuda_streams import to_host
 from gradstore.model.examples import Inputs
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # Parameters of one audit have so many values, unless one alone has more: a gradient of all of a large model would take
 # as much memory as the model.
 _VALUES = 1 << 22
-_FLOOR = 1e-2  # a parameter's share of the whole below which a difference cannot be told from cancellation
 
 
 class GradientAudit:
@@ -119,8 +118,8 @@ class GradientComparison:
     @property
     def allowed(self) -> Tensor:
         """The largest error of each parameter that is no fault, float64 [parameters]."""
-        moved = torch.tensor([2 * self.moved.get(name, 0.0) for name in self.names], dtype=torch.float64)
-        return self.tolerance * (self.norms + _FLOOR * self.norms.square().sum().sqrt()) + moved
+        moved = torch.tensor([self.moved.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        return allowed(self.norms, self.norms.square().sum().sqrt(), self.tolerance, moved)
 
     @property
     def agrees(self) -> bool:

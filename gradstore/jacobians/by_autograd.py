@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch import Tensor
+from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
 from gradstore.jacobians.subject import Inputs, Subject, length, take
@@ -66,13 +66,13 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
     Returns:
         As `by_loop`. Holds that and the graph of all n examples.
     """
-    called = _Called(subject)
-    parameters = {f"model.{name}": subject.parameters[name].detach() for name in names}
+    parameters = {name: subject.parameters[name].detach() for name in names}
     # the others are detached too, or they would grow a second graph
-    constants = {f"model.{name}": p.detach() for name, p in subject.parameters.items() if name not in names}
+    constants = {name: p.detach() for name, p in subject.parameters.items() if name not in names}
 
     def logits(values: dict[str, Tensor], example: Inputs) -> Tensor:
-        return functional_call(called, constants | values, (tree_map(lambda tensor: tensor[None], example),))[0]
+        alone = tree_map(lambda tensor: tensor[None], example)
+        return subject.with_parameters(constants | values, lambda other: other.logits(alone))[0]
 
     def rows(example: Inputs) -> dict[str, Tensor]:
         pull_back = vjp(lambda values: logits(values, example), parameters)[1]
@@ -82,15 +82,4 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
         warnings.simplefilter("ignore", UserWarning)  # vmap reports layers that it runs one example at a time
         found = vmap(rows, randomness="same")(inputs)
     shape = (length(inputs), len(cotangents), -1)
-    return [found[f"model.{name}"].reshape(shape) for name in names]
-
-
-class _Called(nn.Module):
-    """The subject as a module, so that `functional_call` can pass the user's own forward function through."""
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.model, self._subject = subject.model, subject
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return self._subject.logits(inputs)
+    return [found[name].reshape(shape) for name in names]

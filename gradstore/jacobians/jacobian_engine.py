@@ -202,9 +202,8 @@ class JacobianEngine:
         logits = subject.logits(inputs)[0]
         cotangent = factors.to(logits) @ self._cotangents(logits[None])
         parameters = [subject.parameters[name] for name in names]
-        found = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
-        made = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        return logits.detach().float(), {name: g.detach().reshape(-1) for name, g in zip(names, made, strict=True)}
+        found = torch.autograd.grad(logits, parameters, cotangent, materialize_grads=True)
+        return logits.detach().float(), {name: g.reshape(-1) for name, g in zip(names, found, strict=True)}
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":

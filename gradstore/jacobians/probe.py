@@ -22,15 +22,12 @@ from gradstore.jacobians.forward_record import Recording, Tap, record
 from gradstore.jacobians.pullback import arrange, pull_back
 from gradstore.jacobians.row_owners import weights
 from gradstore.jacobians.rules import EMBEDDING
-from gradstore.jacobians.steadiness import spread
+from gradstore.jacobians.steadiness import allowed, spread
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 from gradstore.jacobians.terms import Term, sum_of
 
 PROBES = 3
 Exact = Callable[[Subject, list[str], Inputs, Tensor], list[Tensor]]
-
-# A disagreement below this share of the tolerance, relative to the whole gradient, cannot be told from cancellation.
-FLOOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,10 @@ class Prober:
         self._scale = float(torch.stack([g.norm().double() for g in looped.values()]).norm())
         try:
             self._reference = self._batched()
-            self._apart = self._differing(looped)
         except Exception:  # a backward pass that fails in a batch may do so in any way; the loop serves it
             self._reference, self._apart = looped, set(looped)
+        else:
+            self._apart = self._differing(looped)
 
     @property
     def device(self) -> torch.device:
@@ -216,11 +214,9 @@ class Prober:
         """The same of all examples at once."""
         parameters = self._subject.parameters
         cotangents = weights(self._count, self._logits)[:, None] * self._cotangent
-        found = torch.autograd.grad(
-            self._subject.logits(self._probe), list(parameters.values()), cotangents, allow_unused=True
-        )
-        made = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), found, strict=True)]
-        return {name: g.reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, made, strict=True)}
+        logits = self._subject.logits(self._probe)
+        found = torch.autograd.grad(logits, list(parameters.values()), cotangents, materialize_grads=True)
+        return {name: g.reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, found, strict=True)}
 
     def _differing(self, ours: Mapping[str, Tensor]) -> set[str]:
         """Parameters whose gradient is another than autograd's of the batch, by more than roundings move that."""
@@ -230,7 +226,7 @@ class Prober:
             return {
                 name
                 for name, error in left.items()
-                if not self._small(error - 2 * moved.get(name, 0.0), self._reference[name], self._scale)
+                if not self._small(error, self._reference[name], self._scale, moved.get(name, 0.0))
             }
 
         if not unexplained({}):
@@ -259,8 +255,8 @@ class Prober:
     def _near(self, ours: Tensor, reference: Tensor, scale: float) -> bool:
         return self._small(float((ours - reference).norm()), reference, scale)
 
-    def _small(self, error: float, reference: Tensor, scale: float) -> bool:
-        return error <= self._tolerance * (float(reference.norm()) + FLOOR * scale)
+    def _small(self, error: float, reference: Tensor, scale: float, moved: float = 0.0) -> bool:
+        return error <= allowed(float(reference.norm()), scale, self._tolerance, moved)
 
     def _require_same_without_gradients(self, logits: Tensor) -> None:
         error = float((logits - self._logits[0]).norm())

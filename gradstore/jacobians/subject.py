@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gradstore.errors import ProjectError
 from gradstore.jacobians.row_owners import rounding_of
@@ -15,6 +19,7 @@ from gradstore.machine.devices import cudnn_as, full_float32, without_fused_enco
 
 Inputs = Tensor | dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
+Result = TypeVar("Result")
 
 
 class Subject:
@@ -54,6 +59,26 @@ class Subject:
             )
         return output
 
+    def with_parameters(self, values: Mapping[str, Tensor], work: Callable[[Subject], Result]) -> Result:
+        """Do something while the model has other values of some parameters.
+
+        Args:
+            values: by name, of the parameters' shapes.
+            work: is given the subject that has them; the model is called, and its parameters differentiated, as ever.
+
+        Returns:
+            What `work` does.
+
+        Raises:
+            Exception: what `functional_call` or `work` raises; a scripted module's parameters cannot be exchanged.
+        """
+        other = copy.copy(self)
+        other.parameters = {**self.parameters, **values}
+        named = {f"model.{name}": value for name, value in values.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # cuDNN's, of recurrent layers whose weights lie apart
+            return functional_call(_Around(self.model), named, (partial(work, other),))
+
     def rounding(self, logits: Tensor) -> float:
         """Relative difference that rounding may make between two passes that give these logits."""
         return rounding_of(self.model, logits)
@@ -80,6 +105,17 @@ class Subject:
             stack.enter_context(_eval_mode(self.model))
             stack.enter_context(_gradients_only_for(self.model, {id(p) for p in self.parameters.values()}))
             yield
+
+
+class _Around(nn.Module):
+    """Calls anything at all while `functional_call` has the model's parameters exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Result]) -> Result:
+        return work()
 
 
 def length(inputs: Inputs) -> int:

@@ -114,6 +114,29 @@ def test_a_fault_beside_kinks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         featurize(TenfoldBeforeItsKinks(), tmp_path / "s")
 
 
+class TenfoldInside(nn.Module):
+    """A smooth network whose first layers' gradient is ten times as large in a batch."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(24, 16, dtype=dtype), nn.Linear(16, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Tenfold.apply(torch.tanh(self.first(x.to(self.first.weight)))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_excuses_a_gradient_is_small_in_every_dtype(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {name for name, _ in engine(TenfoldInside(dtype)).generic()} == {"first.weight", "first.bias"}
+    monkeypatch.setattr(probe.Prober, "_differing", lambda *_: set())
+    with pytest.raises(ProjectError, match=r"parameter first\..*has another gradient alone than in its batch"):
+        featurize(TenfoldInside(dtype), tmp_path / "s")
+
+
 def engine(model: nn.Module) -> JacobianEngine:
     return JacobianEngine(model, parameter_blocks(model), example=X)
 
