@@ -125,7 +125,7 @@ class RowIndependence:
             absent: rows that are left out, [n]; None for none.
 
         Returns:
-            What is to be judged; queued on a GPU.
+            What is to be judged; queued on a GPU, but for an audit, which waits for it.
 
         Raises:
             ProjectError: a row reads differently the second time, or the model fails.
