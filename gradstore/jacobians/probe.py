@@ -80,7 +80,8 @@ class Prober:
         example: at least one example; three different ones make the best probe.
         alone: examples are never computed together, so one is the probe.
 
-    Holds three examples' graph, and beside it one model's worth of gradients, for a moment two.
+    Holds three examples' graph, and beside it one model's worth of gradients, for a moment two; four while it finds out
+    why some differ.
 
     Raises:
         ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.

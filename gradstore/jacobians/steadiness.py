@@ -1,9 +1,9 @@
 """How far a gradient is moved by roundings alone, and so how far two right ones may be apart.
 
 A gradient is not a continuous function. Where a unit of a ReLU is within rounding of zero, or two values of a maximum
-within rounding of each other, it jumps by that unit's share, up to 2 % of a ResNet18's, whichever way the same example is
-computed: alone or in a batch, by one kernel or another. So two right gradients of one example may differ by as much as
-one of them moves when inputs and weights are moved by little more than roundings, and by no more.
+within rounding of each other, it jumps by that unit's share, up to 2 % of a ResNet18's, whichever way the same example
+is computed: alone or in a batch, by one kernel or another. So two right gradients of one example may differ by as much
+as one of them moves when inputs and weights are moved by little more than roundings, and by no more.
 """
 
 from __future__ import annotations
