@@ -12,8 +12,9 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import ProjectError
-from gradstore.jacobians import JacobianEngine, jacobian_engine, probe
+from gradstore.jacobians import JacobianEngine, forward_record, jacobian_engine, probe
 from gradstore.jacobians.by_autograd import by_loop
+from gradstore.jacobians.rules import RULES
 from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Subject
 from gradstore.model.parameters import parameter_blocks
@@ -38,6 +39,17 @@ class AtItsKinks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.first(x) + (1e-6 if len(x) == 1 else -1e-6)))
+
+
+class TokensAtTheirKinks(AtItsKinks):
+    """The same of words: inputs are indices, and only weights can be moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding.from_pretrained(X, freeze=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.words(x))
 
 
 class Tenfold(torch.autograd.Function):
@@ -141,6 +153,19 @@ def engine(model: nn.Module) -> JacobianEngine:
     return JacobianEngine(model, parameter_blocks(model), example=X)
 
 
+@pytest.mark.parametrize("factor", [1.01, 1.0003])
+def test_a_rule_that_is_wrong_by_less_than_a_kink_is_not_taken(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return RULES[nn.functional.linear](factor * input, weight, bias)
+
+    monkeypatch.setattr(forward_record, "RULES", {**RULES, nn.functional.linear: wrong})
+    monkeypatch.setitem(forward_record._ARGUMENTS, wrong, ["input", "weight", "bias"])
+    routes = dict(engine(AtItsKinks()).describe())
+    assert "differs from autograd" in routes["first.weight"]
+    assert "differs from autograd" in routes["last.weight"]
+    assert routes["first.bias"] == routes["last.bias"] == "linear"
+
+
 def test_its_parameters_keep_their_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not engine(AtItsKinks()).generic()
     monkeypatch.setattr(probe, "spread", lambda *_: {})
@@ -173,7 +198,7 @@ def test_a_backward_pass_that_fails_in_a_batch_takes_the_loop() -> None:
     assert [route.split(" (")[0] for _, route in found] == ["autograd loop"] * 2
 
 
-def moved(model: nn.Module, change: Any = None) -> dict[str, float]:
+def moved(model: nn.Module, change: Any = None, inputs: Tensor = X[:1]) -> dict[str, float]:
     subject = Subject(model, change, [name for name, _ in model.named_parameters()])
 
     def gradients(subject: Subject, inputs: Any) -> dict[str, Tensor]:
@@ -182,7 +207,7 @@ def moved(model: nn.Module, change: Any = None) -> dict[str, float]:
         )
 
     with subject.ready():
-        return spread(subject, X[:1], gradients, 1e-4, lambda _: False)
+        return spread(subject, inputs, gradients, 1e-4, lambda _: False)
 
 
 def test_a_gradient_moves_by_a_unit_and_leaves_the_model_as_it_is() -> None:
@@ -198,6 +223,12 @@ def test_a_gradient_moves_by_a_unit_and_leaves_the_model_as_it_is() -> None:
         for a, b in zip(before.values(), after.values(), strict=True)
     )
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_where_inputs_are_indices_weights_are_moved() -> None:
+    found = moved(TokensAtTheirKinks(), inputs=torch.arange(1))
+    jump = bias_gradient(X[:1], 0) - bias_gradient(X[:2], 0)
+    assert found["first.bias"] >= 0.99 * float(jump.norm())
 
 
 def test_a_smooth_gradient_hardly_moves() -> None:
