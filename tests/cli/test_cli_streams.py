@@ -155,6 +155,41 @@ def project():
 """
 
 
+IN_A_FINALIZER = """
+import os, signal, torch
+import gradstore as gs
+from torch.utils.data import TensorDataset
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # where Python calls the handler
+            pass
+
+class Model(torch.nn.Linear):
+    calls = 0
+    def forward(self, x):
+        Model.calls += 1
+        if Model.calls == 12:
+            Dying()
+        return super().forward(x)
+
+def project():
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.int64))
+    return gs.Project(model=Model(3, 2), splits={"train": data})
+"""
+
+
+def test_a_signal_within_a_finalizer_stops_a_command_without_a_traceback(tmp_path: Path) -> None:
+    """Python cannot raise anything from there: it would print that it ignores it, and go on."""
+    (tmp_path / "project.py").write_text(IN_A_FINALIZER)
+    found, out, err = in_shell(tmp_path, "gradstore featurize project.py --split train --out store --proj-dim 64")
+    assert (found, out) == (143, ""), err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("stopped: ")
+
+
 @pytest.mark.parametrize(
     ("number", "status", "call"), [("SIGINT", 130, 0), *(("SIGTERM", 143, call) for call in (8, 10, 12, 14, 24))]
 )
