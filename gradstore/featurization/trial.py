@@ -69,7 +69,7 @@ def checks(
         skipping = skips(on_bad_row)
         found["plan"] = Plan(project, split, Settings(**settings), device, memory, alone=alone, skipping=skipping)
         found["bad rows"] = BadRows(found["plan"], found["plan"].manifest, on_bad_row)
-        return f"{type(project.model).__name__} in eval mode on {found['plan'].device}"
+        return "; ".join((f"{type(project.model).__name__} in eval mode on {found['plan'].device}", *project.notes))
 
     steps: list[tuple[str, Callable[[], str]]] = [
         ("project", prepare),

@@ -32,8 +32,9 @@ class Project:
 
     Args:
         model: any module whose output is logits [n, c].
-        weights: a safetensors file or a state_dict (loaded with `weights_only=True`); relative to the project file.
-            None keeps the model as built.
+        weights: a safetensors file, a state_dict or a training run's file that holds one (loaded with
+            `weights_only=True`), an index of shards, or a folder with one of these under Hugging Face's names; relative
+            to the project file. None keeps the model as built.
         splits: name -> map-style dataset, `ds[i] -> (x, label)`; x is a tensor or a dict of tensors.
         classes: names of the classes, for reports; default "0", "1", ….
         show: how to show an example: `gs.image(...)`, `gs.text(...)` or None.
@@ -41,6 +42,9 @@ class Project:
         forward: (model, x) -> logits; default `model(x)`, also where x is a dict.
         parameters: regular expression that the name of a differentiated parameter must match in full.
         root: folder in which `weights` is looked for; `load_project` sets it to that of the project file.
+
+    Attributes:
+        notes: lines that a user should know of how the weights were read, once they are.
 
     Example:
         >>> project = gs.Project(model=torch.nn.Linear(2, 3), splits={"train": [(torch.ones(2), 1)]})
@@ -57,6 +61,7 @@ class Project:
     forward: Forward | None = None
     parameters: str = ".*"
     root: Path = field(default_factory=Path, repr=False)
+    notes: tuple[str, ...] = field(default=(), init=False, repr=False)
     _loaded: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +88,7 @@ class Project:
     def prepare(self, device: str | torch.device = "cpu") -> Project:
         """Load the weights once, switch to eval mode, move to `device`."""
         if self.weights is not None and not self._loaded:
-            load_weights(self.model, self.root / self.weights)
+            self.notes += load_weights(self.model, self.root / self.weights)
             self._loaded = True
         self.model.eval().to(device)
         return self

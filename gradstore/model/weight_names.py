@@ -1,0 +1,71 @@
+"""Names of a checkpoint's tensors as the model has them: what wrappers put in front of names is removed.
+
+`DataParallel` and `DistributedDataParallel` put `module.` in front of every name, `torch.compile` `_orig_mod.` where it
+was called, and a Lightning module the name of the attribute that holds the model, mostly `model.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """What the tensors of a checkpoint are called.
+
+    Attributes:
+        names: name in the checkpoint -> name in the model.
+        removed: the parts that were removed; empty where the names are as they were.
+    """
+
+    names: dict[str, str]
+    removed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A clause for a person; empty where nothing was removed."""
+        return f", without {' and '.join(map(repr, self.removed))} in their names" if self.removed else ""
+
+
+def renamed(given: Iterable[str], own: Iterable[str], fits: Callable[[set[str]], bool]) -> Renaming:
+    """Remove from a checkpoint's names what wrappers put there, where they then fit the model.
+
+    Args:
+        given: names in the checkpoint.
+        own: names in the model.
+        fits: whether names are those of the model, none missing and none unknown.
+
+    Returns:
+        The names as they are where they fit; else with the least removed by which they fit; else, for an error to name
+        what does not, those of which most are the model's.
+    """
+    tries = list(_tries(list(given)))
+    known = set(own)
+    return next(
+        (found for found in tries if fits(set(found.names.values()))),
+        max(tries, key=lambda found: len(known & set(found.names.values()))),
+    )
+
+
+def _tries(given: list[str]) -> Iterator[Renaming]:
+    """As they are; without what `torch.compile` adds; and without one leading part after another that all share."""
+    yield (found := Renaming({name: name for name in given}))
+    found = _next(found, lambda name: _COMPILED.sub(r"\1", name), "_orig_mod.")
+    while True:
+        if found.removed:
+            yield found
+        firsts = {name.partition(".")[0] for name in found.names.values() if "." in name}
+        if len(firsts) != 1 or not all("." in name for name in found.names.values()):
+            return
+        found = _next(found, lambda name: name.partition(".")[2], f"{firsts.pop()}.")
+
+
+def _next(found: Renaming, shorten: Callable[[str], str], removed: str) -> Renaming:
+    """One more part removed; nothing, where that changes no name or makes two of them one."""
+    names = {name: shorten(last) for name, last in found.names.items()}
+    if names == found.names or len(set(names.values())) < len(names):
+        return found
+    return Renaming(names, (*found.removed, removed))
