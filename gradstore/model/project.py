@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,8 @@ from gradstore.model.own_modules import OwnModules
 from gradstore.model.weights import load_weights
 
 Forward = Callable[[nn.Module, Any], Tensor]
+
+_folder: ContextVar[Path] = ContextVar("_folder", default=Path())
 
 
 @dataclass
@@ -236,7 +240,7 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         raise ProjectError(
             "the project file does not exist", where=path, hint="`gradstore init` writes one to start from"
         )
-    with OwnModules(file.parent).visible() as own:
+    with OwnModules(file.parent).visible() as own, _in_folder(file.parent):
         make = getattr(_run(file, own), function, None)
         if not callable(make):
             raise ProjectError(
@@ -252,6 +256,20 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         )
     project.root = file.parent
     return project
+
+
+def project_folder() -> Path:
+    """Where a path in a project starts from: the folder of the file that is being loaded, or the working directory."""
+    return _folder.get()
+
+
+@contextmanager
+def _in_folder(folder: Path) -> Iterator[None]:
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 def _run(file: Path, own: OwnModules) -> ModuleType:

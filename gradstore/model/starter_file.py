@@ -30,6 +30,7 @@ def examples(n: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(0, 10, (n,), generator=generator))
 
 
+# Of a folder that transformers saved: return gs.huggingface("folder", {"train": (texts, labels)}), or (images, labels).
 def project(seed: int = 0) -> gs.Project:  # arguments are set with -o seed=3
     return gs.Project(
         model=SmallCNN(classes=10),
