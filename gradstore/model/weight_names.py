@@ -30,24 +30,19 @@ class Renaming:
         return f", without {' and '.join(map(repr, self.removed))} in their names" if self.removed else ""
 
 
-def renamed(given: Iterable[str], own: Iterable[str], fits: Callable[[set[str]], bool]) -> Renaming:
+def renamed(given: Iterable[str], own: Iterable[str]) -> Renaming:
     """Remove from a checkpoint's names what wrappers put there, where they then fit the model.
 
     Args:
         given: names in the checkpoint.
         own: names in the model.
-        fits: whether names are those of the model, none missing and none unknown.
 
     Returns:
-        The names as they are where they fit; else with the least removed by which they fit; else, for an error to name
-        what does not, those of which most are the model's.
+        Of all that can be removed, the least by which most names are the model's: all, where they fit it; where they
+        do not, an error can name the few that are in the way.
     """
-    tries = list(_tries(list(given)))
     known = set(own)
-    return next(
-        (found for found in tries if fits(set(found.names.values()))),
-        max(tries, key=lambda found: len(known & set(found.names.values()))),
-    )
+    return max(_tries(list(given)), key=lambda found: len(known & set(found.names.values())))
 
 
 def _tries(given: list[str]) -> Iterator[Renaming]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """
     found, tied = read_checkpoint(path), _tied_names(model)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    naming = renamed(found.tensors, own, partial(_are_all, own, tied))
+    naming = renamed(found.tensors, own)
     state = {naming.names[name]: value for name, value in found.tensors.items()}
     _require_fit(own, state, tied, naming, found.path)
     repeated = {
@@ -51,11 +50,6 @@ def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
         return ()
     which = f"the entry {found.entry!r} of" if found.entry else "those of"
     return (f"weights: {which} {found.path.name}{naming}",)
-
-
-def _are_all(own: Mapping[str, Tensor], tied: Mapping[str, set[str]], names: set[str]) -> bool:
-    """Whether these are the model's names, of tied ones at least one."""
-    return names <= set(own) and not _missing(own, tied, names)
 
 
 def _missing(own: Mapping[str, Tensor], tied: Mapping[str, set[str]], names: set[str]) -> list[str]:

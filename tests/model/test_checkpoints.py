@@ -154,7 +154,7 @@ def lightning(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("entry", ["state_dict", "model", "model_state_dict", "net"])
 def test_weights_that_are_an_entry_are_taken_and_it_is_said(entry: str, tmp_path: Path) -> None:
     optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
-    path = saved({"epoch": 1, entry: STATE, "optimizer": optimizer, "best": torch.ones(1)}, tmp_path)
+    path = saved({"epoch": 1, "scaler": {}, entry: STATE, "optimizer": optimizer, "best": torch.ones(1)}, tmp_path)
     assert loaded(path) == (f"weights: the entry '{entry}' of net.pt",)
 
 
