@@ -81,7 +81,7 @@ def huggingface(
     project = Project(
         model=model,
         splits={name: as_rows(given, encode, name) for name, given in splits.items()},
-        classes=[str(names[i]) for i in range(len(names))],
+        classes=[str(names.get(i, i)) for i in range(len(names))],
         show=show,
         poisoned=poisoned,
         forward=_logits,
@@ -197,6 +197,12 @@ def _of_texts(folder: Path, config: Any, texts: Mapping[str, Sequence[Any]], max
     tokenizer = _tokenizer(folder, used=bool(texts))
     if tokenizer is None:
         return None, None, ()
+    if texts and tokenizer.pad_token is None:
+        raise ProjectError(
+            "the tokenizer has no padding token, so texts of several lengths do not fit together",
+            where=folder,
+            hint="Set tokenizer.pad_token and model.config.pad_token_id, and save both again; or give tensors",
+        )
     lengths = {name: [_tokens(tokenizer, part) for part in some] for name, some in texts.items()}
     most = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
     longest = max((length for some in lengths.values() for length in some), default=1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from conftest import Record
 from mutations import mutated
 from safetensors.torch import load_file, save_file
@@ -484,3 +485,15 @@ def test_check_and_featurize_say_it(tmp_path: Path) -> None:
     notes: list[str] = []
     gs.featurize(project(), split="train", out=tmp_path / "store", proj_dim=8, on_note=notes.append)
     assert notes == [said]
+
+
+def test_an_exact_gram_matrix_says_it(tmp_path: Path) -> None:
+    saved(prefixed("module."), tmp_path)
+    (tmp_path / "project.py").write_text(
+        "import torch, gradstore as gs\nfrom test_checkpoints import network\n"
+        "def project():\n"
+        "    return gs.Project(network(), {'train': [(torch.randn(4), 0)] * 2}, 'net.pt')\n"
+    )
+    done = run(tmp_path, "gram project.py train --out k.h5 --kernel trntk")
+    assert done.status == 0, done.err
+    assert "weights: those of net.pt, without 'module.' in their names\n" in done.err

@@ -309,6 +309,14 @@ def test_a_folder_that_is_no_classifier_s(
     assert "\n" not in caught.value.line
 
 
+def test_a_tokenizer_that_cannot_pad_is_named(tmp_path: Path) -> None:
+    tiny_bert(tmp_path)
+    config = {"tokenizer_class": "BertTokenizer", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ProjectError, match=r"the tokenizer has no padding token, .*\. Set tokenizer.pad_token"):
+        gs.huggingface(tmp_path, {"train": (TEXTS, LABELS)})
+
+
 def test_a_name_on_a_hub_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProjectError, match=r"bert-base-uncased: this is no folder .*Nothing is downloaded"):
         gs.huggingface(tmp_path / "bert-base-uncased", {"train": (TEXTS, LABELS)})
