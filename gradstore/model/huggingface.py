@@ -103,7 +103,12 @@ def _model(folder: Path) -> tuple[Any, tuple[str, ...]]:
     kind = _kind(folder)
     config = _loaded("AutoConfig", folder)
     if getattr(config, "quantization_config", None) is not None:
-        raise ProjectError("this model is quantised", where=folder, expected="weights that have gradients")
+        raise ProjectError(
+            "this model is quantised",
+            where=folder,
+            expected="weights that have gradients",
+            hint="Save it without quantization_config",
+        )
     found = read_checkpoint(folder)
     # Named here, since a folder's config may name an implementation that would be downloaded.
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
