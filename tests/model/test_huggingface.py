@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,14 +355,42 @@ def test_splits_of_another_kind(given: Any, message: str, bert: tuple[Path, Any]
         gs.huggingface(bert[0], {"train": given})
 
 
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record.getMessage())
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    """What transformers logs, which is told to say everything."""
+    told, heard = transformers.utils.logging, Heard()
+    before = told.get_verbosity()
+    told.enable_progress_bar()
+    told.set_verbosity_info()
+    told.add_handler(heard)
+    yield heard
+    told.remove_handler(heard)
+    told.set_verbosity(before)
+
+
 def test_nothing_is_printed_and_transformers_speaks_afterwards(
-    bert: tuple[Path, Any], capfd: pytest.CaptureFixture[str]
+    heard: Heard, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    logging = transformers.utils.logging
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    gs.huggingface(bert[0], {"train": (["the " * 40], None)})
-    assert capfd.readouterr() == ("", "")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    tiny_bert(tmp_path)
+    changed(tmp_path, further=torch.ones(1))
+    capfd.readouterr()
+    heard.records.clear()
+    gs.huggingface(tmp_path, {"train": (["the " * 40], None)})
+    assert (capfd.readouterr(), heard.records) == (("", ""), [])
+    transformers.BertForSequenceClassification.from_pretrained(tmp_path)  # the control
+    assert any("further" in said for said in heard.records)
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def test_without_transformers_it_says_how_to_get_it(bert: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
