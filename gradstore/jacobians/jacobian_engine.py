@@ -24,8 +24,8 @@ from gradstore.jacobians.terms import IndexTerm, Term, joined, sum_of
 from gradstore.model.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
-# Classes that one backward pass differentiates together where launching operations takes longer than computing them, and
-# the bytes of their deltas up to which that is so; half of all classes, as another thread has the rest.
+# Classes that one backward pass differentiates together where launching operations takes longer than computing them,
+# and the bytes of their deltas up to which that is so; half of all classes, as another thread has the rest.
 _MOST_AT_ONCE, _DELTAS_AT_ONCE = 16, 8 << 20
 _AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
 
