@@ -15,7 +15,7 @@ import numpy as np
 from gradstore.errors import MismatchError, UsageError
 from gradstore.featurization.bad_rows import BadRows, is_retried, skips
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
-from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
+from gradstore.featurization.batch_size import BatchSize
 from gradstore.featurization.environment import environment, require_same_environment
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
@@ -27,6 +27,7 @@ from gradstore.featurization.workers import require_workers, write_shards
 from gradstore.indices import spans
 from gradstore.machine.byte_counts import spendable
 from gradstore.machine.clock import now_utc
+from gradstore.machine.out_of_memory import is_out_of_memory
 from gradstore.machine.threads import worker_count
 from gradstore.model.project import Project
 from gradstore.store.background_writer import Columns, in_background

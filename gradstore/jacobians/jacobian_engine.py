@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import UsageError
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
-from gradstore.jacobians.by_autograd import by_loop
+from gradstore.jacobians.by_autograd import by_loop, dense
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.forward_record import record
 from gradstore.jacobians.probe import Exact, Plan, Prober
@@ -20,7 +20,7 @@ from gradstore.jacobians.reused_memory import drop_spare
 from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
-from gradstore.jacobians.terms import IndexTerm, Term, joined
+from gradstore.jacobians.terms import IndexTerm, Term, joined, sum_of
 from gradstore.model.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
@@ -112,9 +112,12 @@ class JacobianEngine:
         seen, classes = self._plan.footprint, classes or self._classes
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
         backward = seen.graph + classes * seen.kept + max(1 + 2 * shares, _AUDIT) * seen.deltas
-        if factors and not self._plan.exact and not seen.lazy:
+        plan = self._plan
+        if factors and not plan.exact and not plan.functions and not seen.lazy:
             return n * backward
-        widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
+        widest = max(_group_columns(group) for group in self._groups({})) if plan.exact else 0
+        pulled_back = [block.size for block in self._blocks if block.name in plan.functions]
+        widest = max(widest, 2 * max(pulled_back, default=0))  # of the function, and of the parameter
         largest = max((min(block.size, self._columns) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
         return n * max(backward, streaming)
@@ -137,14 +140,14 @@ class JacobianEngine:
         inputs, plan = as_inputs(inputs), self._plan
         with self._subject.ready():
             with uncut_if_small(self.outputs(length(inputs))):
-                recording = record(self._subject, plan.structured, inputs, plan.spread)
+                recording = record(self._subject, plan.structured, inputs, plan.calls)
             logits = recording.logits.detach()
             every = self._cotangents(logits)
             cotangents = every[classes]
             audited = None if trusted else cotangents if len(cotangents) == len(every) else every
             if plan.matches(recording):
                 parameters = {name: self._subject.parameters[name] for name in plan.structured}
-                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited)
+                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited, plan.tolerance)
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording
@@ -203,7 +206,7 @@ class JacobianEngine:
         cotangent = factors.to(logits) @ self._cotangents(logits[None])
         parameters = [subject.parameters[name] for name in names]
         found = torch.autograd.grad(logits, parameters, cotangent, materialize_grads=True)
-        return logits.detach().float(), {name: g.reshape(-1) for name, g in zip(names, found, strict=True)}
+        return logits.detach().float(), {name: dense(g).reshape(-1) for name, g in zip(names, found, strict=True)}
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":
@@ -212,7 +215,8 @@ class JacobianEngine:
 
     def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled) -> Iterator[JacobianBlock]:
         groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
-        routes = self._plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
+        plan = self._plan
+        routes = plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
         ready: dict[str, Tensor] = {}
         n = length(inputs)
         for block in self._blocks:
@@ -224,6 +228,11 @@ class JacobianEngine:
             cuts = _cuts(block, self._columns, whole=self._plan.sparse(block.name))
             if block.name in ready:
                 yield from _cut(block, ready.pop(block.name), cuts)
+            elif block.name in plan.functions and block.name in pulled.terms:
+                terms = pulled.terms.pop(block.name)
+                with self._subject.ready(), uncut_if_small(self.outputs(n)):
+                    values = sum_of([term.values(0, term.rows) for term in terms])
+                yield from _cut(block, values, cuts)
             elif block.name in pulled.terms:
                 yield from _assembled(block, pulled.terms.pop(block.name), cuts)
             else:

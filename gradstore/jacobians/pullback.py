@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gradstore.jacobians.forward_record import Recording, Tap
 from gradstore.jacobians.row_owners import candidates, fits, owned, weights
-from gradstore.jacobians.rules import Batch
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
-from gradstore.jacobians.terms import Term
+from gradstore.jacobians.terms import Term, ViewedTerm
+from gradstore.jacobians.uses import Batch
+from gradstore.jacobians.weight_functions import PulledBack, RootTerm
+from gradstore.machine.out_of_memory import is_out_of_memory
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Pulled:
 
     def distrust(self, tap: Tap, reason: str) -> None:
         """Mark every parameter of a call."""
-        self.unsafe.update(dict.fromkeys(tap.names.values(), reason))
+        self.unsafe.update(dict.fromkeys(tap.roots, reason))
 
 
 def pull_back(
@@ -39,6 +41,7 @@ def pull_back(
     parameters: Mapping[str, Tensor],
     cotangents: Tensor,
     audited: Tensor | None,
+    tolerance: float,
 ) -> Pulled:
     """Differentiate the logits class by class with respect to the noted outputs, never to parameters, and audit.
 
@@ -49,6 +52,7 @@ def pull_back(
         cotangents: [c, classes]; row k makes column k of the Jacobian.
         audited: those that the audit combines: these, or all where the others will be asked for without one; None for
             a batch whose audit was passed.
+        tolerance: relative difference that rounding may make.
 
     Returns:
         The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
@@ -56,7 +60,8 @@ def pull_back(
     """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
-        _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
+        _terms(tap, how, n, len(cotangents), parameters, pulled)
+        for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
     summed = audited is cotangents
     factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
@@ -67,9 +72,7 @@ def pull_back(
         for c in classes:
             deltas = _deltas(recording, cotangents[c].expand_as(recording.logits))
             for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
-                view = tap.use.view(delta, n, how) if terms else delta
-                for term in terms:
-                    term.absorb(c, view)
+                _absorb(tap, terms, c, delta, n, how, pulled)
             if summed:
                 totals = _added(totals, deltas, factors[c])
         return totals
@@ -77,22 +80,24 @@ def pull_back(
     totals: list[Tensor] = []
     for part in side_by_side(pull, len(cotangents), cotangents.device):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
+    _pull_to_roots(recording, parameters, pulled)
     if audited is None:
         return pulled
     combined = weights(len(audited), audited) @ audited
     if not summed:
         totals = _deltas(recording, combined.expand_as(recording.logits))
     with uncut_if_small(sum(total.nbytes for total in totals)):
-        _audit(recording, arrangements, parameters, totals, combined, pulled)
+        _audit(recording, arrangements, parameters, totals, combined, tolerance, pulled)
     return pulled
 
 
-def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
+def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[str | None]:
     """Find how each tap's rows belong to examples.
 
     Args:
         recording: a forward pass on n ≥ 2 examples; its graph is kept.
         cotangent: [classes], any combination of the logits.
+        tolerance: relative difference that rounding may make.
 
     Returns:
         An arrangement for each tap; None where none passes the audit.
@@ -101,7 +106,7 @@ def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
     totals = _deltas(recording, cotangent.expand_as(recording.logits))
     weighted = _deltas(recording, weights(n, cotangent)[:, None] * cotangent)
     return [
-        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how)), None)
+        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance)), None)
         for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
     ]
 
@@ -117,7 +122,9 @@ def _candidates(tap: Tap, n: int) -> list[str]:
     return candidates(tap.shape, n, tap.use.arrangements)
 
 
-def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> list[Term]:
+def _terms(
+    tap: Tap, arrangement: str, n: int, classes: int, parameters: Mapping[str, Tensor], pulled: Pulled
+) -> list[Term]:
     """Empty terms for a tap's parameters; none where its input changed or its rows no longer fit."""
     if tap.stale:
         pulled.distrust(tap, "input changed in place")
@@ -126,10 +133,46 @@ def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> 
         pulled.distrust(tap, "rows not by example")
         return []
     batch = Batch(n, classes, arrangement, tap.shape.numel())
-    made = {name: tap.use.terms[role](batch) for role, name in tap.names.items()}
+    try:
+        made = {name: tap.use.terms[role](batch) for role, name in tap.names.items()}
+    except Exception as error:
+        _costs_its_rule(tap, error, pulled)
+        return []
     for name, term in made.items():
-        pulled.terms.setdefault(name, []).append(term)
+        shape = parameters[name].shape if name in parameters else None
+        rows = term.rows if shape is None else shape[0] if shape else 1
+        pulled.terms.setdefault(name, []).append(term if rows == term.rows else ViewedTerm(term, rows))
     return list(made.values())
+
+
+def _absorb(tap: Tap, terms: list[Term], c: int, delta: Tensor, n: int, arrangement: str, pulled: Pulled) -> None:
+    """Hand class c's delta to a tap's terms."""
+    if not terms:
+        return
+    try:
+        view = tap.use.view(delta, n, arrangement)
+        for term in terms:
+            term.absorb(c, view)
+    except Exception as error:
+        _costs_its_rule(tap, error, pulled)
+
+
+def _costs_its_rule(tap: Tap, error: Exception, pulled: Pulled) -> None:
+    """An exception in a rule's own arithmetic costs the call's parameters that rule, and no more."""
+    if is_out_of_memory(error):
+        raise error
+    pulled.distrust(tap, f"{type(error).__name__} in the rule of {tap.use.route}")
+
+
+def _pull_to_roots(recording: Recording, parameters: Mapping[str, Tensor], pulled: Pulled) -> None:
+    """Replace the terms of functions of parameters by those of the parameters."""
+    for key, function in recording.functions.items():
+        terms = pulled.terms.pop(key, [])
+        if not terms or any(root in pulled.unsafe for root in function.roots):
+            continue
+        gradients = PulledBack(function, terms, {name: parameters[name] for name in function.roots})
+        for name in function.roots:
+            pulled.terms.setdefault(name, []).append(RootTerm(gradients, name, parameters[name].shape))
 
 
 def _audit(
@@ -138,6 +181,7 @@ def _audit(
     parameters: Mapping[str, Tensor],
     totals: list[Tensor],
     cotangent: Tensor,
+    tolerance: float,
     pulled: Pulled,
 ) -> None:
     """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed."""
@@ -156,7 +200,7 @@ def _audit(
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
     verdicts = [
-        (tap, owned(weighted, total, n, how))
+        (tap, owned(weighted, total, n, how, tolerance))
         for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True)
         if weighted is not None and fits(tap.shape, n, how)
     ]

@@ -198,6 +198,57 @@ class IndexTerm(Term):
         return self.embedding_block("", 0).values(first, last)
 
 
+class KeptTerm(Term):
+    """Any other large parameter: deltas are kept, and some rows of the gradient made of them when they are asked for.
+
+    Args:
+        c: number of classes.
+        rows: length of the parameter's first axis.
+        width: columns per row.
+        make: (deltas [n, c, …], first, last) to rows [first, last) of the gradient, [n, c, (last − first) · width].
+    """
+
+    def __init__(self, c: int, rows: int, width: int, make: Callable[[Tensor, int, int], Tensor]) -> None:
+        self.rows, self.width, self._classes, self._make = rows, width, c, make
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Keep the delta, [n, …]."""
+        self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows."""
+        assert self._kept is not None
+        return self._make(self._kept, first, last)
+
+
+class ViewedTerm(Term):
+    """A parameter that was used in another shape with its elements in the same order.
+
+    Args:
+        term: of the shape that was used.
+        rows: length of the parameter's own first axis.
+    """
+
+    def __init__(self, term: Term, rows: int) -> None:
+        self._term, self.read = term, term.read
+        self.rows, self.width = rows, term.rows * term.width // rows
+
+    @property
+    def held(self) -> int:
+        """See `Term.held`."""
+        return self._term.held
+
+    def absorb(self, c: int, delta: Tensor) -> None:
+        """Hand the delta on."""
+        self._term.absorb(c, delta)
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows, cut from those of the shape that was used."""
+        begin, end, width = first * self.width, last * self.width, self._term.width
+        low, high = begin // width, -(-end // width)
+        return self._term.values(low, high)[..., begin - low * width : end - low * width]
+
+
 def joined(terms: list[Term], name: str, start: int, first: int, last: int) -> JacobianBlock:
     """A block of a parameter with several uses: the uses add up."""
     if len(terms) == 1:

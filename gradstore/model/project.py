@@ -20,6 +20,7 @@ from gradstore.indices import row_mask
 from gradstore.machine.devices import full_float32
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.image_and_text import Show
+from gradstore.model.model_state import unchanged
 from gradstore.model.own_modules import OwnModules
 from gradstore.model.weights import load_weights
 
@@ -126,7 +127,7 @@ class Project:
         """
         first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
         n = len(first)
-        with torch.no_grad(), full_float32(first.device):
+        with torch.no_grad(), full_float32(first.device), unchanged(self.model):
             try:
                 logits = call_model(self.model, inputs, self.forward)
             except GradstoreError:

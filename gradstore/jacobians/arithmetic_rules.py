@@ -1,0 +1,200 @@
+"""Rules of parameters in plain arithmetic: added, multiplied, repeated, or taken element by element in any other way.
+
+A parameter has no axis of examples, so its gradient is the output's gradient times the partial derivative, added up
+over all axes along which the parameter was broadcast, but for the examples'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, SECOND, by_example
+from gradstore.jacobians.uses import Batch, Use, as_it_is, reduced, wide
+
+Rule = Callable[..., Use | None]
+Partial = Callable[[Tensor], Tensor]
+
+ROUTE = "arithmetic"
+
+
+def add(input: Any, other: Any, *, alpha: float = 1) -> Use | None:
+    """A parameter added to every example, such as a learned position."""
+    return _use({"input": input, "other": other}, {"input": _times(1), "other": _times(alpha)})
+
+
+def subtract(input: Any, other: Any, *, alpha: float = 1) -> Use | None:
+    """A parameter from which every example is subtracted, or that is subtracted from it."""
+    return _use({"input": input, "other": other}, {"input": _times(1), "other": _times(-alpha)})
+
+
+def multiply(input: Any, other: Any) -> Use | None:
+    """A parameter that every example is multiplied by, such as a layer scale or a hand-written norm's gain."""
+    if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+        return None
+    x, y = input.detach(), other.detach()
+    return _use({"input": x, "other": y}, {"input": lambda d: d * y, "other": lambda d: d * x}, (x, y))
+
+
+def prelu(input: Tensor, weight: Tensor) -> Use | None:
+    """The slope of negative values, one or one a channel: its gradient is Σ δ · min(x, 0)."""
+    x, channels = input.detach(), (1,) * (input.ndim > 1)
+    aligned = weight.detach().view(*channels, -1, *(1,) * max(0, input.ndim - 2)) if weight.numel() > 1 else weight
+    return _use({"weight": aligned}, {"weight": lambda d: d * x.clamp(max=0)}, (x,), x.shape)
+
+
+def expand(input: Tensor, *sizes: Any) -> Use | None:
+    """A parameter repeated for every example, such as a class token."""
+    wanted = _sizes(sizes)
+    padded = (1,) * (len(wanted) - input.ndim) + tuple(input.shape)
+    shape = torch.Size(have if size == -1 else size for have, size in zip(padded, wanted, strict=True))
+    return _use({"input": input}, {"input": _times(1)}, (), shape)
+
+
+def expand_as(input: Tensor, other: Tensor) -> Use | None:
+    """The same, to another tensor's shape."""
+    return expand(input, *other.shape)
+
+
+def repeat(input: Tensor, *repeats: Any) -> Use | None:
+    """The same, by copies; each axis may be repeated."""
+    counts = _sizes(repeats)
+    padded = (1,) * (len(counts) - input.ndim) + tuple(input.shape)
+    pairs = [*zip(counts, padded, strict=True)]
+
+    def reduce(delta: Tensor, batch: Batch) -> Tensor:
+        rows = by_example(wide(delta), batch.n, batch.arrangement)
+        others = [pairs[0], *pairs[2:]] if batch.arrangement == SECOND else [(rows.shape[1], 1), *pairs[1:]]
+        apart = rows.reshape(batch.n, *(size for pair in others for size in pair))
+        return apart.sum([*range(1, apart.ndim, 2)])
+
+    possible = _arrangements(padded, len(padded))
+    return Use(ROUTE, as_it_is, possible, {"input": reduced(tuple(input.shape), reduce)}) if possible else None
+
+
+def elementwise(function: Callable[..., Tensor], *, in_place: bool = False) -> Rule:
+    """The rule of a function that takes its tensors element by element; autograd gives the partial derivatives.
+
+    Args:
+        function: makes a new tensor.
+        in_place: the rule is for its twin that writes to the first argument, whose old value is kept.
+
+    Returns:
+        It.
+    """
+
+    def rule(input: Any, other: Any = None, third: Any = None, **options: Any) -> Use | None:
+        given = {"input": input, "other": other, "third": third}
+        while list(given.values())[-1] is None:
+            given.popitem()
+        tensors = {role: value.detach() for role, value in {**given, **options}.items() if isinstance(value, Tensor)}
+        if in_place:
+            tensors["input"] = tensors["input"].clone()
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors.values()))
+
+        def derivative(role: str, delta: Tensor) -> Tensor:
+            own = tensors[role].expand(shape).requires_grad_()
+            now = {**given, **options, **tensors, role: own}
+            in_order = [now.pop(name) for name in given]
+            with torch.enable_grad():
+                output = function(*in_order, **now)
+            return torch.autograd.grad(output, own, delta)[0]
+
+        partials = {role: partial(derivative, role) for role, value in tensors.items() if value.is_floating_point()}
+        return _use(tensors, partials, tuple(tensors.values()), shape)
+
+    return rule
+
+
+def summed(delta: Tensor, shape: Sequence[int], batch: Batch) -> Tensor:
+    """Sum over the axes along which a parameter of this shape was broadcast; the examples stay apart.
+
+    Returns:
+        [n, …] in float32 or wider.
+    """
+    padded = (1,) * (delta.ndim - len(shape)) + tuple(shape)
+    rows = by_example(wide(delta), batch.n, batch.arrangement)
+    kept = (padded[0], *padded[2:]) if batch.arrangement == SECOND else (1, *padded[1:])
+    axes = [axis for axis, size in enumerate(kept, 1) if size == 1]
+    return rows.sum(axes, keepdim=True) if axes else rows
+
+
+def _use(
+    tensors: Mapping[str, Any],
+    partials: Mapping[str, Partial],
+    saved: tuple[Tensor, ...] = (),
+    shape: torch.Size | None = None,
+) -> Use | None:
+    """The use of those arguments that have no axis of examples."""
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        return None
+    if shape is None:
+        shape = torch.broadcast_shapes(*(value.shape for value in tensors.values()))
+    found: dict[str, tuple[str, ...]] = {}
+    for role in partials:
+        possible = _arrangements(tensors[role].shape, len(shape))
+        if possible:
+            found[role] = possible
+    terms = {role: _term(tuple(tensors[role].shape), partials[role]) for role in found}
+    order = [how for how in (FIRST, SECOND, FOLDED, FOLDED_LAST) if any(how in possible for possible in found.values())]
+    return Use(ROUTE, as_it_is, tuple(order), terms, saved) if terms else None
+
+
+def _term(shape: tuple[int, ...], partial: Partial) -> Callable[[Batch], Any]:
+    return reduced(shape, lambda delta, batch: summed(partial(delta), shape, batch))
+
+
+def _arrangements(shape: Sequence[int], ndim: int) -> tuple[str, ...]:
+    """Where a parameter of this shape leaves room for the examples in an output of so many axes."""
+    padded = (1,) * (ndim - len(shape)) + tuple(shape)
+    first = (FIRST, FOLDED, FOLDED_LAST) if padded and padded[0] == 1 else ()
+    return first + ((SECOND,) if len(padded) > 2 and padded[1] == 1 else ())
+
+
+def _times(factor: float) -> Partial:
+    return lambda delta: delta if factor == 1 else delta * factor
+
+
+def _sizes(given: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(given[0]) if given and isinstance(given[0], Sequence) else given
+
+
+def _both(name: str) -> list[Any]:
+    """A function of torch and the method of the same name, where there are any."""
+    return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
+
+
+_BY_AUTOGRAD = ("div", "true_divide", "pow", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv", "clamp")
+_CHANGING = ("mul", "multiply", "div", "true_divide", "pow", "lerp", "addcmul", "addcdiv")
+_PLAIN = {"add": add, "sub": subtract, "subtract": subtract, "mul": multiply, "multiply": multiply}
+
+ARITHMETIC: dict[Any, Rule] = {
+    Tensor.__add__: add,
+    Tensor.__radd__: add,
+    Tensor.__iadd__: add,
+    Tensor.__sub__: subtract,
+    Tensor.__isub__: subtract,
+    Tensor.__mul__: multiply,
+    Tensor.__rmul__: multiply,
+    Tensor.__truediv__: elementwise(torch.div),
+    torch.prelu: prelu,
+    Tensor.prelu: prelu,
+    Tensor.expand: expand,
+    Tensor.expand_as: expand_as,
+    torch.broadcast_to: expand,
+    Tensor.broadcast_to: expand,
+    Tensor.repeat: repeat,
+    Tensor.__pow__: elementwise(torch.pow),
+    Tensor.__rpow__: elementwise(lambda input, other: torch.pow(other, input)),
+    Tensor.__rsub__: elementwise(lambda input, other: other - input),
+    Tensor.__rtruediv__: elementwise(lambda input, other: other / input),
+    **{function: rule for name, rule in _PLAIN.items() for function in _both(name)},
+    **{function: elementwise(getattr(torch, name)) for name in _BY_AUTOGRAD for function in _both(name)},
+    **{getattr(Tensor, f"{name}_"): _PLAIN[name] for name in ("add", "sub", "subtract")},
+    **{getattr(Tensor, f"{name}_"): elementwise(getattr(torch, name), in_place=True) for name in _CHANGING},
+}
+"""The rule of each function of plain arithmetic."""

@@ -1,0 +1,104 @@
+"""What one call does with its parameters, in the form that every rule returns it, and how output gradients are read.
+
+Deltas reach terms as [n, channels, positions], except for broadcast parameters, which see the output's own shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, by_example
+from gradstore.jacobians.terms import SHRINKS, KeptTerm, ReducedTerm, Term
+
+View = Callable[[Tensor, int, str], Tensor]
+CHANNELS_SECOND = (FIRST, FOLDED, FOLDED_LAST)  # where the second axis holds channels it cannot hold examples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a term needs to know of the batch: examples, classes, arrangement of rows, elements of the call's output."""
+
+    n: int
+    classes: int
+    arrangement: str
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a function with parameters.
+
+    Attributes:
+        route: the kind of layer, for people.
+        view: brings an output gradient to the form that the terms take.
+        arrangements: how the rows of the output may belong to examples, the likeliest first.
+        terms: for each argument that may be a parameter, the maker of its term.
+        saved: the tensors that those makers will read, which must not change before.
+    """
+
+    route: str
+    view: View
+    arrangements: tuple[str, ...]
+    terms: dict[str, Callable[[Batch], Term]]
+    saved: tuple[Tensor, ...] = ()
+
+
+def channels_last(tensor: Tensor, n: int, arrangement: str) -> Tensor:
+    """[…, channels] to [n, channels, positions]."""
+    return by_example(tensor, n, arrangement).reshape(n, -1, tensor.shape[-1]).transpose(1, 2)
+
+
+def channels_second(tensor: Tensor, n: int, arrangement: str) -> Tensor:
+    """[b, channels, …] to [n, channels, positions]."""
+    positions = tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None]
+    return by_example(positions, n, arrangement).transpose(1, 2).flatten(2)
+
+
+def as_it_is(tensor: Tensor, n: int, arrangement: str) -> Tensor:
+    """[n, …] unchanged."""
+    return tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def positions_summed(size: int) -> Callable[[Batch], Term]:
+    """The maker of a bias's term: Σ_t δ_t of [n, size, positions]."""
+    return reduced((size,), lambda delta, _: wide(delta).sum(-1))
+
+
+def reduced(shape: tuple[int, ...], reduce: Callable[[Tensor, Batch], Tensor]) -> Callable[[Batch], Term]:
+    """The maker of a term that is reduced from each delta at once.
+
+    Args:
+        shape: of the parameter.
+        reduce: (delta, batch) to [n, …] with as many elements a row as the parameter has.
+
+    Returns:
+        It.
+    """
+    return lambda batch: ReducedTerm(batch.n, batch.classes, shape, lambda delta: reduce(delta, batch))
+
+
+def kept_or_reduced(batch: Batch, shape: tuple[int, ...], make: Callable[[Tensor, int, int], Tensor]) -> Term:
+    """A term whose deltas are kept, or reduced at once where that is much smaller.
+
+    Args:
+        batch: that it is for.
+        shape: of the parameter.
+        make: (deltas [n, c, …], first, last) to rows [first, last) of the gradient, [n, c, (last − first) · width].
+
+    Returns:
+        It.
+    """
+    rows = shape[0] if shape else 1
+    if batch.outputs < SHRINKS * batch.n * math.prod(shape):
+        return KeptTerm(batch.classes, rows, math.prod(shape) // rows, make)
+    return ReducedTerm(batch.n, batch.classes, shape, lambda delta: make(delta[:, None], 0, rows))
