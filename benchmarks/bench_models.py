@@ -93,7 +93,7 @@ def run(entry: Entry, options: argparse.Namespace) -> list[dict[str, Any]]:
     small = entry.source == "hand" and first["parameters"] <= SMALL
     found = []
     for n in (*FEW, options.n) if small else (options.n,):
-        row = first | in_process("speed", entry, n, 0, options) | {"repeats": options.repeats}
+        row = first | in_process("speed", entry, n, 0, options)
         for side in SIDES if n == options.n else ():
             if f"{side}_chunk" in row:
                 row |= in_process(side, entry, n, row[f"{side}_chunk"], options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from .entry import CLASSES, Entry
 
 CHUNKS = (32, 8, 2, 1)
 HELD = 1.5e9  # bytes of Jacobian that a chunk of the rival may hold: it forms all values of a chunk at once
+MOST = 50  # repeats
 SIDES = ("gradstore", "jacrev")
 
 
@@ -65,53 +67,54 @@ def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in values.items()}
 
 
-def side(entry: Entry, which: str, n: int, step: int, seed: int = 0) -> Callable[[], None]:
-    """One of the two, ready to be called: a batch of n examples, `step` at a time."""
-    model, inputs = entry.model(seed), entry.batch(n)
+def side(entry: Entry, which: str, model: nn.Module, inputs: Any) -> Callable[[int], None]:
+    """One of the two, to be called with a number of examples to take at a time."""
     if which == "jacrev":
-        return lambda: functional(entry, model, inputs, step)
+        return partial(functional, entry, model, inputs)
     engine = JacobianEngine(model, parameter_blocks(model), forward=entry.forward, example=inputs)
-    return lambda: stream(engine, inputs, step)
+    return partial(stream, engine, inputs)
 
 
-def steps(entry: Entry, n: int) -> list[int]:
-    """Chunks whose Jacobian, with all that a model of its size takes beside it, can be held."""
-    size = sum(p.numel() for p in entry.model().parameters())
-    fitting = [step for step in CHUNKS if step <= n and 4 * CLASSES * size * step <= HELD]
-    return fitting or [1]
+def steps(model: nn.Module, n: int) -> list[int]:
+    """Chunks whose Jacobian can be held, with all that a model takes beside it."""
+    size = sum(p.numel() for p in model.parameters())
+    steps = dict.fromkeys(min(step, n) for step in CHUNKS)
+    return [step for step in steps if 4 * CLASSES * size * step <= HELD] or [1]
 
 
 def peak(entry: Entry, which: str, n: int, step: int) -> int:
-    """Bytes that one batch takes beside model and inputs, of this process, which did nothing else; Linux only."""
-    work = side(entry, which, n, step)
+    """Bytes that one batch, and what comes before it, take beside model and inputs, of this fresh process (Linux)."""
+    model, inputs = entry.model(), entry.batch(n)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
+    side(entry, which, model, inputs)(step)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 
 
 def speed(entry: Entry, n: int, repeats: int) -> dict[str, Any]:
-    """Alternate both, each in the chunks that are fastest for it.
+    """Alternate both, each in the chunks that are fastest for it, at least so often, and quick ones for a second.
 
     Returns:
-        Seconds, chunks, rows (example, class) a second, and the ratio; "cannot" and why where the rival raises.
+        Seconds, chunks, rows (example, class) a second, and the ratio; "cannot" and why where one of them raises.
     """
     row: dict[str, Any] = {"n": n}
     chosen: dict[str, Callable[[], None]] = {}
+    slowest = 0.0
     for which in SIDES:
-        tried = {}
-        for step in steps(entry, n):
-            try:
-                work = side(entry, which, n, step)
-                work()
-            except Exception as error:
-                row[f"{which}_why"] = f"cannot: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-                continue
-            tried[step] = (_seconds(work), work)
-        if tried:
-            row[f"{which}_chunk"] = min(tried, key=lambda step: tried[step][0])
-            chosen[which] = tried[row[f"{which}_chunk"]][1]
-            row[f"{which}_why"] = ""
-    runs = [{which: _seconds(work) for which, work in chosen.items()} for _ in range(repeats)]
+        model, inputs = entry.model(), entry.batch(n)
+        try:
+            work = side(entry, which, model, inputs)
+            work(1)  # whatever is done once
+            tried = {step: _seconds(partial(work, step)) for step in steps(model, n)}
+        except Exception as error:
+            row[f"{which}_why"] = f"cannot: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            continue
+        best = min(tried, key=lambda step: tried[step])
+        row |= {f"{which}_chunk": best, f"{which}_why": ""}
+        chosen[which] = partial(work, best)
+        slowest = max(slowest, tried[best])
+    times = max(repeats, min(MOST, int(1 / slowest))) if chosen else 0
+    runs = [{which: _seconds(work) for which, work in chosen.items()} for _ in range(times)]
+    row["repeats"] = times
     for which in chosen:
         row[f"{which}_s"] = round(median(run[which] for run in runs), 5)
     if "gradstore" in chosen:
