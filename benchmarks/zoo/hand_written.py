@@ -502,6 +502,34 @@ class ClassToken(nn.Module):
         return self.head(self.layer(x)[:, 0])
 
 
+class ConvolutionalStem(nn.Module):
+    """Tokens from a batch norm's output, whose gradient is transposed then, as in LeViT and CvT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16))
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((x + torch.tanh(self.body(x))).mean(1))
+
+
+class CachedBias(nn.Module):
+    """Picks biases from a table once in eval mode and keeps them, as LeViT and EfficientFormer do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.table = nn.Linear(20, 32), nn.Linear(32, CLASSES), nn.Parameter(torch.zeros(8))
+        self.register_buffer("index", torch.arange(32) % 8)
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if str(x.device) not in self.cache:
+            self.cache[str(x.device)] = self.table[self.index]
+        return self.head(torch.tanh(self.body(x) + self.cache[str(x.device)]))
+
+
 class EndsInRelu(nn.Module):
     """Logits behind a ReLU, as SqueezeNet has them: some classes have none."""
 
@@ -605,6 +633,8 @@ ENTRIES = (
     _vectors("counts its calls", Counting),
     _vectors("no_grad and unused parts", FastAndSlow),
     _vectors("RMS norm by hand", RootMeanSquare),
+    _entry("tokens from a batch norm", ConvolutionalStem, _small_images),
+    _vectors("biases cached in eval mode", CachedBias),
     _entry("ends in ReLU", EndsInRelu, _small_images),
     _vectors("cosine head", Cosine),
     _vectors("low-rank update", LowRank),

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gradstore.errors import ProjectError
 from gradstore.jacobians import JacobianEngine
@@ -116,11 +118,26 @@ def looped(entry: Entry, seed: int, n: int, wide: bool) -> Iterator[tuple[int, i
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters()}
     for i in range(n):
         one = inputs[i : i + 1] if isinstance(inputs, Tensor) else {key: v[i : i + 1] for key, v in inputs.items()}
-        logits = (model(one) if entry.forward is None else entry.forward(model, one))[0]
+        with _PlainGradients():
+            logits = (model(one) if entry.forward is None else entry.forward(model, one))[0]
         for c, logit in enumerate(logits):
             # kept for the next example too: some models keep a piece of it, such as LeViT's biases
             found = torch.autograd.grad(logit, list(parameters.values()), retain_graph=True, allow_unused=True)
             yield i, c, {name: _dense(g, p) for (name, p), g in zip(parameters.items(), found, strict=True)}
+
+
+class _PlainGradients(TorchFunctionMode):
+    """Batch norms are given gradients that are contiguous.
+
+    Of a batch of one whose gradient is transposed (`norm(x).flatten(2).transpose(1, 2)`, as in LeViT), PyTorch's CPU
+    code gives another input gradient in eval mode than finite differences do (seen in 2.13 and 2.14).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (F.batch_norm, torch.batch_norm) and out.requires_grad:
+            out.register_hook(Tensor.contiguous)
+        return out
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
