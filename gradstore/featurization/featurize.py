@@ -175,7 +175,7 @@ def featurize(
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
-    for note in plan.notes:
+    for note in (*project.notes, *plan.notes):
         if on_note is not None:
             on_note(note)
     same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)

@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, SECOND, by_example
-from gradstore.jacobians.uses import Batch, Use, as_it_is, reduced, wide
+from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, SECOND, deltas_by_example
+from gradstore.jacobians.terms import ReducedTerm, Term
+from gradstore.jacobians.uses import Batch, Use, reduced, wide
 
 Rule = Callable[..., Use | None]
-Partial = Callable[[Tensor], Tensor]
+Factor = Callable[[], Tensor | float]  # the partial derivative, of the output's shape, which deltas are multiplied by
 
 ROUTE = "arithmetic"
 
 
 def add(input: Any, other: Any, *, alpha: float = 1) -> Use | None:
     """A parameter added to every example, such as a learned position."""
-    return _use({"input": input, "other": other}, {"input": _times(1), "other": _times(alpha)})
+    return _use({"input": input, "other": other}, {"input": _constant(1), "other": _constant(alpha)})
 
 
 def subtract(input: Any, other: Any, *, alpha: float = 1) -> Use | None:
     """A parameter from which every example is subtracted, or that is subtracted from it."""
-    return _use({"input": input, "other": other}, {"input": _times(1), "other": _times(-alpha)})
+    return _use({"input": input, "other": other}, {"input": _constant(1), "other": _constant(-alpha)})
 
 
 def multiply(input: Any, other: Any) -> Use | None:
@@ -37,14 +38,14 @@ def multiply(input: Any, other: Any) -> Use | None:
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
         return None
     x, y = input.detach(), other.detach()
-    return _use({"input": x, "other": y}, {"input": lambda d: d * y, "other": lambda d: d * x}, (x, y))
+    return _use({"input": x, "other": y}, {"input": lambda: y, "other": lambda: x}, (x, y))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Use | None:
     """The slope of negative values, one or one a channel: its gradient is Σ δ · min(x, 0)."""
     x, channels = input.detach(), (1,) * (input.ndim > 1)
     aligned = weight.detach().view(*channels, -1, *(1,) * max(0, input.ndim - 2)) if weight.numel() > 1 else weight
-    return _use({"weight": aligned}, {"weight": lambda d: d * x.clamp(max=0)}, (x,), x.shape)
+    return _use({"weight": aligned}, {"weight": lambda: x.clamp(max=0)}, (x,), x.shape)
 
 
 def expand(input: Tensor, *sizes: Any) -> Use | None:
@@ -52,7 +53,7 @@ def expand(input: Tensor, *sizes: Any) -> Use | None:
     wanted = _sizes(sizes)
     padded = (1,) * (len(wanted) - input.ndim) + tuple(input.shape)
     shape = torch.Size(have if size == -1 else size for have, size in zip(padded, wanted, strict=True))
-    return _use({"input": input}, {"input": _times(1)}, (), shape)
+    return _use({"input": input}, {"input": _constant(1)}, (), shape)
 
 
 def expand_as(input: Tensor, other: Tensor) -> Use | None:
@@ -66,14 +67,14 @@ def repeat(input: Tensor, *repeats: Any) -> Use | None:
     padded = (1,) * (len(counts) - input.ndim) + tuple(input.shape)
     pairs = [*zip(counts, padded, strict=True)]
 
-    def reduce(delta: Tensor, batch: Batch) -> Tensor:
-        rows = by_example(wide(delta), batch.n, batch.arrangement)
-        others = [pairs[0], *pairs[2:]] if batch.arrangement == SECOND else [(rows.shape[1], 1), *pairs[1:]]
-        apart = rows.reshape(batch.n, *(size for pair in others for size in pair))
-        return apart.sum([*range(1, apart.ndim, 2)])
+    def reduce(deltas: Tensor, batch: Batch) -> Tensor:
+        rows = deltas_by_example(wide(deltas), batch.n, batch.arrangement)
+        others = [pairs[0], *pairs[2:]] if batch.arrangement == SECOND else [(rows.shape[2], 1), *pairs[1:]]
+        apart = rows.reshape(*rows.shape[:2], *(size for pair in others for size in pair))
+        return apart.sum([*range(2, apart.ndim, 2)])
 
     possible = _arrangements(padded, len(padded))
-    return Use(ROUTE, as_it_is, possible, {"input": reduced(tuple(input.shape), reduce)}) if possible else None
+    return Use(ROUTE, _as_they_are, possible, {"input": reduced(tuple(input.shape), reduce)}) if possible else None
 
 
 def elementwise(function: Callable[..., Tensor], *, in_place: bool = False) -> Rule:
@@ -96,36 +97,36 @@ def elementwise(function: Callable[..., Tensor], *, in_place: bool = False) -> R
             tensors["input"] = tensors["input"].clone()
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors.values()))
 
-        def derivative(role: str, delta: Tensor) -> Tensor:
+        def derivative(role: str) -> Tensor:
             own = tensors[role].expand(shape).requires_grad_()
             now = {**given, **options, **tensors, role: own}
             in_order = [now.pop(name) for name in given]
             with torch.enable_grad():
                 output = function(*in_order, **now)
-            return torch.autograd.grad(output, own, delta)[0]
+            return torch.autograd.grad(output, own, torch.ones_like(output))[0]
 
-        partials = {role: partial(derivative, role) for role, value in tensors.items() if value.is_floating_point()}
-        return _use(tensors, partials, tuple(tensors.values()), shape)
+        factors = {role: partial(derivative, role) for role, value in tensors.items() if value.is_floating_point()}
+        return _use(tensors, factors, tuple(tensors.values()), shape)
 
     return rule
 
 
-def summed(delta: Tensor, shape: Sequence[int], batch: Batch) -> Tensor:
-    """Sum over the axes along which a parameter of this shape was broadcast; the examples stay apart.
+def summed(deltas: Tensor, shape: Sequence[int], batch: Batch) -> Tensor:
+    """Sum deltas [f, …] over the axes along which a parameter of this shape was broadcast; the examples stay apart.
 
     Returns:
-        [n, …] in float32 or wider.
+        [n, f, …] in float32 or wider.
     """
-    padded = (1,) * (delta.ndim - len(shape)) + tuple(shape)
-    rows = by_example(wide(delta), batch.n, batch.arrangement)
+    padded = (1,) * (deltas.ndim - 1 - len(shape)) + tuple(shape)
+    rows = deltas_by_example(wide(deltas), batch.n, batch.arrangement)
     kept = (padded[0], *padded[2:]) if batch.arrangement == SECOND else (1, *padded[1:])
-    axes = [axis for axis, size in enumerate(kept, 1) if size == 1]
+    axes = [axis for axis, size in enumerate(kept, 2) if size == 1]
     return rows.sum(axes, keepdim=True) if axes else rows
 
 
 def _use(
     tensors: Mapping[str, Any],
-    partials: Mapping[str, Partial],
+    factors: Mapping[str, Factor],
     saved: tuple[Tensor, ...] = (),
     shape: torch.Size | None = None,
 ) -> Use | None:
@@ -135,17 +136,31 @@ def _use(
     if shape is None:
         shape = torch.broadcast_shapes(*(value.shape for value in tensors.values()))
     found: dict[str, tuple[str, ...]] = {}
-    for role in partials:
+    for role in factors:
         possible = _arrangements(tensors[role].shape, len(shape))
         if possible:
             found[role] = possible
-    terms = {role: _term(tuple(tensors[role].shape), partials[role]) for role in found}
+    terms = {role: _maker(tuple(tensors[role].shape), factors[role]) for role in found}
     order = [how for how in (FIRST, SECOND, FOLDED, FOLDED_LAST) if any(how in possible for possible in found.values())]
-    return Use(ROUTE, as_it_is, tuple(order), terms, saved) if terms else None
+    return Use(ROUTE, _as_they_are, tuple(order), terms, saved) if terms else None
 
 
-def _term(shape: tuple[int, ...], partial: Partial) -> Callable[[Batch], Any]:
-    return reduced(shape, lambda delta, batch: summed(partial(delta), shape, batch))
+def _maker(shape: tuple[int, ...], factor: Factor) -> Callable[[Batch], Term]:
+    """The maker of a term that multiplies deltas by a factor and sums them to a parameter's shape."""
+
+    def term(batch: Batch) -> Term:
+        by = factor()
+
+        def reduce(deltas: Tensor) -> Tensor:
+            return summed(deltas if isinstance(by, (int, float)) and by == 1 else wide(deltas) * by, shape, batch)
+
+        return ReducedTerm(batch.n, batch.classes, shape, reduce, by if isinstance(by, Tensor) else None)
+
+    return term
+
+
+def _as_they_are(deltas: Tensor, n: int, arrangement: str) -> Tensor:
+    return deltas
 
 
 def _arrangements(shape: Sequence[int], ndim: int) -> tuple[str, ...]:
@@ -155,8 +170,8 @@ def _arrangements(shape: Sequence[int], ndim: int) -> tuple[str, ...]:
     return first + ((SECOND,) if len(padded) > 2 and padded[1] == 1 else ())
 
 
-def _times(factor: float) -> Partial:
-    return lambda delta: delta if factor == 1 else delta * factor
+def _constant(factor: float) -> Factor:
+    return lambda: factor
 
 
 def _sizes(given: tuple[Any, ...]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, SECOND, by_example
+from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, SECOND, by_example, deltas_by_example
 from gradstore.jacobians.terms import Term
 from gradstore.jacobians.uses import Batch, Use, kept_or_reduced, reduced, wide
 
@@ -51,8 +51,8 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     if use is None or (len(shape) == 2 and shape[0] != 1):
         return use
 
-    def bias(delta: Tensor, _: Batch) -> Tensor:
-        total = wide(delta).sum(1) * beta
+    def bias(deltas: Tensor, _: Batch) -> Tensor:
+        total = wide(deltas).sum(2) * beta
         return total.sum(-1) if math.prod(shape) == 1 else total
 
     return replace(use, terms={**use.terms, "input": reduced(shape, bias)})
@@ -102,7 +102,7 @@ def _contraction(
             terms[role] = _maker(tuple(own.shape), gradient)
             found += possible
     order = tuple(how for how in _AXIS if how in found)
-    return Use("matrix product", by_example, order, terms, (x, y)) if terms else None
+    return Use("matrix product", deltas_by_example, order, terms, (x, y)) if terms else None
 
 
 _AXIS = {FIRST: 0, SECOND: 1, FOLDED: 0, FOLDED_LAST: 0}
@@ -128,7 +128,7 @@ class _Gradient:
         self._other, self._factor = other, factor
 
     def of(self, batch: Batch) -> Callable[[Tensor, int, int], Tensor]:
-        """Make some rows of the gradient from deltas [n, c, …], each as `by_example` has it."""
+        """Make some rows of the gradient from deltas [n, c, …] as `deltas_by_example` has them."""
         second = batch.arrangement == SECOND
         example = self._output[_AXIS[batch.arrangement]]
         fold = "" if second else _FOLD

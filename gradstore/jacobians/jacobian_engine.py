@@ -24,6 +24,9 @@ from gradstore.jacobians.terms import IndexTerm, Term, joined, sum_of
 from gradstore.model.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
+# Classes that one backward pass differentiates together where launching operations takes longer than computing them,
+# and the bytes of their deltas up to which that is so; half of all classes, as another thread has the rest.
+_MOST_AT_ONCE, _DELTAS_AT_ONCE = 16, 8 << 20
 _AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
 
 
@@ -111,7 +114,8 @@ class JacobianEngine:
         """
         seen, classes = self._plan.footprint, classes or self._classes
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
-        backward = seen.graph + classes * seen.kept + max(1 + 2 * shares, _AUDIT) * seen.deltas
+        deltas = 1 + 2 * shares * self._at_once(n)
+        backward = seen.graph + classes * seen.kept + max(deltas, _AUDIT) * seen.deltas
         plan = self._plan
         if factors and not plan.exact and not plan.functions and not seen.lazy:
             return n * backward
@@ -121,6 +125,12 @@ class JacobianEngine:
         largest = max((min(block.size, self._columns) for block in self._blocks), default=0)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
         return n * max(backward, streaming)
+
+    def _at_once(self, n: int) -> int:
+        """Classes that are differentiated in one pass: by sizes alone, since bits depend on it."""
+        if not self._plan.vectorises:
+            return 1
+        return max(1, min(_MOST_AT_ONCE, -(-self._classes // 2), _DELTAS_AT_ONCE // max(1, self.outputs(n))))
 
     def outputs(self, n: int) -> int:
         """Bytes of what all layers with parameters give for n examples."""
@@ -147,7 +157,15 @@ class JacobianEngine:
             audited = None if trusted else cotangents if len(cotangents) == len(every) else every
             if plan.matches(recording):
                 parameters = {name: self._subject.parameters[name] for name in plan.structured}
-                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited, plan.tolerance)
+                pulled = pull_back(
+                    recording,
+                    plan.arrangements,
+                    parameters,
+                    cotangents,
+                    audited,
+                    plan.tolerance,
+                    self._at_once(len(logits)),
+                )
             else:
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
         del recording

@@ -21,7 +21,7 @@ from gradstore.jacobians.footprint import Footprint, max_columns, measured, save
 from gradstore.jacobians.forward_record import Call, Recording, Tap, record
 from gradstore.jacobians.generic_routes import WORDS, Exact, generic_routes
 from gradstore.jacobians.layer_rules import EMBEDDING
-from gradstore.jacobians.pullback import arrange, pull_back
+from gradstore.jacobians.pullback import arrange, pull_back, vectorises
 from gradstore.jacobians.row_owners import weights
 from gradstore.jacobians.steadiness import allowed, spread
 from gradstore.jacobians.subject import Inputs, Subject, length, take
@@ -45,6 +45,7 @@ class Plan:
         routes: per parameter, its route in words.
         footprint: memory that a batch needs.
         tolerance: relative difference that rounding may make.
+        vectorises: whether the backward passes of several classes can be one.
     """
 
     structured: tuple[str, ...]
@@ -55,6 +56,7 @@ class Plan:
     routes: dict[str, str]
     footprint: Footprint
     tolerance: float
+    vectorises: bool
 
     def matches(self, recording: Recording) -> bool:
         """Whether a forward pass made the calls that the plan was checked on."""
@@ -177,7 +179,17 @@ class Prober:
             routes=routes,
             footprint=attempt.footprint,
             tolerance=self._tolerance,
+            vectorises=self._vectorises(attempt),
         )
+
+    def _vectorises(self, attempt: _Attempt) -> bool:
+        """Whether several classes can be differentiated in one pass; of one class, there is nothing to ask."""
+        if self.classes == 1 or not attempt.structured:
+            return False
+        calls = [tap.call for tap in attempt.recording.taps]
+        recording = record(self._subject, attempt.structured, self._probe, calls)
+        first, second = self._cotangent, self._cotangent.flip(0)
+        return vectorises(recording, torch.stack([first, second]), self._tolerance)
 
     def _try_generic(self, route: Exact, names: list[str]) -> dict[str, bool]:
         """Run a route on the probe, and say by name whether it gave the right gradient; it may raise anything."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore.jacobians.by_autograd import quiet_vmap
 from gradstore.jacobians.forward_record import Recording, Tap
 from gradstore.jacobians.row_owners import candidates, fits, owned, weights
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
@@ -42,6 +43,7 @@ def pull_back(
     cotangents: Tensor,
     audited: Tensor | None,
     tolerance: float,
+    at_once: int = 1,
 ) -> Pulled:
     """Differentiate the logits class by class with respect to the noted outputs, never to parameters, and audit.
 
@@ -53,10 +55,11 @@ def pull_back(
         audited: those that the audit combines: these, or all where the others will be asked for without one; None for
             a batch whose audit was passed.
         tolerance: relative difference that rounding may make.
+        at_once: classes whose backward passes are vectorised into one.
 
     Returns:
         The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
-        most `side_by_side.MOST` threads the deltas of one class two to three times over.
+        most `side_by_side.MOST` threads the deltas of `at_once` classes two to three times over.
     """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
@@ -64,28 +67,30 @@ def pull_back(
         for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
     summed = audited is cotangents
-    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
+    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu"))
+    parts = cotangents.split(at_once)
 
-    def pull(classes: range) -> list[Tensor]:
-        """Absorb some classes; their deltas' weighted sum where it is audited."""
+    def pull(numbers: range) -> list[Tensor]:
+        """Absorb some parts of the classes; their deltas' weighted sum where it is audited."""
         totals: list[Tensor] = []
-        for c in classes:
-            deltas = _deltas(recording, cotangents[c].expand_as(recording.logits))
+        for number in numbers:
+            first, some = number * at_once, parts[number]
+            deltas = _deltas(recording, some)
             for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
-                _absorb(tap, terms, c, delta, n, how, pulled)
+                _absorb(tap, terms, first, delta, n, how, pulled)
             if summed:
-                totals = _added(totals, deltas, factors[c])
+                totals = _added(totals, deltas, factors[first : first + len(some)])
         return totals
 
     totals: list[Tensor] = []
-    for part in side_by_side(pull, len(cotangents), cotangents.device):
+    for part in side_by_side(pull, len(parts), cotangents.device, uncut=at_once > 1):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
     _pull_to_roots(recording, parameters, pulled)
     if audited is None:
         return pulled
     combined = weights(len(audited), audited) @ audited
     if not summed:
-        totals = _deltas(recording, combined.expand_as(recording.logits))
+        totals = [delta[0] for delta in _deltas(recording, combined[None])]
     with uncut_if_small(sum(total.nbytes for total in totals)):
         _audit(recording, arrangements, parameters, totals, combined, tolerance, pulled)
     return pulled
@@ -103,19 +108,25 @@ def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[s
         An arrangement for each tap; None where none passes the audit.
     """
     n = len(recording.logits)
-    totals = _deltas(recording, cotangent.expand_as(recording.logits))
-    weighted = _deltas(recording, weights(n, cotangent)[:, None] * cotangent)
+    totals = [delta[0] for delta in _deltas(recording, cotangent[None])]
+    weighted = _of_examples(recording, weights(n, cotangent)[:, None] * cotangent)
     return [
         next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance)), None)
         for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
     ]
 
 
-def _added(totals: list[Tensor], deltas: list[Tensor], factor: float) -> list[Tensor]:
-    """Totals with factor · deltas added in place; empty totals begin."""
-    if not totals:
-        return [delta * factor for delta in deltas]
-    return [total.add_(delta, alpha=factor) for total, delta in zip(totals, deltas, strict=True)]
+def _added(totals: list[Tensor], deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
+    """Totals with Σ_f factor_f · delta_f added in place; empty totals begin."""
+    several = len(factors) > 1
+    for place, delta in enumerate(deltas):
+        more = torch.tensordot(factors.to(delta), delta, dims=1) if several else delta[0]
+        factor = 1 if several else float(factors)
+        if place < len(totals):
+            totals[place].add_(more, alpha=factor)
+        else:
+            totals.append(more * factor)
+    return totals
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
@@ -145,14 +156,14 @@ def _terms(
     return list(made.values())
 
 
-def _absorb(tap: Tap, terms: list[Term], c: int, delta: Tensor, n: int, arrangement: str, pulled: Pulled) -> None:
-    """Hand class c's delta to a tap's terms."""
+def _absorb(tap: Tap, terms: list[Term], first: int, deltas: Tensor, n: int, arrangement: str, pulled: Pulled) -> None:
+    """Hand the deltas of some classes, from `first` on, to a tap's terms."""
     if not terms:
         return
     try:
-        view = tap.use.view(delta, n, arrangement)
+        view = tap.use.view(deltas, n, arrangement)
         for term in terms:
-            term.absorb(c, view)
+            term.absorb(first, view)
     except Exception as error:
         _costs_its_rule(tap, error, pulled)
 
@@ -211,8 +222,24 @@ def _audit(
             pulled.distrust(tap, "rows not by example")
 
 
-def _deltas(recording: Recording, cotangent: Tensor) -> list[Tensor]:
-    """Gradient of `Σ cotangent · logits` with respect to each tap's output, zero where there is none."""
+def _deltas(recording: Recording, cotangents: Tensor) -> list[Tensor]:
+    """Gradients [f, …] of each tap's output, of f combinations [f, classes] of the logits, all examples' added up."""
+    f, logits = len(cotangents), recording.logits
+    if f == 1:
+        return [delta[None] for delta in _of_examples(recording, cotangents[0].expand_as(logits))]
+    if not recording.taps:
+        return []
+    edges, rows = [tap.edge for tap in recording.taps], cotangents[:, None].expand(f, *logits.shape)
+    with quiet_vmap():
+        found = torch.autograd.grad(logits, edges, rows, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return [
+        cotangents.new_zeros(f, *tap.shape) if delta is None else delta
+        for tap, delta in zip(recording.taps, found, strict=True)
+    ]
+
+
+def _of_examples(recording: Recording, cotangent: Tensor) -> list[Tensor]:
+    """Gradient of `Σ cotangent · logits` [n, classes] with respect to each tap's output, zero where there is none."""
     if not recording.taps:
         return []
     found = torch.autograd.grad(
@@ -222,3 +249,28 @@ def _deltas(recording: Recording, cotangent: Tensor) -> list[Tensor]:
         cotangent.new_zeros(tap.shape) if delta is None else delta
         for tap, delta in zip(recording.taps, found, strict=True)
     ]
+
+
+def vectorises(recording: Recording, cotangents: Tensor, tolerance: float) -> bool:
+    """Whether the backward passes of several classes can be one.
+
+    Args:
+        recording: a forward pass; its graph is kept.
+        cotangents: [2, classes], two combinations of the logits.
+        tolerance: relative difference that rounding may make.
+
+    Returns:
+        Whether vectorised passes run, and give what one pass for each does.
+    """
+    each = [_deltas(recording, cotangent[None]) for cotangent in cotangents]
+    try:
+        together = _deltas(recording, cotangents)
+    except Exception as error:  # a backward pass of the user's own may refuse vmap in any way
+        if is_out_of_memory(error):
+            raise
+        return False
+    return all(
+        bool(torch.linalg.vector_norm(both[f] - one[0]) <= tolerance * torch.linalg.vector_norm(one[0]))
+        for f, alone in enumerate(each)
+        for both, one in zip(together, alone, strict=True)
+    )

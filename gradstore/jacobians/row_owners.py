@@ -39,6 +39,17 @@ def by_example(tensor: Tensor, n: int, arrangement: str) -> Tensor:
     return tensor.unflatten(0, (-1, n)).movedim(1, 0)
 
 
+def deltas_by_example(deltas: Tensor, n: int, arrangement: str) -> Tensor:
+    """The same of some classes' gradients [f, …] of a tensor of rows: [n, f, rows per example, …]."""
+    if arrangement == FIRST:
+        return deltas.unsqueeze(2).transpose(0, 1)
+    if arrangement == SECOND:
+        return deltas.movedim(2, 0)
+    if arrangement == FOLDED:
+        return deltas.unflatten(1, (n, -1)).transpose(0, 1)
+    return deltas.unflatten(1, (-1, n)).movedim(2, 0)
+
+
 def fits(shape: torch.Size, n: int, arrangement: str) -> bool:
     """Whether a tensor of this shape can be arranged so at all."""
     if arrangement == SECOND:

@@ -14,9 +14,15 @@ from typing import Any
 from gradstore.jacobians.arithmetic_rules import ARITHMETIC
 from gradstore.jacobians.contraction_rules import CONTRACTIONS
 from gradstore.jacobians.layer_rules import LAYERS
+from gradstore.jacobians.recurrent import hidden_part, hidden_rule
 from gradstore.jacobians.uses import Use
 
-RULES: dict[Any, Callable[..., Use | None]] = {**LAYERS, **CONTRACTIONS, **ARITHMETIC}
+RULES: dict[Any, Callable[..., Use | None]] = {
+    **LAYERS,
+    **CONTRACTIONS,
+    **ARITHMETIC,
+    hidden_part: hidden_rule,
+}
 """The rule of each function that may take a parameter."""
 
 ARGUMENTS = {rule: list(inspect.signature(rule).parameters) for rule in RULES.values()}

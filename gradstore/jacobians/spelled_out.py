@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradstore.jacobians.recurrent import steps_of
+
 
 def spelled_out(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], learned: Callable[[Tensor], bool]
@@ -32,7 +34,7 @@ def spelled_out(
         mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
         if isinstance(mask, Tensor) and learned(mask):
             return attention
-    return None
+    return steps_of(func, args, kwargs)
 
 
 def attention(

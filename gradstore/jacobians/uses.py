@@ -1,6 +1,7 @@
 """What one call does with its parameters, in the form that every rule returns it, and how output gradients are read.
 
-Deltas reach terms as [n, channels, positions], except for broadcast parameters, which see the output's own shape.
+Deltas, the gradients of some classes' logits with respect to the call's output, reach terms as [n, f, channels,
+positions] of f classes; those of arithmetic and products keep the output's own axes, [n, f, rows, …].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, by_example
+from gradstore.jacobians.row_owners import FIRST, FOLDED, FOLDED_LAST, deltas_by_example
 from gradstore.jacobians.terms import SHRINKS, KeptTerm, ReducedTerm, Term
 
 View = Callable[[Tensor, int, str], Tensor]
@@ -35,7 +36,7 @@ class Use:
 
     Attributes:
         route: the kind of layer, for people.
-        view: brings an output gradient to the form that the terms take.
+        view: (deltas [f, …], n, arrangement) -> the form that the terms take, [n, f, …].
         arrangements: how the rows of the output may belong to examples, the likeliest first.
         terms: for each argument that may be a parameter, the maker of its term.
         saved: the tensors that those makers will read, which must not change before.
@@ -48,20 +49,21 @@ class Use:
     saved: tuple[Tensor, ...] = ()
 
 
-def channels_last(tensor: Tensor, n: int, arrangement: str) -> Tensor:
-    """[…, channels] to [n, channels, positions]."""
-    return by_example(tensor, n, arrangement).reshape(n, -1, tensor.shape[-1]).transpose(1, 2)
+def channels_last(deltas: Tensor, n: int, arrangement: str) -> Tensor:
+    """[f, …, channels] to [n, f, channels, positions]."""
+    rows = deltas_by_example(deltas, n, arrangement)
+    return rows.reshape(n, len(deltas), -1, deltas.shape[-1]).transpose(2, 3)
 
 
-def channels_second(tensor: Tensor, n: int, arrangement: str) -> Tensor:
-    """[b, channels, …] to [n, channels, positions]."""
-    positions = tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None]
-    return by_example(positions, n, arrangement).transpose(1, 2).flatten(2)
+def channels_second(deltas: Tensor, n: int, arrangement: str) -> Tensor:
+    """[f, b, channels, …] to [n, f, channels, positions]."""
+    positions = deltas.flatten(3) if deltas.ndim > 3 else deltas[..., None]
+    return deltas_by_example(positions, n, arrangement).transpose(2, 3).flatten(3)
 
 
-def as_it_is(tensor: Tensor, n: int, arrangement: str) -> Tensor:
-    """[n, …] unchanged."""
-    return tensor
+def positions_of(view: View, tensor: Tensor, n: int, arrangement: str) -> Tensor:
+    """What a view makes of a tensor without classes, [n, channels, positions]."""
+    return view(tensor[None], n, arrangement)[:, 0]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def positions_summed(size: int) -> Callable[[Batch], Term]:
-    """The maker of a bias's term: Σ_t δ_t of [n, size, positions]."""
+    """The maker of a bias's term: Σ_t δ_t of [n, f, size, positions]."""
     return reduced((size,), lambda delta, _: wide(delta).sum(-1))
 
 
@@ -79,7 +81,7 @@ def reduced(shape: tuple[int, ...], reduce: Callable[[Tensor, Batch], Tensor]) -
 
     Args:
         shape: of the parameter.
-        reduce: (delta, batch) to [n, …] with as many elements a row as the parameter has.
+        reduce: (deltas, batch) to [n, f, …] with as many elements a row as the parameter has.
 
     Returns:
         It.
@@ -101,4 +103,4 @@ def kept_or_reduced(batch: Batch, shape: tuple[int, ...], make: Callable[[Tensor
     rows = shape[0] if shape else 1
     if batch.outputs < SHRINKS * batch.n * math.prod(shape):
         return KeptTerm(batch.classes, rows, math.prod(shape) // rows, make)
-    return ReducedTerm(batch.n, batch.classes, shape, lambda delta: make(delta[:, None], 0, rows))
+    return ReducedTerm(batch.n, batch.classes, shape, lambda deltas: make(deltas, 0, rows))
