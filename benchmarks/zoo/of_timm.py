@@ -114,7 +114,6 @@ ENTRIES = (
     _entry("tf_efficientnetv2_b0"),
     _fixed("tnt_s_legacy_patch16_224", 64, depth=2),
     _fixed("twins_svt_small", 64, embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4), depths=(1, 1, 2, 1)),
-    _entry("vgg11", num_features=128),
     _fixed("visformer_tiny", 64),
     _fixed("vit_tiny_patch16_224"),
     _fixed("vit_small_patch32_224", 64, depth=2, class_token=False, global_pool="avg"),

@@ -24,6 +24,14 @@ def build_class(name: str, **options: Any) -> nn.Module:
     return getattr(models, name)(num_classes=CLASSES, **options)
 
 
+def vgg11() -> nn.Module:
+    """VGG's convolutions with a linear layer for its 120 M parameters of others."""
+    from torchvision.models import vgg
+
+    features = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
+
+
 def _entry(name: str, size: int = 32, **options: Any) -> Entry:
     return Entry(f"{name} (torchvision)", "torchvision", partial(build, name, **options), partial(images, size=size))
 
@@ -40,6 +48,7 @@ VIT = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidd
 ENTRIES = (
     _of_class("SwinTransformer", **SWIN),
     _of_class("VisionTransformer", **VIT),
+    Entry("VGG-11's convolutions (torchvision)", "torchvision", vgg11, images),
     _entry("densenet121"),
     _entry("efficientnet_b0"),
     _entry("efficientnet_v2_s"),
