@@ -115,17 +115,20 @@ def record(
     Returns:
         Logits and noted calls. Holds the graph of all n examples.
     """
-    recorder = _Recorder(subject, names, length(inputs), calls, spread)
+    recorder = _Recorder(subject, names, inputs, calls, spread)
     with recorder:
         logits = subject.logits(inputs)
     return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats))
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, subject: Subject, names: Sequence[str], n: int, calls: Calls | None, spread: bool) -> None:
+    def __init__(
+        self, subject: Subject, names: Sequence[str], inputs: Inputs, calls: Calls | None, spread: bool
+    ) -> None:
         super().__init__()
         noted = {id(subject.parameters[name]): name for name in names}
-        self._free = ExampleFree(subject.model, noted, n, None if calls is None else calls.repeats)
+        n, examples = length(inputs), tensors_in(inputs)
+        self._free = ExampleFree(subject.model, noted, n, examples, None if calls is None else calls.repeats)
         self._n, self._calls, self._spread = n, None if calls is None else calls.noted, spread
         self.repeats = self._free.repeats
         self._anchor = torch.zeros((), requires_grad=True)
@@ -140,12 +143,13 @@ class _Recorder(TorchFunctionMode):
                 return steps(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         free = all(self._free.holds(tensor) for tensor in given)
-        if torch.is_grad_enabled() and func in RULES and any(self._free.roots(tensor) for tensor in given):
+        roots = tuple(dict.fromkeys(name for tensor in given for name in self._free.roots(tensor)))
+        if roots and func in RULES and torch.is_grad_enabled():
             output = self._noted(func, args, kwargs, free)
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        self._free.follow(func, args, given, output, free=free)
+        self._free.follow(func, args, given, output, roots if free else (), free=free)
         return output
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
@@ -189,6 +193,8 @@ class _Recorder(TorchFunctionMode):
             return None
         if not output.requires_grad:
             output = output + self._anchor.to(output)  # a first layer has nothing to hang the graph on
+        elif output._is_view() and func not in ARITHMETIC:
+            output = output.clone()  # what writes to a view would take its place out of the graph
         versions = tuple(tensor._version for tensor in use.saved)
         for role, value in roles.items():
             if names[role].startswith(_FUNCTION):
