@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from gradstore.jacobians.last_call import LastCall, last_call
 from gradstore.jacobians.row_owners import candidates
 from gradstore.jacobians.rules import RULES, Use
 from gradstore.jacobians.subject import Inputs, Subject, length
@@ -52,10 +53,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class Recording:
-    """Logits [n, classes] with their graph, and the noted calls in order."""
+    """Logits [n, classes] with their graph, the noted calls in order, and the linear call whose output they are."""
 
     logits: Tensor
     taps: list[Tap]
+    last: LastCall | None = None
 
 
 def record(subject: Subject, names: Sequence[str], inputs: Inputs, spread: Sequence[bool] | bool) -> Recording:
@@ -74,7 +76,8 @@ def record(subject: Subject, names: Sequence[str], inputs: Inputs, spread: Seque
     recorder = _Recorder({id(subject.parameters[name]): name for name in names}, length(inputs), spread)
     with recorder:
         logits = subject.logits(inputs)
-    return Recording(logits, recorder.taps)
+    last = recorder.last
+    return Recording(logits, recorder.taps, last if last is not None and last.gave(logits) else None)
 
 
 class _Recorder(TorchFunctionMode):
@@ -83,9 +86,18 @@ class _Recorder(TorchFunctionMode):
         self._names, self._n, self._spread = names, n, spread
         self._anchor = torch.zeros((), requires_grad=True)
         self.taps: list[Tap] = []
+        self.last: LastCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, before = kwargs or {}, len(self.taps)
+        output = self._called(func, args, kwargs)
+        if func is F.linear and torch.is_grad_enabled():
+            noted = len(self.taps) > before
+            tap = before if noted else None
+            self.last = last_call(args, kwargs, output, tap, lambda p: noted and id(p) in self._names)
+        return output
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func in _ENTERED:
             with self:
                 return _ENTERED[func](*args, **kwargs)

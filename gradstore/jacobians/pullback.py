@@ -54,12 +54,37 @@ def pull_back(
         The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
         most `side_by_side.MOST` threads the deltas of one class two to three times over.
     """
+    summed = audited is cotangents
+    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
+    pulled, totals = absorb(recording, arrangements, cotangents, factors if summed else None)
+    if audited is None:
+        return pulled
+    combined = weights(len(audited), audited) @ audited
+    if not summed:
+        totals = _deltas(recording, combined.expand_as(recording.logits))
+    with uncut_if_small(sum(total.nbytes for total in totals)):
+        audit(recording, arrangements, parameters, totals, combined, pulled)
+    return pulled
+
+
+def absorb(
+    recording: Recording, arrangements: Sequence[str], cotangents: Tensor, factors: Sequence[float | Tensor] | None
+) -> tuple[Pulled, list[Tensor]]:
+    """Differentiate class by class and let the terms take the deltas.
+
+    Args:
+        recording: a forward pass, or what led to the inputs of its last call in place of the logits; its graph is kept.
+        arrangements: how each tap's rows are assigned to examples.
+        cotangents: [c, classes].
+        factors: of a sum of all classes' deltas, for an audit; numbers, or scalars on the device. None: no sum.
+
+    Returns:
+        The terms, and the sum by tap.
+    """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
         _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
-    summed = audited is cotangents
-    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
 
     def pull(classes: range) -> list[Tensor]:
         """Absorb some classes; their deltas' weighted sum where it is audited."""
@@ -70,21 +95,14 @@ def pull_back(
                 view = tap.use.view(delta, n, how) if terms else delta
                 for term in terms:
                     term.absorb(c, view)
-            if summed:
+            if factors is not None:
                 totals = _added(totals, deltas, factors[c])
         return totals
 
     totals: list[Tensor] = []
     for part in side_by_side(pull, len(cotangents), cotangents.device):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
-    if audited is None:
-        return pulled
-    combined = weights(len(audited), audited) @ audited
-    if not summed:
-        totals = _deltas(recording, combined.expand_as(recording.logits))
-    with uncut_if_small(sum(total.nbytes for total in totals)):
-        _audit(recording, arrangements, parameters, totals, combined, pulled)
-    return pulled
+    return pulled, totals
 
 
 def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
@@ -106,10 +124,12 @@ def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
     ]
 
 
-def _added(totals: list[Tensor], deltas: list[Tensor], factor: float) -> list[Tensor]:
+def _added(totals: list[Tensor], deltas: list[Tensor], factor: float | Tensor) -> list[Tensor]:
     """Totals with factor · deltas added in place; empty totals begin."""
     if not totals:
         return [delta * factor for delta in deltas]
+    if isinstance(factor, Tensor):  # on a GPU, which would have to be waited for to have it as a number
+        return [total.addcmul_(delta, factor) for total, delta in zip(totals, deltas, strict=True)]
     return [total.add_(delta, alpha=factor) for total, delta in zip(totals, deltas, strict=True)]
 
 
@@ -132,7 +152,7 @@ def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> 
     return list(made.values())
 
 
-def _audit(
+def audit(
     recording: Recording,
     arrangements: Sequence[str],
     parameters: Mapping[str, Tensor],
@@ -140,7 +160,16 @@ def _audit(
     cotangent: Tensor,
     pulled: Pulled,
 ) -> None:
-    """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed."""
+    """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed.
+
+    Args:
+        recording: the forward pass; its graph is freed.
+        arrangements: how each tap's rows are assigned to examples.
+        parameters: the noted parameters.
+        totals: by tap, the gradient of `Σ_i Σ_c u_c logits[i, c]` with respect to its output.
+        cotangent: u [classes].
+        pulled: is told of what must not be used.
+    """
     n, names = len(recording.logits), list(parameters)
     if not parameters:
         return

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock, LoweredBlock
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.projection import Projection
@@ -130,6 +130,8 @@ class ProjectionAudit:
         streams = chosen if mixed else [projection.stream]
         kind, seed = projection.kind, projection.seed
         self._under = [(c, Entries(kind, seed, stream)) for c, stream in zip(chosen, streams, strict=True)]
+        rows = torch.ones(classes) if mixed else torch.zeros(classes).index_fill(0, torch.tensor(self._class), 1)
+        self._rows = _on(rows, device)  # of the Jacobian, those that are added up
         self._ks = _spread(draw, first_k, projection.dim)
         self._k = _on(torch.from_numpy(self._ks), device)
         self._path = projection.path(device)
@@ -148,6 +150,8 @@ class ProjectionAudit:
         """
         if group != self._group:
             return
+        if isinstance(block, LoweredBlock):  # what is projected is what its rows are the sums of
+            self._sq_terms += block.sq_terms(self._in_group, self._rows)
         for c, entries in self._under:
             picked = block.picked(self._in_group, c, formed=formed)
             with uncut_if_small(0):  # no operation here is worth a second thread
