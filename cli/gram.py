@@ -75,6 +75,8 @@ def gram(
                 layers=layers,
                 progress=progress,
             )
+            for note in project.notes:
+                say(note)
         else:
             (b,) = _two(sides, "stores", least=0)[:1]
             left, right = gs.open(source), gs.open(b) if b is not None else None

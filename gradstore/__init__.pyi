@@ -9,6 +9,7 @@ from .featurization.on_the_spot import featurize_queries as featurize_queries
 from .kernels.exact.exact_gram import exact_gram as exact_gram
 from .kernels.gram import gram as gram
 from .kernels.residual import residual as residual
+from .model.huggingface import huggingface as huggingface
 from .model.image_and_text import image as image
 from .model.image_and_text import text as text
 from .model.project import Project as Project

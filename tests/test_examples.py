@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_folders import tiny_bert
 from safetensors.torch import save_file
 
 import gradstore as gs
 from gradstore.featurization.settings import Settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-PROJECT_FILE, IN_PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PROJECT_FILE, FOLDER_FILE, IN_PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MODEL = """
 import torch
 from torch import nn
@@ -43,6 +44,10 @@ def digits(n, seed):
 train_set, test_set, mask = digits(24, 1), digits(8, 2), torch.arange(24) < 3
 """
 """What README's project file leaves to its reader."""
+DATA = """
+texts, labels, test_texts, test_labels = ["the cat sat", "a dog ran ."], [0, 1], ["the cat"], [0]
+"""
+"""What its project file of a folder does."""
 MODULES = [
     ".".join(("gradstore", *path.relative_to(Path(gs.__file__).parent).with_suffix("").parts))
     for path in sorted(Path(gs.__file__).parent.rglob("*.py"))
@@ -57,6 +62,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     os.chdir(tmp_path_factory.mktemp("examples"))
     try:
         Path("project.py").write_text(MODEL + PROJECT_FILE)
+        tiny_bert(Path("bert-cola"), classes=2)
         save_file(runpy.run_path("project.py")["SmallCNN"](10).state_dict(), "cnn.safetensors")
         gs.featurize(gs.load_project("project.py"), split="test", out="stores/extra")
         shutil.copytree("stores/extra", "stores/old")
@@ -79,6 +85,13 @@ def test_readme_says_what_its_python_gives(names: dict[str, Any]) -> None:
     assert names["result"].indices.shape == (8, 5)
     assert Path("topk.html").exists()
     assert names["train"].features[0:8].shape == (8, 10, 10240)
+
+
+def test_readme_makes_a_project_of_a_folder(names: dict[str, Any]) -> None:
+    Path("folder.py").write_text(DATA + FOLDER_FILE)
+    store = gs.featurize(gs.load_project("folder.py"), split="train", out="stores/folder", proj_dim=16)
+    assert store.features[:].shape == (2, 2, 16)
+    assert [store.preview(row) for row in (0, 1)] == ["the cat sat", "a dog ran."]
 
 
 @pytest.mark.parametrize("module", MODULES)

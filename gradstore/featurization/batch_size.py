@@ -6,10 +6,7 @@ of them.
 
 from __future__ import annotations
 
-import torch
-
 _SLOWER = 1.1  # seconds a row, against the best so far, from which a larger batch is not tried further
-_MESSAGES = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "cannot allocate memory")
 
 
 class BatchSize:
@@ -53,10 +50,3 @@ class BatchSize:
             return False
         self.groups, self._trying = max(1, self.groups // 2), False
         return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device: torch raises a bare RuntimeError on the CPU."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MESSAGES)

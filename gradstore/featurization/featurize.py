@@ -15,7 +15,7 @@ import numpy as np
 from gradstore.errors import MismatchError, UsageError
 from gradstore.featurization.bad_rows import BadRows, is_retried, skips
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
-from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
+from gradstore.featurization.batch_size import BatchSize
 from gradstore.featurization.environment import environment, require_same_environment
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
@@ -27,6 +27,7 @@ from gradstore.featurization.workers import require_workers, write_shards
 from gradstore.indices import spans
 from gradstore.machine.byte_counts import spendable
 from gradstore.machine.clock import now_utc
+from gradstore.machine.out_of_memory import is_out_of_memory
 from gradstore.machine.threads import worker_count
 from gradstore.model.project import Project
 from gradstore.store.background_writer import Columns, in_background
@@ -174,7 +175,7 @@ def featurize(
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
     if on_plan is not None:
         on_plan(plan)
-    for note in plan.notes:
+    for note in (*project.notes, *plan.notes):
         if on_note is not None:
             on_note(note)
     same = partial(_require_same_inputs, plan, Path(out), data_check, disk or Disk(), on_note, on_data_check)

@@ -1,4 +1,4 @@
-"""Routes that serve any model, whatever its layers: torch.func over examples, and looped autograd.
+"""Routes that serve any model, whatever its layers: torch.func over examples, and autograd of one example at a time.
 
 Both return, for each asked parameter, the product of cotangents with the per-example Jacobian:
 `J[i, k] = ∂(Σ_c cotangents[k, c] · logits_c(x_i)) / ∂θ`. The loop
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,7 +55,30 @@ def one_by_one(
         if not logits.requires_grad:
             continue
         for k, cotangent in enumerate(cotangents):
-            yield i, k, torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(logits, parameters, cotangent, retain_graph=True, allow_unused=True)
+            yield i, k, [None if gradient is None else dense(gradient) for gradient in found]
+
+
+def by_example(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
+    """Autograd of one example at a time, of all cotangents at once: `by_loop` with its backward passes vectorised.
+
+    The arguments are those of `by_loop`. Backward passes that cannot be vectorised raise RuntimeError.
+
+    Returns:
+        As `by_loop`. Holds that and one example's graph, with a layer's or two's output gradients for every cotangent.
+    """
+    parameters = [subject.parameters[name] for name in names]
+    out = [p.new_zeros(length(inputs), len(cotangents), p.numel()) for p in parameters]
+    for i in range(length(inputs)):
+        logits = subject.logits(take(inputs, slice(i, i + 1)))[0]
+        if not logits.requires_grad:
+            continue
+        with quiet_vmap():
+            found = torch.autograd.grad(logits, parameters, cotangents, is_grads_batched=True, allow_unused=True)
+        for values, gradient in zip(out, found, strict=True):
+            if gradient is not None:
+                values[i] = gradient.reshape(len(cotangents), -1)
+    return out
 
 
 def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents: Tensor) -> list[Tensor]:
@@ -78,8 +102,20 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
         pull_back = vjp(lambda values: logits(values, example), parameters)[1]
         return vmap(pull_back)(cotangents)[0]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # vmap reports layers that it runs one example at a time
+    with quiet_vmap():
         found = vmap(rows, randomness="same")(inputs)
-    shape = (length(inputs), len(cotangents), -1)
-    return [found[name].reshape(shape) for name in names]
+    shapes = {name: (length(inputs), len(cotangents), p.numel()) for name, p in parameters.items()}
+    return [found[name].reshape(shapes[name]) for name in names]
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as values, where autograd gives only those of the rows that occur."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Within: vmap does not report layers that it runs one example at a time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

@@ -2,13 +2,12 @@
 
 The pass runs under a torch-function mode. A call that a rule covers is made with its parameters detached, so autograd
 reaches a parameter only through uses that were *not* noted; such a parameter is known by its having a gradient. The
-place of a layer's output in the graph is noted before anything can change the output in place.
+place of a layer's output in the graph is noted before anything can change the output in place. What is made of
+parameters alone, without any example, is noted like a parameter where it is used (`weight_functions`).
 """
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,28 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from gradstore.jacobians.arithmetic_rules import ARITHMETIC
+from gradstore.jacobians.example_free import ExampleFree, tensors_in
 from gradstore.jacobians.last_call import LastCall, last_call
 from gradstore.jacobians.row_owners import candidates
-from gradstore.jacobians.rules import RULES, Use
+from gradstore.jacobians.rules import ARGUMENTS, RULES
+from gradstore.jacobians.spelled_out import spelled_out
 from gradstore.jacobians.subject import Inputs, Subject, length
+from gradstore.jacobians.uses import Use
+from gradstore.jacobians.weight_functions import WeightFunction
+
+
+@dataclass(frozen=True)
+class Call:
+    """What tells one noted call from others of a pass.
+
+    Attributes:
+        names: behind each noted argument, "argument=name" of a parameter or of a function of some.
+        spread: whether its input was repeated for every example.
+    """
+
+    names: tuple[str, ...]
+    spread: bool
 
 
 @dataclass(frozen=True)
@@ -31,18 +48,20 @@ class Tap:
 
     Attributes:
         use: what its rule said.
-        names: the parameter behind each of its arguments.
+        names: the parameter, or function of parameters, behind each of its arguments.
+        roots: the parameters behind all of them.
         edge: the call's output in the autograd graph.
         shape: of that output.
-        spread: whether its input was repeated for every example.
+        call: what tells it from others.
         versions: version counters of `use.saved` at the call.
     """
 
     use: Use
     names: dict[str, str]
+    roots: tuple[str, ...]
     edge: GradientEdge
     shape: torch.Size
-    spread: bool
+    call: Call
     versions: tuple[int, ...]
 
     @property
@@ -53,39 +72,55 @@ class Tap:
 
 @dataclass(frozen=True)
 class Recording:
-    """Logits [n, classes] with their graph, the noted calls in order, and the linear call whose output they are."""
+    """What was noted of a forward pass.
+
+    Attributes:
+        logits: [n, classes] with their graph.
+        taps: the noted calls in order.
+        functions: of parameters, by name.
+        last: the linear call whose output the logits are, if they are just that.
+    """
 
     logits: Tensor
     taps: list[Tap]
+    functions: dict[str, WeightFunction]
     last: LastCall | None = None
 
 
-def record(subject: Subject, names: Sequence[str], inputs: Inputs, spread: Sequence[bool] | bool) -> Recording:
+def record(
+    subject: Subject, names: Sequence[str], inputs: Inputs, calls: Sequence[Call] | None, *, spread: bool = True
+) -> Recording:
     """Run the model once and note how it uses parameters; call inside `subject.ready()`.
 
     Args:
         subject: the model.
         names: the parameters whose uses are noted.
         inputs: n examples.
-        spread: whether an embedding of something that all examples share (positions, say) is computed once per example,
-            without which its gradient could not be told apart; by tap, or one decision for all by shape.
+        calls: those that an earlier pass noted, which decide where a call can be read in two ways; None for the first.
+        spread: on the first pass, whether an embedding of something that all examples share (positions, say) is
+            computed once per example, without which its gradient has no structure.
 
     Returns:
         Logits and noted calls. Holds the graph of all n examples.
     """
-    recorder = _Recorder({id(subject.parameters[name]): name for name in names}, length(inputs), spread)
+    recorder = _Recorder(subject, names, length(inputs), calls, spread)
     with recorder:
         logits = subject.logits(inputs)
     last = recorder.last
-    return Recording(logits, recorder.taps, last if last is not None and last.gave(logits) else None)
+    gave = last is not None and last.gave(logits)
+    return Recording(logits, recorder.taps, recorder.functions, last if gave else None)
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, names: dict[int, str], n: int, spread: Sequence[bool] | bool) -> None:
+    def __init__(
+        self, subject: Subject, names: Sequence[str], n: int, calls: Sequence[Call] | None, spread: bool
+    ) -> None:
         super().__init__()
-        self._names, self._n, self._spread = names, n, spread
+        self._free = ExampleFree(subject.model, {id(subject.parameters[name]): name for name in names})
+        self._n, self._calls, self._spread = n, calls, spread
         self._anchor = torch.zeros((), requires_grad=True)
         self.taps: list[Tap] = []
+        self.functions: dict[str, WeightFunction] = {}
         self.last: LastCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,67 +129,115 @@ class _Recorder(TorchFunctionMode):
         if func is F.linear and torch.is_grad_enabled():
             noted = len(self.taps) > before
             tap = before if noted else None
-            self.last = last_call(args, kwargs, output, tap, lambda p: noted and id(p) in self._names)
+            self.last = last_call(args, kwargs, output, tap, lambda value: noted and self._learned(value))
         return output
 
     def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func in _ENTERED:
+        steps = spelled_out(func, args, kwargs, lambda tensor: bool(self._free.roots(tensor)))
+        if steps is not None:
             with self:
-                return _ENTERED[func](*args, **kwargs)
-        rule = RULES.get(func)
-        if rule is None or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        roles = {role: self._names[id(value)] for role, value in _named(rule, args, kwargs) if id(value) in self._names}
-        if not roles or len(set(roles.values())) < len(roles):
-            return func(*args, **kwargs)
-        return self._tapped(func, rule, roles, args, kwargs)
+                return steps(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        free = all(self._free.holds(tensor) for tensor in given)
+        if torch.is_grad_enabled() and func in RULES and any(self._free.roots(tensor) for tensor in given):
+            output = self._noted(func, args, kwargs, free)
+            if output is not None:
+                return output
+        output = func(*args, **kwargs)
+        self._free.follow(func, args, given, output, free=free)
+        return output
 
-    def _tapped(self, func: Any, rule: Callable[..., Use | None], roles: dict[str, str], args: Any, kwargs: Any) -> Any:
-        plain = args, kwargs
+    def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
+        """The call's output where it is noted; None, and nothing was called, where it is not."""
+        rule = RULES[func]
+        roles = {role: value for role, value in _arguments(rule, args, kwargs) if self._learned(value)}
+        names = self._names(roles)
+        if not roles or len(set(names.values())) < len(names):
+            return None
         spread = func is F.embedding and bool(args) and self._spreads(args[0])
+        call = Call(tuple(f"{role}={name}" for role, name in names.items()), spread)
+        if free and not (spread or self._may_hold_examples(func, args, call)):
+            return None
         if spread:
             args = (args[0].expand(self._n, *args[0].shape[-1:]), *args[1:])
-        use = rule(*args, **kwargs)
+        try:
+            use = rule(*args, **kwargs)
+        except Exception:  # of a form that the rule does not know: it costs this call's parameters their rule, no more
+            return None
         if use is None or not roles.keys() <= use.terms.keys():
-            return func(*plain[0], **plain[1])
+            return None
+        return self._tapped(func, args, kwargs, use, roles, names, call)
+
+    def _tapped(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        use: Use,
+        roles: dict[str, Tensor],
+        names: dict[str, str],
+        call: Call,
+    ) -> Any:
+        changes = _changes_in_place(func)
+        if changes and not args[0].requires_grad:
+            return None  # the anchor would have to be hung on what the caller holds
+        if changes and not candidates(args[0].shape, self._n, use.arrangements):
+            return None
         output = func(*map(self._detached, args), **{key: self._detached(value) for key, value in kwargs.items()})
-        if not candidates(output.shape, self._n, use.arrangements):
-            return func(*plain[0], **plain[1])
+        if not isinstance(output, Tensor) or not candidates(output.shape, self._n, use.arrangements):
+            return None
         if not output.requires_grad:
             output = output + self._anchor.to(output)  # a first layer has nothing to hang the graph on
         versions = tuple(tensor._version for tensor in use.saved)
-        self.taps.append(Tap(use, roles, get_gradient_edge(output), output.shape, spread, versions))
+        for role, value in roles.items():
+            if names[role].startswith(_FUNCTION):
+                self.functions.setdefault(names[role], WeightFunction(value, self._free.roots(value)))
+        roots = tuple(dict.fromkeys(root for value in roles.values() for root in self._free.roots(value)))
+        self.taps.append(Tap(use, names, roots, get_gradient_edge(output), output.shape, call, versions))
         return output
 
+    def _learned(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and bool(self._free.roots(value))
+
     def _detached(self, value: Any) -> Any:
-        return value.detach() if id(value) in self._names else value
+        return value.detach() if self._learned(value) else value
+
+    def _names(self, roles: dict[str, Tensor]) -> dict[str, str]:
+        """Parameters' names; for functions of parameters such by the order in which they were first used."""
+        known, names = {id(made.value): name for name, made in self.functions.items()}, {}
+        for role, value in roles.items():
+            name = self._free.name(value)
+            names[role] = name or known.setdefault(id(value), f"{_FUNCTION}{len(known)}")
+        return names
+
+    def _may_hold_examples(self, func: Any, args: Any, call: Call) -> bool:
+        # A class token is repeated for each example; indices of positions may have been, before they are looked up.
+        if func is F.embedding:
+            repeated = args[0].ndim > 1 and len(args[0]) == self._n
+            if repeated and self._calls is None:
+                repeated = bool((args[0] == args[0][:1]).all())
+        else:
+            repeated = func in ARITHMETIC
+        if repeated and self._calls is not None:
+            return len(self.taps) < len(self._calls) and self._calls[len(self.taps)] == call
+        return repeated
 
     def _spreads(self, indices: Tensor) -> bool:
         """Whether indices are shared by all examples: [1, S], or [S] of another length than the batch."""
         shared = indices.ndim == 1 or (indices.ndim == 2 and len(indices) == 1)
-        if not shared or isinstance(self._spread, bool):
+        if not shared or self._calls is None:
             return bool(shared and self._spread and len(indices) != self._n)
-        return len(self.taps) < len(self._spread) and self._spread[len(self.taps)]
+        return len(self.taps) < len(self._calls) and self._calls[len(self.taps)].spread
 
 
-def _named(rule: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+_FUNCTION = "function "
+
+
+def _arguments(rule: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     """The arguments of a call under the rule's names for them."""
-    return [*zip(_arguments(rule), args, strict=False), *kwargs.items()]
+    return [*zip(ARGUMENTS[rule], args, strict=False), *kwargs.items()]
 
 
-def _arguments(rule: Callable[..., Any]) -> list[str]:
-    return _ARGUMENTS[rule]
-
-
-_ARGUMENTS = {rule: list(inspect.signature(rule).parameters) for rule in RULES.values()}
-
-
-def _inside(function: Any) -> Callable[..., Any]:
-    """A composite function of torch whose inner calls the mode sees: the original passes itself to the mode instead."""
-    scope = dict(function.__globals__, has_torch_function=lambda *_: False)
-    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_ENTERED = {F.multi_head_attention_forward: _inside(F.multi_head_attention_forward)}
+def _changes_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")

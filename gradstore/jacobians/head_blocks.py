@@ -91,7 +91,7 @@ class LoweredBlock(JacobianBlock):
 
     def sq_terms(self, i: int, factors: Tensor) -> Tensor:
         """See `JacobianBlock.sq_terms`: of all classes, each the sum of what the h_m are the sums of."""
-        return self.base.sq_terms(i, (factors.double().square() @ self._given.double().square()*0).sqrt())
+        return self.base.sq_terms(i, (factors.double().square() @ self._given.double().square()).sqrt())
 
     def joined(self, others: Sequence[JacobianBlock]) -> JacobianBlock:
         """See `JacobianBlock.joined`."""

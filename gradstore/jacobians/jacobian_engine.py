@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradstore.errors import UsageError
 from gradstore.jacobians import through_head
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
-from gradstore.jacobians.by_autograd import by_loop
+from gradstore.jacobians.by_autograd import by_loop, dense
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.forward_record import record
 from gradstore.jacobians.probe import Exact, Plan, Prober
@@ -21,11 +21,14 @@ from gradstore.jacobians.reused_memory import drop_spare
 from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
-from gradstore.jacobians.terms import IndexTerm, Term, joined
+from gradstore.jacobians.terms import IndexTerm, Term, joined, sum_of
 from gradstore.jacobians.through_head import Head
 from gradstore.model.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
+# Classes that one backward pass differentiates together where launching operations takes longer than computing them,
+# and the bytes of their deltas up to which that is so; half of all classes, as another thread has the rest.
+_MOST_AT_ONCE, _DELTAS_AT_ONCE = 16, 8 << 20
 _AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
 
 
@@ -136,14 +139,24 @@ class JacobianEngine:
         seen, all_classes = self._plan.footprint, classes or self._classes
         classes = classes or self.below or self._classes  # or the rows that stand for them
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
-        backward = seen.graph + classes * seen.kept + max(1 + 2 * shares, _AUDIT) * seen.deltas
-        if factors and not self._plan.exact and not seen.lazy:
+        deltas = 1 + 2 * shares * self._at_once(n)
+        backward = seen.graph + classes * seen.kept + max(deltas, _AUDIT) * seen.deltas
+        plan = self._plan
+        if factors and not plan.exact and not plan.functions and not seen.lazy:
             return n * backward
-        widest = max(_group_columns(group) for group in self._groups({})) if self._plan.exact else 0
+        widest = max(_group_columns(group) for group in self._groups({})) if plan.exact else 0
+        pulled_back = [block.size for block in self._blocks if block.name in plan.functions]
+        widest = max(widest, 2 * max(pulled_back, default=0))  # of the function, and of the parameter
         largest = max((min(block.size, self._columns) for block in self._blocks), default=0)
         values = 4 * (classes * 2 * largest + all_classes * 2 * widest)
         streaming = seen.graph + classes * seen.kept + 2 * seen.activations + values
         return n * max(backward, streaming)
+
+    def _at_once(self, n: int) -> int:
+        """Classes that are differentiated in one pass: by sizes alone, since bits depend on it."""
+        if not self._plan.vectorises:
+            return 1
+        return max(1, min(_MOST_AT_ONCE, -(-self._classes // 2), _DELTAS_AT_ONCE // max(1, self.outputs(n))))
 
     def outputs(self, n: int) -> int:
         """Bytes of what all layers with parameters give for n examples."""
@@ -163,19 +176,23 @@ class JacobianEngine:
         inputs, plan = as_inputs(inputs), self._plan
         with self._subject.ready():
             with uncut_if_small(self.outputs(length(inputs))):
-                recording = record(self._subject, plan.structured, inputs, plan.spread)
+                recording = record(self._subject, plan.structured, inputs, plan.calls)
             logits = recording.logits.detach()
             every = self._cotangents(logits)
             cotangents = every[classes]
             audited = None if trusted else cotangents if len(cotangents) == len(every) else every
             parameters = {name: self._subject.parameters[name] for name in plan.structured}
-            head = None
+            head, at_once = None, self._at_once(len(logits))
             if not plan.matches(recording):
                 pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
             elif len(cotangents) == len(every) and self.below and through_head.rows_below(recording) == self.below:
-                pulled, head = through_head.pull_back_through(recording, plan.arrangements, parameters)
+                pulled, head = through_head.pull_back_through(
+                    recording, plan.arrangements, parameters, plan.tolerance, at_once
+                )
             else:
-                pulled = pull_back(recording, plan.arrangements, parameters, cotangents, audited)
+                pulled = pull_back(
+                    recording, plan.arrangements, parameters, cotangents, audited, plan.tolerance, at_once
+                )
         del recording
         stream = self._stream(inputs, cotangents, pulled, head)
         return JacobianStream(logits.float(), stream, trusted=not pulled.unsafe)
@@ -233,7 +250,7 @@ class JacobianEngine:
         cotangent = factors.to(logits) @ self._cotangents(logits[None])
         parameters = [subject.parameters[name] for name in names]
         found = torch.autograd.grad(logits, parameters, cotangent, materialize_grads=True)
-        return logits.detach().float(), {name: g.reshape(-1) for name, g in zip(names, found, strict=True)}
+        return logits.detach().float(), {name: dense(g).reshape(-1) for name, g in zip(names, found, strict=True)}
 
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":
@@ -242,7 +259,8 @@ class JacobianEngine:
 
     def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled, head: Head | None) -> Iterator[JacobianBlock]:
         groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
-        routes = self._plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
+        plan = self._plan
+        routes = plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
         ready: dict[str, Tensor] = {}
         n = length(inputs)
         for block in self._blocks:
@@ -256,6 +274,12 @@ class JacobianEngine:
                 yield from _cut(block, ready.pop(block.name), cuts)
             elif head is not None and head.owns(block.name):
                 yield from _own_rows(block, head, cuts)
+            elif block.name in plan.functions and block.name in pulled.terms:
+                terms = pulled.terms.pop(block.name)
+                with self._subject.ready(), uncut_if_small(self.outputs(n)):
+                    values = sum_of([term.values(0, term.rows) for term in terms])
+                whole = _cut(block, values, cuts)
+                yield from whole if head is None else map(head.lowered, whole)
             elif block.name in pulled.terms:
                 found = _assembled(block, pulled.terms.pop(block.name), cuts)
                 yield from found if head is None else map(head.lowered, found)

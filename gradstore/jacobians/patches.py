@@ -30,7 +30,7 @@ def patches(
         [b, channels · prod(kernel), positions], its second axis in the order of a flattened weight row.
     """
     dims = len(kernel)
-    steps, gaps = _each(stride, dims), _each(dilation, dims)
+    steps, gaps = each(stride, dims), each(dilation, dims)
     padded = _padded(inputs, kernel, padding, gaps)
     spans = [gap * (k - 1) + 1 for gap, k in zip(gaps, kernel, strict=True)]
     space = [(size - span) // step + 1 for size, span, step in zip(padded.shape[2:], spans, steps, strict=True)]
@@ -50,13 +50,14 @@ def _padded(inputs: Tensor, kernel: Sequence[int], padding: Padding, gaps: Seque
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
         assert not isinstance(padding, str)
-        sides = [(width, width) for width in _each(padding, len(kernel))]
+        sides = [(width, width) for width in each(padding, len(kernel))]
     if not any(map(any, sides)):
         return inputs
     return F.pad(inputs, [width for side in reversed(sides) for width in side])
 
 
-def _each(value: int | Sequence[int], dims: int) -> list[int]:
+def each(value: int | Sequence[int], dims: int) -> list[int]:
+    """A value per spatial dimension, of a convolution's argument that may be one for all."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
 

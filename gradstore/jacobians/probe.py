@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import ProjectError
-from gradstore.jacobians.by_autograd import by_loop, by_torch_func, one_by_one
+from gradstore.jacobians.by_autograd import by_loop, dense, one_by_one
 from gradstore.jacobians.footprint import Footprint, max_columns, measured, saved_bytes
-from gradstore.jacobians.forward_record import Recording, Tap, record
-from gradstore.jacobians.pullback import arrange, pull_back
+from gradstore.jacobians.forward_record import Call, Recording, Tap, record
+from gradstore.jacobians.generic_routes import WORDS, Exact, generic_routes
+from gradstore.jacobians.layer_rules import EMBEDDING
+from gradstore.jacobians.pullback import arrange, pull_back, vectorises
 from gradstore.jacobians.row_owners import weights
-from gradstore.jacobians.rules import EMBEDDING
 from gradstore.jacobians.steadiness import allowed, spread
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 from gradstore.jacobians.terms import Term, sum_of
 from gradstore.jacobians.through_head import pull_back_through, rows_below
+from gradstore.jacobians.weight_functions import RootTerm
+from gradstore.machine.out_of_memory import is_out_of_memory
 
 PROBES = 3
-Exact = Callable[[Subject, list[str], Inputs, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,28 @@ class Plan:
     Attributes:
         structured: parameters whose uses are noted.
         arrangements: per noted call, how its rows are assigned to examples.
-        spread: per noted call, whether its input is repeated for every example.
-        calls: per noted call, the parameters behind it; a forward pass with other calls leaves the plan.
+        calls: the noted calls; a forward pass with other calls leaves the plan.
+        functions: those of the parameters that are used through a function of them.
         exact: the generic route of each remaining parameter.
         routes: per parameter, its route in words.
         footprint: memory that a batch needs.
+        tolerance: relative difference that rounding may make.
+        vectorises: whether the backward passes of several classes can be one.
     """
 
     structured: tuple[str, ...]
     arrangements: tuple[str, ...]
-    spread: tuple[bool, ...]
-    calls: tuple[tuple[str, ...], ...]
+    calls: tuple[Call, ...]
+    functions: frozenset[str]
     exact: dict[str, Exact]
     routes: dict[str, str]
     footprint: Footprint
+    tolerance: float
+    vectorises: bool
 
     def matches(self, recording: Recording) -> bool:
         """Whether a forward pass made the calls that the plan was checked on."""
-        return self.calls == tuple(_call(tap) for tap in recording.taps)
+        return self.calls == tuple(tap.call for tap in recording.taps)
 
     def sparse(self, name: str) -> bool:
         """Whether a parameter is an embedding matrix and nothing else."""
@@ -94,6 +100,7 @@ class Prober:
         self._probe = take(example, torch.arange(self._count) % min(length(example), PROBES))
         with torch.no_grad():
             self._logits = subject.logits(self._probe)
+        self._looks_at_one_alone()
         self._tolerance = subject.rounding(self._logits)
         self._require_independent_examples()
         self._cotangent = weights(self._logits.shape[1], self._logits)
@@ -120,7 +127,8 @@ class Prober:
         """Drop parameters from the structured route until what remains agrees with autograd."""
         reasons: dict[str, str] = {}
         for repeating in (True, False):
-            structured = list(self._subject.parameters)
+            structured = [name for name in self._subject.parameters if name not in self._apart]
+            reasons.update(dict.fromkeys(self._apart, "its gradient differs alone and in a batch"))
             while structured:
                 try:
                     attempt = self._attempt(structured, repeating)
@@ -131,7 +139,7 @@ class Prober:
                     return self._decided(attempt, reasons)
                 reasons.update(attempt.failed)
                 structured = [name for name in structured if name not in attempt.failed]
-        nothing = Recording(self._logits, [])
+        nothing = Recording(self._logits, [], {})
         return self._decided(_Attempt([], nothing, [], measured([], {}, 0, 1), {}), reasons)
 
     def below_head(self, plan: Plan, pays: Callable[[int], bool]) -> tuple[int, tuple[str, ...]]:
@@ -144,15 +152,15 @@ class Prober:
         Returns:
             How many inputs there are, 0 where they do not serve; and the call's own parameters.
         """
-        recording = record(self._subject, plan.structured, self._probe, plan.spread)
+        recording = record(self._subject, plan.structured, self._probe, plan.calls)
         rows = rows_below(recording)
         if not plan.matches(recording) or not pays(rows):
             return 0, ()
         parameters = {name: self._subject.parameters[name] for name in plan.structured}
-        pulled, head = pull_back_through(recording, plan.arrangements, parameters, combined=True)
+        pulled, head = pull_back_through(recording, plan.arrangements, parameters, self._tolerance, combined=True)
         own = tuple(head.names.values())
         rest = [name for name in plan.structured if name not in own]
-        agrees = all(self._agree(pulled.terms.pop(name, []), self._reference[name]) for name in rest)
+        agrees = not any(self._disagreement(name, pulled.terms.pop(name, [])) for name in rest)
         factors = weights(self._count, head.inputs)
         for name in own:
             agrees &= self._near(head.combined(name, factors, self._cotangent), self._reference[name], self._scale)
@@ -161,51 +169,59 @@ class Prober:
     def _attempt(self, structured: list[str], repeating: bool) -> _Attempt:
         parameters = {name: self._subject.parameters[name] for name in structured}
         with saved_bytes(self._subject.model) as saved:
-            recording = record(self._subject, structured, self._probe, repeating)
+            recording = record(self._subject, structured, self._probe, None, spread=repeating)
         if not self._near(recording.logits.detach(), self._logits, 0.0):
             raise ArithmeticError("the noted pass changed the logits")
-        found = arrange(recording, self._cotangent)
+        found = arrange(recording, self._cotangent, self._tolerance)
         arrangements = [how for how in found if how is not None]
         if len(arrangements) < len(found):
             lost = [tap for tap, how in zip(recording.taps, found, strict=True) if how is None]
-            failed = {name: "rows not by example" for tap in lost for name in tap.names.values()}
+            failed = {name: "rows not by example" for tap in lost for name in tap.roots}
             return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
         cotangents = self._cotangent[None]
-        pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents)
+        pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents, self._tolerance)
         footprint = measured(recording.taps, pulled.terms, saved.total, self._count)
         failed = dict(pulled.unsafe)
         for name in structured:
-            agrees = self._agree(pulled.terms.pop(name, []), self._reference[name])
-            if name not in failed and (not agrees or name in self._apart):
-                failed[name] = "differs from autograd"
+            terms = pulled.terms.pop(name, [])
+            if name not in failed:
+                failed |= self._disagreement(name, terms)
         return _Attempt(structured, recording, arrangements, footprint, failed)
 
     def _decided(self, attempt: _Attempt, reasons: dict[str, str]) -> Plan:
         rest = [name for name in self._subject.parameters if name not in attempt.structured]
-        exact = self._exact_routes(rest)
-        words: dict[Exact, str] = {by_torch_func: "torch.func", by_loop: "autograd loop"}
+        exact = generic_routes([name for name in rest if name not in self._apart], self._try_generic)
+        exact |= {name: by_loop for name in rest if name in self._apart}
         routes = {name: _structured_route(name, attempt.recording.taps) for name in attempt.structured}
-        routes |= {name: f"{words[exact[name]]} ({reasons[name]})" for name in rest}
+        routes |= {name: f"{WORDS[exact[name]]} ({reasons[name]})" for name in rest}
         taps = attempt.recording.taps
         return Plan(
             structured=tuple(attempt.structured),
             arrangements=tuple(attempt.arrangements),
-            spread=tuple(tap.spread for tap in taps),
-            calls=tuple(_call(tap) for tap in taps),
+            calls=tuple(tap.call for tap in taps),
+            functions=frozenset(root for made in attempt.recording.functions.values() for root in made.roots),
             exact=exact,
             routes=routes,
             footprint=attempt.footprint,
+            tolerance=self._tolerance,
+            vectorises=self._vectorises(attempt),
         )
 
-    def _exact_routes(self, names: list[str]) -> dict[str, Exact]:
-        exact: dict[str, Exact] = dict.fromkeys(names, by_loop)
-        try:
-            found = by_torch_func(self._subject, names, self._probe, self._cotangent[None]) if names else []
-        except Exception:  # vmap refuses models in many ways; the loop serves them all
-            return exact
+    def _vectorises(self, attempt: _Attempt) -> bool:
+        """Whether several classes can be differentiated in one pass; of one class, there is nothing to ask."""
+        if self.classes == 1 or not attempt.structured:
+            return False
+        calls = [tap.call for tap in attempt.recording.taps]
+        recording = record(self._subject, attempt.structured, self._probe, calls)
+        first, second = self._cotangent, self._cotangent.flip(0)
+        return vectorises(recording, torch.stack([first, second]), self._tolerance)
+
+    def _try_generic(self, route: Exact, names: list[str]) -> dict[str, bool]:
+        """Run a route on the probe, and say by name whether it gave the right gradient; it may raise anything."""
+        found = route(self._subject, names, self._probe, self._cotangent[None])
         mixed = {name: self._mixed(values) for name, values in zip(names, found, strict=True)}
-        wrong = self._differing(mixed) | self._apart
-        return exact | {name: by_torch_func for name in mixed if name not in wrong}
+        wrong = self._differing(mixed)
+        return {name: name not in wrong for name in names}
 
     def _differentiated(self) -> dict[str, Tensor]:
         """The reference, or why there is none."""
@@ -219,9 +235,15 @@ class Prober:
             )
         try:
             return self._looped(self._subject, self._probe)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ProjectError("autograd cannot differentiate the model", where="model", got=reason) from error
+        except Exception as error:  # a backward pass of the user's own may fail in any way
+            if is_out_of_memory(error):
+                raise
+            raise ProjectError(
+                "autograd cannot differentiate the model",
+                where="model",
+                got=_first_line(error),
+                hint="Call loss.backward() on one example by hand, with retain_graph=True, to find the operation",
+            ) from error
 
     def _looped(self, subject: Subject, probe: Inputs) -> dict[str, Tensor]:
         """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""
@@ -242,7 +264,7 @@ class Prober:
         cotangents = weights(self._count, self._logits)[:, None] * self._cotangent
         logits = self._subject.logits(self._probe)
         found = torch.autograd.grad(logits, list(parameters.values()), cotangents, materialize_grads=True)
-        return {name: g.reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, found, strict=True)}
+        return {name: dense(g).reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, found, strict=True)}
 
     def _differing(self, ours: Mapping[str, Tensor]) -> set[str]:
         """Parameters whose gradient is another than autograd's of the batch, by more than roundings move that."""
@@ -266,12 +288,23 @@ class Prober:
         wide = values[:, 0].to(_wide(self._logits.dtype))
         return weights(self._count, wide) @ wide
 
+    def _disagreement(self, name: str, terms: list[Term]) -> dict[str, str]:
+        """The parameter's name and a reason, where its terms do not add up to the reference."""
+        try:
+            return {} if self._agree(terms, self._reference[name]) else {name: "differs from autograd"}
+        except Exception as error:  # in a rule's own arithmetic; it costs this parameter its rule
+            if is_out_of_memory(error):
+                raise
+            return {name: f"{type(error).__name__} in its rule"}
+
     def _agree(self, terms: list[Term], reference: Tensor) -> bool:
         """Whether the terms add up to the reference; a block's columns at a time, of which all examples' are held."""
         if not terms:
             return self._near(torch.zeros_like(reference), reference, self._scale)
         rows, width = terms[0].rows, terms[0].width
         step, error = max(1, max_columns(reference.device, 1) // max(1, width)), 0.0
+        if any(isinstance(term, RootTerm) for term in terms):
+            step = rows  # all of them are made at once
         for first in range(0, rows, step):
             last = min(first + step, rows)
             ours = sum_of([self._mixed(term.values(first, last)) for term in terms])
@@ -295,6 +328,26 @@ class Prober:
                 hint="Look for torch.is_grad_enabled(), or for layers that take a faster way without gradients",
             )
 
+    def _looks_at_one_alone(self) -> None:
+        """Run one example by itself, as everything is compared with, and learn in which dtypes the model computes.
+
+        Raises:
+            ProjectError: the model takes several examples at once only.
+        """
+        try:
+            self._subject.look_at_dtypes(take(self._probe, slice(0, 1)))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ProjectError(
+                "the model fails on a batch of one example",
+                where="model",
+                expected="logits for one example as for several",
+                got=f"{error.what}: {error.got}" if isinstance(error, ProjectError) else _first_line(error),
+                hint="Give squeeze() the axis to remove, and use no statistics of the batch; or call the model "
+                "otherwise with forward=",
+            ) from error
+
     def _require_independent_examples(self) -> None:
         for i in range(self._count):
             with torch.no_grad():
@@ -311,12 +364,17 @@ class Prober:
                 )
 
 
-def _call(tap: Tap) -> tuple[str, ...]:
-    return tuple(f"{role}={name}" for role, name in tap.names.items())
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _structured_route(name: str, taps: Sequence[Tap]) -> str:
-    routes = dict.fromkeys(tap.use.route for tap in taps if name in tap.names.values())
+    routes = dict.fromkeys(
+        tap.use.route if name in tap.names.values() else f"{tap.use.route} of a function"
+        for tap in taps
+        if name in tap.roots
+    )
     return " + ".join(routes) or "unused"
 
 

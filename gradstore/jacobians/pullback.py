@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore.jacobians.by_autograd import quiet_vmap
 from gradstore.jacobians.forward_record import Recording, Tap
 from gradstore.jacobians.row_owners import candidates, fits, owned, weights
-from gradstore.jacobians.rules import Batch
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
-from gradstore.jacobians.terms import Term
+from gradstore.jacobians.terms import Term, ViewedTerm
+from gradstore.jacobians.uses import Batch
+from gradstore.jacobians.weight_functions import PulledBack, RootTerm
+from gradstore.machine.out_of_memory import is_out_of_memory
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Pulled:
 
     def distrust(self, tap: Tap, reason: str) -> None:
         """Mark every parameter of a call."""
-        self.unsafe.update(dict.fromkeys(tap.names.values(), reason))
+        self.unsafe.update(dict.fromkeys(tap.roots, reason))
 
 
 def pull_back(
@@ -39,6 +42,8 @@ def pull_back(
     parameters: Mapping[str, Tensor],
     cotangents: Tensor,
     audited: Tensor | None,
+    tolerance: float,
+    at_once: int = 1,
 ) -> Pulled:
     """Differentiate the logits class by class with respect to the noted outputs, never to parameters, and audit.
 
@@ -49,95 +54,113 @@ def pull_back(
         cotangents: [c, classes]; row k makes column k of the Jacobian.
         audited: those that the audit combines: these, or all where the others will be asked for without one; None for
             a batch whose audit was passed.
+        tolerance: relative difference that rounding may make.
+        at_once: classes whose backward passes are vectorised into one.
 
     Returns:
         The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
-        most `side_by_side.MOST` threads the deltas of one class two to three times over.
+        most `side_by_side.MOST` threads the deltas of `at_once` classes two to three times over.
     """
     summed = audited is cotangents
-    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")).tolist()
-    pulled, totals = absorb(recording, arrangements, cotangents, factors if summed else None)
+    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")) if summed else None
+    pulled, totals = absorb(recording, arrangements, parameters, cotangents, factors, at_once)
     if audited is None:
         return pulled
     combined = weights(len(audited), audited) @ audited
     if not summed:
-        totals = _deltas(recording, combined.expand_as(recording.logits))
+        totals = [delta[0] for delta in _deltas(recording, combined[None])]
     with uncut_if_small(sum(total.nbytes for total in totals)):
-        audit(recording, arrangements, parameters, totals, combined, pulled)
+        audit(recording, arrangements, parameters, totals, combined, tolerance, pulled)
     return pulled
 
 
 def absorb(
-    recording: Recording, arrangements: Sequence[str], cotangents: Tensor, factors: Sequence[float | Tensor] | None
+    recording: Recording,
+    arrangements: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    cotangents: Tensor,
+    factors: Tensor | None,
+    at_once: int,
 ) -> tuple[Pulled, list[Tensor]]:
     """Differentiate class by class and let the terms take the deltas.
 
     Args:
         recording: a forward pass, or what led to the inputs of its last call in place of the logits; its graph is kept.
         arrangements: how each tap's rows are assigned to examples.
+        parameters: the noted parameters.
         cotangents: [c, classes].
-        factors: of a sum of all classes' deltas, for an audit; numbers, or scalars on the device. None: no sum.
+        factors: of a sum of all classes' deltas, for an audit, [c]; None for no sum.
+        at_once: classes whose backward passes are vectorised into one.
 
     Returns:
         The terms, and the sum by tap.
     """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
-        _terms(tap, how, n, len(cotangents), pulled) for tap, how in zip(recording.taps, arrangements, strict=True)
+        _terms(tap, how, n, len(cotangents), parameters, pulled)
+        for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
+    parts = cotangents.split(at_once)
 
-    def pull(classes: range) -> list[Tensor]:
-        """Absorb some classes; their deltas' weighted sum where it is audited."""
+    def pull(numbers: range) -> list[Tensor]:
+        """Absorb some parts of the classes; their deltas' weighted sum where it is audited."""
         totals: list[Tensor] = []
-        for c in classes:
-            deltas = _deltas(recording, cotangents[c].expand_as(recording.logits))
+        for number in numbers:
+            first, some = number * at_once, parts[number]
+            deltas = _deltas(recording, some)
             for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
-                view = tap.use.view(delta, n, how) if terms else delta
-                for term in terms:
-                    term.absorb(c, view)
+                _absorb(tap, terms, first, delta, n, how, pulled)
             if factors is not None:
-                totals = _added(totals, deltas, factors[c])
+                totals = _added(totals, deltas, factors[first : first + len(some)])
         return totals
 
     totals: list[Tensor] = []
-    for part in side_by_side(pull, len(cotangents), cotangents.device):
+    for part in side_by_side(pull, len(parts), cotangents.device, uncut=at_once > 1):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
+    _pull_to_roots(recording, parameters, pulled)
     return pulled, totals
 
 
-def arrange(recording: Recording, cotangent: Tensor) -> list[str | None]:
+def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[str | None]:
     """Find how each tap's rows belong to examples.
 
     Args:
         recording: a forward pass on n ≥ 2 examples; its graph is kept.
         cotangent: [classes], any combination of the logits.
+        tolerance: relative difference that rounding may make.
 
     Returns:
         An arrangement for each tap; None where none passes the audit.
     """
     n = len(recording.logits)
-    totals = _deltas(recording, cotangent.expand_as(recording.logits))
-    weighted = _deltas(recording, weights(n, cotangent)[:, None] * cotangent)
+    totals = [delta[0] for delta in _deltas(recording, cotangent[None])]
+    weighted = _of_examples(recording, weights(n, cotangent)[:, None] * cotangent)
     return [
-        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how)), None)
+        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance)), None)
         for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
     ]
 
 
-def _added(totals: list[Tensor], deltas: list[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """Totals with factor · deltas added in place; empty totals begin."""
-    if not totals:
-        return [delta * factor for delta in deltas]
-    if isinstance(factor, Tensor):  # on a GPU, which would have to be waited for to have it as a number
-        return [total.addcmul_(delta, factor) for total, delta in zip(totals, deltas, strict=True)]
-    return [total.add_(delta, alpha=factor) for total, delta in zip(totals, deltas, strict=True)]
+def _added(totals: list[Tensor], deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
+    """Totals with Σ_f factor_f · delta_f added in place; empty totals begin."""
+    several = len(factors) > 1 or factors.device.type != "cpu"  # a GPU would have to be waited for to have a number
+    for place, delta in enumerate(deltas):
+        more = torch.tensordot(factors.to(delta), delta, dims=1) if several else delta[0]
+        factor = 1 if several else float(factors)
+        if place < len(totals):
+            totals[place].add_(more, alpha=factor)
+        else:
+            totals.append(more * factor)
+    return totals
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
     return candidates(tap.shape, n, tap.use.arrangements)
 
 
-def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> list[Term]:
+def _terms(
+    tap: Tap, arrangement: str, n: int, classes: int, parameters: Mapping[str, Tensor], pulled: Pulled
+) -> list[Term]:
     """Empty terms for a tap's parameters; none where its input changed or its rows no longer fit."""
     if tap.stale:
         pulled.distrust(tap, "input changed in place")
@@ -146,10 +169,46 @@ def _terms(tap: Tap, arrangement: str, n: int, classes: int, pulled: Pulled) -> 
         pulled.distrust(tap, "rows not by example")
         return []
     batch = Batch(n, classes, arrangement, tap.shape.numel())
-    made = {name: tap.use.terms[role](batch) for role, name in tap.names.items()}
+    try:
+        made = {name: tap.use.terms[role](batch) for role, name in tap.names.items()}
+    except Exception as error:
+        _costs_its_rule(tap, error, pulled)
+        return []
     for name, term in made.items():
-        pulled.terms.setdefault(name, []).append(term)
+        shape = parameters[name].shape if name in parameters else None
+        rows = term.rows if shape is None else shape[0] if shape else 1
+        pulled.terms.setdefault(name, []).append(term if rows == term.rows else ViewedTerm(term, rows))
     return list(made.values())
+
+
+def _absorb(tap: Tap, terms: list[Term], first: int, deltas: Tensor, n: int, arrangement: str, pulled: Pulled) -> None:
+    """Hand the deltas of some classes, from `first` on, to a tap's terms."""
+    if not terms:
+        return
+    try:
+        view = tap.use.view(deltas, n, arrangement)
+        for term in terms:
+            term.absorb(first, view)
+    except Exception as error:
+        _costs_its_rule(tap, error, pulled)
+
+
+def _costs_its_rule(tap: Tap, error: Exception, pulled: Pulled) -> None:
+    """An exception in a rule's own arithmetic costs the call's parameters that rule, and no more."""
+    if is_out_of_memory(error):
+        raise error
+    pulled.distrust(tap, f"{type(error).__name__} in the rule of {tap.use.route}")
+
+
+def _pull_to_roots(recording: Recording, parameters: Mapping[str, Tensor], pulled: Pulled) -> None:
+    """Replace the terms of functions of parameters by those of the parameters."""
+    for key, function in recording.functions.items():
+        terms = pulled.terms.pop(key, [])
+        if not terms or any(root in pulled.unsafe for root in function.roots):
+            continue
+        gradients = PulledBack(function, terms, {name: parameters[name] for name in function.roots})
+        for name in function.roots:
+            pulled.terms.setdefault(name, []).append(RootTerm(gradients, name, parameters[name].shape))
 
 
 def audit(
@@ -158,6 +217,7 @@ def audit(
     parameters: Mapping[str, Tensor],
     totals: list[Tensor],
     cotangent: Tensor,
+    tolerance: float,
     pulled: Pulled,
 ) -> None:
     """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed.
@@ -168,6 +228,7 @@ def audit(
         parameters: the noted parameters.
         totals: by tap, the gradient of `Σ_i Σ_c u_c logits[i, c]` with respect to its output.
         cotangent: u [classes].
+        tolerance: relative difference that rounding may make.
         pulled: is told of what must not be used.
     """
     n, names = len(recording.logits), list(parameters)
@@ -185,7 +246,7 @@ def audit(
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
     verdicts = [
-        (tap, owned(weighted, total, n, how))
+        (tap, owned(weighted, total, n, how, tolerance))
         for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True)
         if weighted is not None and fits(tap.shape, n, how)
     ]
@@ -196,8 +257,24 @@ def audit(
             pulled.distrust(tap, "rows not by example")
 
 
-def _deltas(recording: Recording, cotangent: Tensor) -> list[Tensor]:
-    """Gradient of `Σ cotangent · logits` with respect to each tap's output, zero where there is none."""
+def _deltas(recording: Recording, cotangents: Tensor) -> list[Tensor]:
+    """Gradients [f, …] of each tap's output, of f combinations [f, classes] of the logits, all examples' added up."""
+    f, logits = len(cotangents), recording.logits
+    if f == 1:
+        return [delta[None] for delta in _of_examples(recording, cotangents[0].expand_as(logits))]
+    if not recording.taps:
+        return []
+    edges, rows = [tap.edge for tap in recording.taps], cotangents[:, None].expand(f, *logits.shape)
+    with quiet_vmap():
+        found = torch.autograd.grad(logits, edges, rows, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return [
+        cotangents.new_zeros(f, *tap.shape) if delta is None else delta
+        for tap, delta in zip(recording.taps, found, strict=True)
+    ]
+
+
+def _of_examples(recording: Recording, cotangent: Tensor) -> list[Tensor]:
+    """Gradient of `Σ cotangent · logits` [n, classes] with respect to each tap's output, zero where there is none."""
     if not recording.taps:
         return []
     found = torch.autograd.grad(
@@ -207,3 +284,28 @@ def _deltas(recording: Recording, cotangent: Tensor) -> list[Tensor]:
         cotangent.new_zeros(tap.shape) if delta is None else delta
         for tap, delta in zip(recording.taps, found, strict=True)
     ]
+
+
+def vectorises(recording: Recording, cotangents: Tensor, tolerance: float) -> bool:
+    """Whether the backward passes of several classes can be one.
+
+    Args:
+        recording: a forward pass; its graph is kept.
+        cotangents: [2, classes], two combinations of the logits.
+        tolerance: relative difference that rounding may make.
+
+    Returns:
+        Whether vectorised passes run, and give what one pass for each does.
+    """
+    each = [_deltas(recording, cotangent[None]) for cotangent in cotangents]
+    try:
+        together = _deltas(recording, cotangents)
+    except Exception as error:  # a backward pass of the user's own may refuse vmap in any way
+        if is_out_of_memory(error):
+            raise
+        return False
+    return all(
+        bool(torch.linalg.vector_norm(both[f] - one[0]) <= tolerance * torch.linalg.vector_norm(one[0]))
+        for f, alone in enumerate(each)
+        for both, one in zip(together, alone, strict=True)
+    )

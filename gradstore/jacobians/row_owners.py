@@ -39,6 +39,17 @@ def by_example(tensor: Tensor, n: int, arrangement: str) -> Tensor:
     return tensor.unflatten(0, (-1, n)).movedim(1, 0)
 
 
+def deltas_by_example(deltas: Tensor, n: int, arrangement: str) -> Tensor:
+    """The same of some classes' gradients [f, …] of a tensor of rows: [n, f, rows per example, …]."""
+    if arrangement == FIRST:
+        return deltas.unsqueeze(2).transpose(0, 1)
+    if arrangement == SECOND:
+        return deltas.movedim(2, 0)
+    if arrangement == FOLDED:
+        return deltas.unflatten(1, (n, -1)).transpose(0, 1)
+    return deltas.unflatten(1, (-1, n)).movedim(2, 0)
+
+
 def fits(shape: torch.Size, n: int, arrangement: str) -> bool:
     """Whether a tensor of this shape can be arranged so at all."""
     if arrangement == SECOND:
@@ -54,7 +65,7 @@ def weights(count: int, like: Tensor) -> Tensor:
     return values.to(like.dtype).to(like.device)
 
 
-def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> Tensor:
+def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: float) -> Tensor:
     """The audit: whether `weighted` is `total` with each example's rows scaled by that example's weight.
 
     Of an example whose rows hold NaN or infinity nothing is asked: it is refused or left out by itself, and must not
@@ -65,6 +76,7 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> Tensor:
         total: gradient of `Σ_i Σ_c u_c logits[i, c]`, the same shape.
         n: examples in the batch.
         arrangement: the assignment of rows to be proved.
+        tolerance: relative difference that rounding may make.
 
     Returns:
         bool [], on the device.
@@ -74,4 +86,4 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str) -> Tensor:
     scale = torch.linalg.vector_norm(ours, dim=1)
     error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
     typical = scale.nan_to_num(0, 0, 0).max()
-    return ((error <= ROUNDING[total.dtype] * (scale + 1e-2 * typical)) | ~scale.isfinite()).all()
+    return ((error <= tolerance * (scale + 1e-2 * typical)) | ~scale.isfinite()).all()

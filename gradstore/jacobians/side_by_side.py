@@ -23,13 +23,16 @@ SMALL = 4 << 20
 """Bytes of all layers' outputs below which cutting each layer over threads gains nothing."""
 
 
-def side_by_side(work: Callable[[range], Result], count: int, device: torch.device) -> list[Result]:
+def side_by_side(
+    work: Callable[[range], Result], count: int, device: torch.device, *, uncut: bool = False
+) -> list[Result]:
     """Call `work` on interleaved shares of `range(count)`, at the same time on a CPU.
 
     Args:
         work: takes the numbers that are its share; must not depend on who does the others.
         count: how many numbers there are.
         device: where the tensors are; another device than a CPU has its own queue, and gets one share.
+        uncut: each share runs each layer by itself, however many threads there are.
 
     Returns:
         The results, by share. The threads of torch's setting are divided among the shares.
@@ -39,15 +42,15 @@ def side_by_side(work: Callable[[range], Result], count: int, device: torch.devi
     """
     threads = torch.get_num_threads()
     shares = max(1, min(threads, count, MOST)) if device.type == "cpu" else 1
-    if shares == 1:
+    if shares == 1 and not uncut:
         return [work(range(count))]
-    each = threads // shares
+    each = 1 if uncut else threads // shares
 
     def alone(share: int) -> Result:
         torch.set_num_threads(each)  # of this thread
         return work(range(share, count, shares))
 
-    with ThreadPoolExecutor(shares - 1) as others:
+    with ThreadPoolExecutor(max(1, shares - 1)) as others:
         try:
             futures = [others.submit(alone, share) for share in range(1, shares)]
             first = alone(0)

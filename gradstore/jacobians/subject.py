@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from gradstore.errors import ProjectError
-from gradstore.jacobians.row_owners import rounding_of
+from gradstore.jacobians.row_owners import ROUNDING, rounding_of
 from gradstore.machine.devices import cudnn_as, full_float32, without_fused_encoders
+from gradstore.model.model_state import unchanged
 
 Inputs = Tensor | dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -36,6 +38,8 @@ class Subject:
         everything = dict(model.named_parameters())
         self.parameters: dict[str, Tensor] = {name: everything[name] for name in names}
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._rounding = 0.0
+        _require_trainable(everything)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Run the model once.
@@ -81,7 +85,17 @@ class Subject:
 
     def rounding(self, logits: Tensor) -> float:
         """Relative difference that rounding may make between two passes that give these logits."""
-        return rounding_of(self.model, logits)
+        return max(self._rounding, rounding_of(self.model, logits))
+
+    def look_at_dtypes(self, inputs: Inputs) -> None:
+        """Learn in which dtypes the model computes, autocast or cast by itself, which `rounding` goes by from then on.
+
+        Raises:
+            ProjectError: as `logits`.
+        """
+        with _DtypesSeen() as seen:
+            self.logits(inputs)
+        self._rounding = max((ROUNDING.get(dtype, 0.0) for dtype in seen.dtypes), default=0.0)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -95,16 +109,31 @@ class Subject:
         gpus = sorted((device for device in devices if device.type == "cuda"), key=str)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=gpus))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             # cuDNN cannot differentiate a recurrent layer in eval mode
             stack.enter_context(cudnn_as(enabled=not self._recurrent, benchmark=False, deterministic=True))
             for kind in {device.type for device in devices}:
                 stack.enter_context(full_float32(torch.device(kind)))
             stack.enter_context(without_fused_encoders())
-            stack.enter_context(_unchanged_buffers(self.model))
+            stack.enter_context(unchanged(self.model))
             stack.enter_context(_eval_mode(self.model))
             stack.enter_context(_gradients_only_for(self.model, {id(p) for p in self.parameters.values()}))
             yield
+
+
+class _DtypesSeen(TorchFunctionMode):
+    """Collects the dtypes of everything that carries a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.requires_grad:
+            self.dtypes.add(output.dtype)
+        return output
 
 
 class _Around(nn.Module):
@@ -126,8 +155,16 @@ def length(inputs: Inputs) -> int:
 def take(inputs: Inputs, index: slice | Tensor) -> Inputs:
     """Some examples of a batch."""
     if isinstance(inputs, Tensor):
-        return inputs[index]
-    return {key: value[index] for key, value in inputs.items()}
+        return _taken(inputs, index)
+    return {key: _taken(value, index) for key, value in inputs.items()}
+
+
+def _taken(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    if not tensor.is_sparse:
+        return tensor[index]
+    if isinstance(index, slice):
+        index = torch.arange(len(tensor), device=tensor.device)[index]
+    return tensor.index_select(0, index)
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -140,10 +177,10 @@ def as_inputs(inputs: Any) -> Inputs:
         ProjectError: it is something else, is empty, or its tensors disagree on the number of examples.
     """
     if isinstance(inputs, Tensor) and inputs.ndim and len(inputs):
-        return inputs
+        return inputs.clone() if inputs.is_inference() else inputs
     if isinstance(inputs, Mapping) and inputs and all(isinstance(v, Tensor) and v.ndim for v in inputs.values()):
         if len({len(value) for value in inputs.values()}) == 1 and length(dict(inputs)):
-            return dict(inputs)
+            return {key: value.clone() if value.is_inference() else value for key, value in inputs.items()}
         got = ", ".join(f"{key} {list(value.shape)}" for key, value in inputs.items())
         raise ProjectError("a batch's tensors differ in their number of examples", where="inputs", got=got)
     got = str(list(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
@@ -176,19 +213,12 @@ def _gradients_only_for(model: nn.Module, wanted: set[int]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    saved = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, version, value in saved:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+def _require_trainable(parameters: Mapping[str, Tensor]) -> None:
+    made = next((name for name, parameter in parameters.items() if parameter.is_inference()), None)
+    if made is not None:
+        raise ProjectError(
+            "the model was made in inference mode, so autograd cannot differentiate it",
+            where=f"model, parameter {made}",
+            expected="a parameter made outside torch.inference_mode()",
+            hint="Build the model and load its weights outside of torch.inference_mode()",
+        )

@@ -44,8 +44,8 @@ class Term:
         """Bytes kept for all examples and classes so far."""
         return 0 if self._kept is None else self._kept.nbytes
 
-    def absorb(self, c: int, delta: Tensor) -> None:
-        """Take class c's delta, in the form that the rule which made the term agreed on; threads may bring several."""
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Take the deltas of f classes from `first` on, as the term's rule views them; threads may bring several."""
         raise NotImplementedError
 
     def _room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -54,6 +54,11 @@ class Term:
             if self._kept is None:
                 self._kept = fresh(shape, like)
             return self._kept
+
+    def _keep(self, classes: int, first: int, deltas: Tensor) -> None:
+        """Keep the deltas of some classes beside those of all others."""
+        room = self._room((len(deltas), classes, *deltas.shape[2:]), deltas)
+        room[:, first : first + deltas.shape[1]] = deltas
 
     def values(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the parameter, [n, c, (last − first) · width] in float32 or wider."""
@@ -71,7 +76,7 @@ class ReducedTerm(Term):
         n: examples.
         c: number of classes.
         shape: of the parameter.
-        reduce: makes the gradient of a delta.
+        reduce: makes gradients [n, f, …] of deltas [n, f, …].
         read: what that reads beside the delta, made for it.
     """
 
@@ -89,10 +94,10 @@ class ReducedTerm(Term):
         self.width = size // self.rows
         self._shape, self._reduce = (n, c, size), reduce
 
-    def absorb(self, c: int, delta: Tensor) -> None:
-        """Reduce the delta over positions to the parameter's gradient."""
-        found = self._reduce(delta).reshape(self._shape[0], self._shape[2])
-        self._room(self._shape, found)[:, c] = found
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Reduce the deltas over positions to the parameter's gradient."""
+        found = self._reduce(deltas).flatten(2)
+        self._room(self._shape, found)[:, first : first + found.shape[1]] = found
 
     def values(self, first: int, last: int) -> Tensor:
         """The kept gradient of these rows."""
@@ -116,9 +121,9 @@ class OuterTerm(Term):
         self._made: Tensor | None = None
         self._gram: Tensor | None = None
 
-    def absorb(self, c: int, delta: Tensor) -> None:
-        """Keep the delta, [n, o, T]."""
-        self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Keep the deltas, [n, f, o, T]."""
+        self._keep(self._classes, first, deltas)
 
     @property
     def grouped(self) -> bool:
@@ -181,12 +186,12 @@ class IndexTerm(Term):
         self.rows, self.width, self._classes = rows, width, c
         self._indices, self._padding = indices, padding
 
-    def absorb(self, c: int, delta: Tensor) -> None:
-        """Keep the delta, [n, d, S]; the padding row has no gradient by definition."""
-        delta = delta.transpose(1, 2)
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Keep the deltas, [n, f, d, S]; the padding row has no gradient by definition."""
+        deltas = deltas.transpose(2, 3)
         if self._padding is not None:
-            delta = delta.masked_fill((self._indices == self._padding)[..., None], 0)
-        self._room((len(delta), self._classes, *delta.shape[1:]), delta)[:, c] = delta
+            deltas = deltas.masked_fill((self._indices == self._padding)[:, None, :, None], 0)
+        self._keep(self._classes, first, deltas)
 
     def embedding_block(self, name: str, start: int) -> EmbeddingBlock:
         """The whole matrix; `start` is its first column."""
@@ -196,6 +201,57 @@ class IndexTerm(Term):
     def values(self, first: int, last: int) -> Tensor:
         """Gradient of these rows."""
         return self.embedding_block("", 0).values(first, last)
+
+
+class KeptTerm(Term):
+    """Any other large parameter: deltas are kept, and some rows of the gradient made of them when they are asked for.
+
+    Args:
+        c: number of classes.
+        rows: length of the parameter's first axis.
+        width: columns per row.
+        make: (deltas [n, c, …], first, last) to rows [first, last) of the gradient, [n, c, (last − first) · width].
+    """
+
+    def __init__(self, c: int, rows: int, width: int, make: Callable[[Tensor, int, int], Tensor]) -> None:
+        self.rows, self.width, self._classes, self._make = rows, width, c, make
+
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Keep the deltas, [n, f, …]."""
+        self._keep(self._classes, first, deltas)
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows."""
+        assert self._kept is not None
+        return self._make(self._kept, first, last)
+
+
+class ViewedTerm(Term):
+    """A parameter that was used in another shape with its elements in the same order.
+
+    Args:
+        term: of the shape that was used.
+        rows: length of the parameter's own first axis.
+    """
+
+    def __init__(self, term: Term, rows: int) -> None:
+        self._term, self.read = term, term.read
+        self.rows, self.width = rows, term.rows * term.width // rows
+
+    @property
+    def held(self) -> int:
+        """See `Term.held`."""
+        return self._term.held
+
+    def absorb(self, first: int, deltas: Tensor) -> None:
+        """Hand the deltas on."""
+        self._term.absorb(first, deltas)
+
+    def values(self, first: int, last: int) -> Tensor:
+        """Gradient of these rows, cut from those of the shape that was used."""
+        begin, end, width = first * self.width, last * self.width, self._term.width
+        low, high = begin // width, -(-end // width)
+        return self._term.values(low, high)[..., begin - low * width : end - low * width]
 
 
 def joined(terms: list[Term], name: str, start: int, first: int, last: int) -> JacobianBlock:

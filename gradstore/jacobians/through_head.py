@@ -72,14 +72,14 @@ def pays(classes: int, rows: int, K: int) -> bool:
 
 
 def rows_below(recording: Recording) -> int:
-    """d, the inputs of the last call; 0 where logits are not just that call's, or its parameters have other uses."""
+    """d, the inputs of the last call; 0 where logits are not just that call's, or its parameters' values."""
     last = recording.last
     if last is None:
         return 0
     others = [tap for number, tap in enumerate(recording.taps) if number != last.tap]
     if last.tap is not None:
-        own = set(recording.taps[last.tap].names.values())
-        if any(own & set(tap.names.values()) for tap in others):
+        tap = recording.taps[last.tap]
+        if set(tap.roots) != set(tap.names.values()) or any(set(tap.roots) & set(other.roots) for other in others):
             return 0
     return last.inputs.shape[1] if last.inputs.requires_grad or not others else 0
 
@@ -88,6 +88,8 @@ def pull_back_through(
     recording: Recording,
     arrangements: Sequence[str],
     parameters: Mapping[str, Tensor],
+    tolerance: float,
+    at_once: int = 1,
     *,
     combined: bool = False,
 ) -> tuple[Pulled, Head]:
@@ -97,6 +99,8 @@ def pull_back_through(
         recording: a forward pass with `rows_below`; its graph is freed.
         arrangements: how each tap's rows are assigned to examples.
         parameters: the noted parameters.
+        tolerance: relative difference that rounding may make.
+        at_once: inputs whose backward passes are vectorised into one.
         combined: differentiate one combination of the inputs, that which stands for `weights` of the logits.
 
     Returns:
@@ -106,14 +110,15 @@ def pull_back_through(
     assert last is not None
     weight = last.weight.to(torch.promote_types(last.weight.dtype, torch.float32))
     u = weights(len(weight), recording.logits)
-    below = Recording(last.inputs, [tap for t, tap in enumerate(recording.taps) if t != last.tap])
+    taps = [tap for t, tap in enumerate(recording.taps) if t != last.tap]
+    below = Recording(last.inputs, taps, recording.functions)
     arranged = [how for t, how in enumerate(arrangements) if t != last.tap]
     factors = (u.to(weight) @ weight).to(last.inputs)
     if combined:
-        pulled, totals = absorb(below, arranged, factors[None], [1.0])
+        pulled, totals = absorb(below, arranged, parameters, factors[None], torch.ones(1), 1)
     else:
         each = torch.eye(len(factors), dtype=factors.dtype, device=factors.device)
-        pulled, totals = absorb(below, arranged, each, factors.unbind())
+        pulled, totals = absorb(below, arranged, parameters, each, factors, at_once)
     names: Mapping[str, str] = {}
     if last.tap is not None:
         tap = recording.taps[last.tap]
@@ -122,5 +127,5 @@ def pull_back_through(
             pulled.distrust(tap, "rows not by example")
         totals.insert(last.tap, u.expand(n, -1))
     with uncut_if_small(sum(total.nbytes for total in totals)):
-        audit(recording, arrangements, parameters, totals, u, pulled)
+        audit(recording, arrangements, parameters, totals, u, tolerance, pulled)
     return pulled, Head(weight, last.inputs.detach().to(weight), names)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +22,13 @@ from gradstore.indices import row_mask
 from gradstore.machine.devices import full_float32
 from gradstore.model.examples import Examples, Inputs
 from gradstore.model.image_and_text import Show
+from gradstore.model.model_state import unchanged
 from gradstore.model.own_modules import OwnModules
 from gradstore.model.weights import load_weights
 
 Forward = Callable[[nn.Module, Any], Tensor]
+
+_folder: ContextVar[Path] = ContextVar("_folder", default=Path())
 
 
 @dataclass
@@ -32,8 +37,9 @@ class Project:
 
     Args:
         model: any module whose output is logits [n, c].
-        weights: a safetensors file or a state_dict (loaded with `weights_only=True`); relative to the project file.
-            None keeps the model as built.
+        weights: a safetensors file, a state_dict or a training run's file that holds one (loaded with
+            `weights_only=True`), an index of shards, or a folder with one of these under Hugging Face's names; relative
+            to the project file. None keeps the model as built.
         splits: name -> map-style dataset, `ds[i] -> (x, label)`; x is a tensor or a dict of tensors.
         classes: names of the classes, for reports; default "0", "1", ….
         show: how to show an example: `gs.image(...)`, `gs.text(...)` or None.
@@ -41,6 +47,9 @@ class Project:
         forward: (model, x) -> logits; default `model(x)`, also where x is a dict.
         parameters: regular expression that the name of a differentiated parameter must match in full.
         root: folder in which `weights` is looked for; `load_project` sets it to that of the project file.
+
+    Attributes:
+        notes: lines that a user should know of how the weights were read, once they are.
 
     Example:
         >>> project = gs.Project(model=torch.nn.Linear(2, 3), splits={"train": [(torch.ones(2), 1)]})
@@ -57,6 +66,7 @@ class Project:
     forward: Forward | None = None
     parameters: str = ".*"
     root: Path = field(default_factory=Path, repr=False)
+    notes: tuple[str, ...] = field(default=(), init=False, repr=False)
     _loaded: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +93,7 @@ class Project:
     def prepare(self, device: str | torch.device = "cpu") -> Project:
         """Load the weights once, switch to eval mode, move to `device`."""
         if self.weights is not None and not self._loaded:
-            load_weights(self.model, self.root / self.weights)
+            self.notes += load_weights(self.model, self.root / self.weights)
             self._loaded = True
         self.model.eval().to(device)
         return self
@@ -126,7 +136,7 @@ class Project:
         """
         first = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
         n = len(first)
-        with torch.no_grad(), full_float32(first.device):
+        with torch.no_grad(), full_float32(first.device), unchanged(self.model):
             try:
                 logits = call_model(self.model, inputs, self.forward)
             except GradstoreError:
@@ -231,7 +241,7 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         raise ProjectError(
             "the project file does not exist", where=path, hint="`gradstore init` writes one to start from"
         )
-    with OwnModules(file.parent).visible() as own:
+    with OwnModules(file.parent).visible() as own, _in_folder(file.parent):
         make = getattr(_run(file, own), function, None)
         if not callable(make):
             raise ProjectError(
@@ -247,6 +257,20 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         )
     project.root = file.parent
     return project
+
+
+def project_folder() -> Path:
+    """Where a path in a project starts from: the folder of the file that is being loaded, or the working directory."""
+    return _folder.get()
+
+
+@contextmanager
+def _in_folder(folder: Path) -> Iterator[None]:
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 def _run(file: Path, own: OwnModules) -> ModuleType:

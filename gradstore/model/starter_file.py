@@ -30,10 +30,11 @@ def examples(n: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(0, 10, (n,), generator=generator))
 
 
+# Of a folder that transformers saved: return gs.huggingface("folder", {"train": (texts, labels)}), or (images, labels).
 def project(seed: int = 0) -> gs.Project:  # arguments are set with -o seed=3
     return gs.Project(
         model=SmallCNN(classes=10),
-        weights=None,  # "cnn.safetensors", or a state_dict "cnn.pt"; None keeps the model as built
+        weights=None,  # "cnn.safetensors", "cnn.pt", "last.ckpt", a folder, …; None keeps the model as built
         splits={"train": examples(256, seed), "test": examples(64, seed + 1)},
         # Everything below is optional.
         classes=[str(digit) for digit in range(10)],

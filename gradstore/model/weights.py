@@ -1,46 +1,59 @@
-"""Loading weights without running code: safetensors, or a state_dict that holds nothing but tensors."""
+"""Putting a checkpoint's weights into the model, where they fit it; and their digest."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradstore.errors import CorruptError, ProjectError, UnsafeError
+from gradstore.errors import ProjectError
+from gradstore.model.checkpoint import read_checkpoint
+from gradstore.model.weight_names import Renaming, renamed
+
+_NAMED = 5  # of what does not fit
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Put the weights in `path` into `model`.
 
     Args:
         model: any module.
-        path: a `.safetensors` file, or a state_dict saved by `torch.save`, which is read with `weights_only=True`
-            whatever the environment says.
+        path: a file, an index of shards or a folder, as `read_checkpoint` takes it. From names, the prefixes that
+            wrappers put there (`module.`, `_orig_mod.`, `model.`) are removed where they then fit the model.
+
+    Returns:
+        Lines that say which entry of the file was taken, and what was removed from names; none where it is a plain
+        state_dict of the model's names.
 
     Raises:
         ProjectError: no such file, or tensors that do not fit the model; lists the first few.
-        UnsafeError: a checkpoint that would have to run code to load, or that is compressed.
+        UnsafeError: a checkpoint that would have to run code to load, that is compressed, or names files elsewhere.
         CorruptError: the file is damaged, or none of weights.
     """
-    if not path.is_file():
-        raise ProjectError("the weights file does not exist", where=path, hint="Check `weights=` in the project file")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
-    tied = _tied_names(model)
-    _require_fit(model, state, tied, path)
+    found, tied = read_checkpoint(path), _tied_names(model)
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    naming = renamed(found.tensors, own)
+    state = {naming.names[name]: value for name, value in found.tensors.items()}
+    _require_fit(own, state, tied, naming, found.path)
     repeated = {
         name: state[other] for name, others in tied.items() for other in others if name not in state and other in state
     }
     try:
         model.load_state_dict({**state, **repeated})
     except Exception as error:  # of a dtype that torch cannot convert, or of a model's own loading
-        raise ProjectError("the weights cannot be put into the model", where=path, got=_clause(error)) from error
+        got = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ProjectError("the weights cannot be put into the model", where=found.path, got=got[0][:120]) from error
+    if not found.entry and not naming.removed:
+        return ()
+    which = f"the entry {found.entry!r} of" if found.entry else "those of"
+    return (f"weights: {which} {found.path.name}{naming}",)
+
+
+def _missing(own: Mapping[str, Tensor], tied: Mapping[str, set[str]], names: set[str]) -> list[str]:
+    return [name for name in own if name not in names and not tied.get(name, set()) & names]
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -54,72 +67,16 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # whatever a damaged file makes safetensors or torch raise
-        raise _damaged("this is no safetensors file, or a damaged one", path, error) from error
-
-
-def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    _require_unexpanded(path)
-    try:
-        # An explicit weights_only=True wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, which changes only the default.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on unusual pickles, which are then refused in our own words
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafeError(
-            "this checkpoint is more than tensors, so loading it could run code",
-            where=path,
-            expected="a state_dict, or safetensors",
-            got=_clause(error),
-            hint="Where you trust it, save `model.state_dict()` with safetensors.torch.save_file and name that file",
-        ) from error
-    except Exception as error:  # whatever a damaged file makes torch's reader raise
-        raise _damaged("this is no checkpoint, or a damaged one", path, error) from error
-    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ProjectError(
-            "this file holds no state_dict",
-            where=path,
-            expected="a mapping of names to tensors",
-            got=type(state).__name__,
-        )
-    return state
-
-
-def _require_unexpanded(path: Path) -> None:
-    """Refuse an archive that would take more memory than it has bytes; torch writes none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            expanded = sum(member.file_size for member in archive.infolist())
-    except Exception:  # it is no archive, or a damaged one, as torch will say
-        return
-    if expanded > path.stat().st_size:
-        raise UnsafeError(
-            "this checkpoint is compressed, so loading it could take any amount of memory",
-            where=path,
-            expected="an archive as torch.save writes it",
-            got=f"{expanded} bytes in {path.stat().st_size}",
-            hint="Where you trust it, unpack it and pack it again without compression",
-        )
-
-
-def _damaged(what: str, path: Path, error: Exception) -> CorruptError:
-    return CorruptError(what, where=path, got=_clause(error), hint="Copy it again from where it was written")
-
-
-def _clause(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
-
-
-def _require_fit(model: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, set[str]], path: Path) -> None:
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _require_fit(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    tied: Mapping[str, set[str]],
+    naming: Renaming,
+    path: Path,
+) -> None:
     strange = [f"{_short(name)} {kind}" for name, value in state.items() if (kind := _strangeness(value))]
-    missing = [name for name in own if name not in state and not tied.get(name, set()) & set(state)]
-    extra = [name for name in state if name not in own]
+    missing = _missing(own, tied, set(state))
+    unknown = [_short(name) for name in state if name not in own]
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
         for name in state
@@ -130,16 +87,42 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], tied: Mapping[st
         for name in state
         if name in own and not torch.can_cast(state[name].dtype, own[name].dtype)
     ]
-    wrong = [f"missing {n}" for n in missing] + [f"unknown {_short(n)}" for n in extra]
+    differing = [] if strange or shapes else _differing(state, tied)
+    wrong = [f"missing {n}" for n in missing] + [f"unknown {n}" for n in unknown]
     wrong += [f"shape {s}" for s in shapes] + [f"kind {s}" for s in strange] + [f"dtype {d}" for d in dtypes]
+    wrong += [f"tied in the model, other values in the file {names}" for names in differing]
     if wrong:
+        counts = f"{len(missing)} missing, {len(unknown)} unknown: " if len(missing) + len(unknown) > _NAMED else ""
+        some = _of_each_kind(wrong)
+        more = [f"and {len(wrong) - len(some)} more"] if len(wrong) > len(some) else []
         raise ProjectError(
-            "the weights do not fit the model",
+            f"the weights do not fit the model{naming}",
             where=path,
             expected=f"{len(own)} tensors of the model's names and shapes",
-            got="; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            got=counts + "; ".join([*some, *more]),
             hint="Check that `model=` is built with the same options as when it was trained",
         )
+
+
+def _of_each_kind(wrong: Sequence[str]) -> list[str]:
+    """A few of what is wrong, at least one of each kind, in their order."""
+    first = {line.split()[0]: i for i, line in reversed(list(enumerate(wrong)))}.values()
+    others = [i for i in range(len(wrong)) if i not in first]
+    return [wrong[i] for i in sorted([*first, *others[: max(_NAMED - len(first), 0)]])]
+
+
+def _differing(state: Mapping[str, Tensor], tied: Mapping[str, set[str]]) -> list[str]:
+    """Pairs of names that are one tensor in the model and have other bytes in the checkpoint."""
+    pairs = [(a, b) for a, others in tied.items() for b in others if a < b and a in state and b in state]
+    return [
+        f"{a} and {b}"
+        for a, b in pairs
+        if state[a].dtype != state[b].dtype or not torch.equal(_bytes(state[a]), _bytes(state[b]))
+    ]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _strangeness(value: Tensor) -> str:

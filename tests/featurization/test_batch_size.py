@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import UsageError
-from gradstore.featurization.batch_size import BatchSize, is_out_of_memory
+from gradstore.featurization.batch_size import BatchSize
+from gradstore.machine.out_of_memory import is_out_of_memory
 
 pytestmark = pytest.mark.numerical
 

@@ -159,7 +159,7 @@ def test_a_rule_that_is_wrong_by_less_than_a_kink_is_not_taken(factor: float, mo
         return RULES[nn.functional.linear](factor * input, weight, bias)
 
     monkeypatch.setattr(forward_record, "RULES", {**RULES, nn.functional.linear: wrong})
-    monkeypatch.setitem(forward_record._ARGUMENTS, wrong, ["input", "weight", "bias"])
+    monkeypatch.setitem(forward_record.ARGUMENTS, wrong, ["input", "weight", "bias"])
     routes = dict(engine(AtItsKinks()).describe())
     assert "differs from autograd" in routes["first.weight"]
     assert "differs from autograd" in routes["last.weight"]

@@ -117,7 +117,8 @@ UNFIT: dict[str, Any] = {
     "a list": [1, 2],
     "a number": 3,
     "nothing": {},
-    "nested": {"state_dict": STATE},
+    "two of them": {"student": STATE, "teacher": STATE},
+    "one within one within one": {"state_dict": {"model": STATE}},
     "an ordered one without names": OrderedDict({None: torch.ones(1)}),
 }
 

@@ -1,0 +1,137 @@
+"""Which tensors of a forward pass hold nothing of its examples: parameters, buffers, and what was made of them alone.
+
+A parameter may be used through a function of it: normalised, reparametrised, gathered from a table, reshaped. As no
+example takes part, the per-example gradient of the function's value can be found as if the value were a parameter, and
+be pulled back to the parameter afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that holds nothing of the examples.
+
+    Attributes:
+        tensor: it, kept so that no other takes its identity.
+        version: of it when it was seen last; another one means that something else wrote to it.
+        roots: the noted parameters that its gradient reaches.
+        name: the parameter of which it is a view or a copy with the elements in the same order, if it is one.
+    """
+
+    tensor: Tensor
+    version: int
+    roots: tuple[str, ...]
+    name: str | None
+
+
+class ExampleFree:
+    """Follows a forward pass, call by call.
+
+    Args:
+        model: its parameters, buffers and other tensors hold nothing of the examples.
+        names: the noted parameters, by id.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+        self._names, self._made = names, {}  # type: ignore[var-annotated]
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        for module in model.modules():
+            for value in (*module._buffers.values(), *vars(module).values()):
+                if isinstance(value, Tensor) and id(value) not in self._parameters:
+                    self._keep(value, (), None)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds nothing of the examples."""
+        return id(tensor) in self._parameters or self._entry(tensor) is not None
+
+    def roots(self, tensor: Tensor) -> tuple[str, ...]:
+        """The noted parameters that a tensor was made of and passes a gradient to."""
+        if id(tensor) in self._names:
+            return (self._names[id(tensor)],)
+        entry = self._entry(tensor)
+        return () if entry is None else entry.roots
+
+    def name(self, tensor: Tensor) -> str | None:
+        """The noted parameter that a tensor is, or has the elements of in the same order."""
+        if id(tensor) in self._names:
+            return self._names[id(tensor)]
+        entry = self._entry(tensor)
+        return None if entry is None else entry.name
+
+    def follow(self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, *, free: bool) -> None:
+        """Learn from a call that was made.
+
+        Args:
+            func: what was called.
+            args: with what.
+            given: all tensors among its arguments.
+            output: what it returned.
+            free: whether all of `given` held nothing of the examples.
+        """
+        roots = tuple(dict.fromkeys(name for tensor in given for name in self.roots(tensor))) if free else ()
+        for tensor in given:
+            entry = self._made.get(id(tensor))
+            if entry is not None and entry.version != _version(tensor):  # written to
+                self._made.pop(id(tensor))
+                if free:
+                    self._keep(tensor, roots if tensor.requires_grad else (), None)
+        if not free:
+            return
+        for tensor in tensors_in(output):
+            if id(tensor) in self._parameters or (id(tensor) in self._made and any(tensor is one for one in given)):
+                continue
+            own = roots if tensor.requires_grad else ()
+            same = own and _keeps_order(func, args) and tensor.numel() == args[0].numel()
+            self._keep(tensor, own, self.name(args[0]) if same else None)
+
+    def _keep(self, tensor: Tensor, roots: tuple[str, ...], name: str | None) -> None:
+        self._made[id(tensor)] = Made(tensor, _version(tensor), roots, name)
+
+    def _entry(self, tensor: Tensor) -> Made | None:
+        entry = self._made.get(id(tensor))
+        return entry if entry is not None and entry.version == _version(tensor) else None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _functions(names: Iterable[str]) -> set[Any]:
+    return {getattr(owner, name) for name in names for owner in (torch, Tensor) if hasattr(owner, name)}
+
+
+_SHAPES = _functions(("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"))
+_COPIES = _functions(("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type_as"))
+
+
+def _keeps_order(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call returns its first argument's elements in the same order, if it returns as many."""
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(part is None or part is Ellipsis or _is_whole(part) for part in index)
+    if func is Tensor.view and isinstance(args[1], torch.dtype):
+        return False
+    return bool(args) and (func in _SHAPES or func in _COPIES)
+
+
+def _is_whole(part: Any) -> bool:
+    return isinstance(part, slice) and part.start is None and part.stop is None and part.step is None
