@@ -23,7 +23,12 @@ from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.lowered_features import LoweredFeatures
 from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
 from gradstore.featurization.preview_column import preview_table
-from gradstore.featurization.row_audit import require_finite, require_labels, require_preserved
+from gradstore.featurization.row_audit import (
+    require_draws_preserved,
+    require_finite,
+    require_labels,
+    require_preserved,
+)
 from gradstore.featurization.row_independence import RowIndependence
 from gradstore.featurization.second_look import SecondLook
 from gradstore.jacobians import (
@@ -215,9 +220,13 @@ class _Sums:
             features, sq_norm, added_up = features[at], sq_norm[at], added_up[at]
             parts = {name: part[at] for name, part in parts.items()}
         require_finite(sq_norm, parts, rows, plan.split)
-        require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up)
+        if (draws := plan.settings.draws) and len(rows):
+            require_draws_preserved(features, parts, rows, plan.split, draws)
+        else:
+            require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up)
         if self.comparison is not None and self.has(self.comparison.i):
-            self.comparison.require(self.sq_norm, plan.split)
+            by_draw = torch.stack([*self.parts.values()]).sum(0) if plan.settings.draws else self.sq_norm
+            self.comparison.require(by_draw, plan.split)
 
     def has(self, i: int) -> bool:
         """Whether row i of the batch is there."""
@@ -290,18 +299,22 @@ def _project(
     """
     first_k = 0 if old is None else old.shape[-1]
     projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
-    mixed = plan.settings.layout == "mixed"
+    draws = plan.settings.draws
+    mixed = plan.settings.layout == "mixed" or bool(draws)  # a P of its own for each row of an example's Jacobian
     watch.lap("jacobians")
     streams = [plan.engine(inputs) for inputs in groups]
     logits = torch.cat([stream.logits for stream in streams])
     parts: dict[str, Tensor] = {}
     shape = (len(rows), plan.manifest.schema.c)
-    gradients = plan.classes if mixed else plan.manifest.schema.c
+    gradients = draws or (plan.classes if mixed else plan.manifest.schema.c)
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
     audit = gradient = None
     if audited:
-        audit = ProjectionAudit(projection, spans, gradients, mixed=mixed, first_k=first_k, device=logits.device)
+        each = replace(projection, dim=projection.dim // max(1, draws))
+        audit = ProjectionAudit(
+            each, spans, gradients, mixed=mixed and not draws, apart=bool(draws), first_k=first_k, device=logits.device
+        )
     if independence is not None:
         gradient = independence.gradient_audit(groups, spans, gradients)
     audits = [found for found in (audit, gradient) if found is not None]
@@ -316,21 +329,23 @@ def _project(
         for blocks in zip(*streams, strict=True):
             name, (runs, part, terms) = blocks[0].name, _joined(projection, blocks, spans, room, audits, mixed=mixed)
             parts[name] = parts[name] + part if name in parts else part
-            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
-            sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
+            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²; in "sketched", E ‖f‖² = Σ_j ‖v_j‖² / r.
+            sq_norm += part.sum(dim=1, keepdim=True) / max(1, draws) if mixed else part
             added_up += terms.sum(dim=1, keepdim=True) if mixed else terms
             watch.lap("jacobians")
             for places, block in runs:
                 if isinstance(block, LoweredBlock) and not mixed:
                     lowered.add(places, block, beside)
                 else:
-                    work = partial(_accumulate, projection, features[places], block, first_k, mixed)
+                    out = features[places].view(-1, draws, projection.dim // draws) if draws else features[places]
+                    work = partial(_accumulate, projection, out, block, first_k, mixed)
                     beside.run(work, reads=block)
             watch.lap("projection")
         lowered.raise_into(beside)
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
-    comparison = None if audit is None else audit.compare(features)
+    by_draw = features.view(len(rows), draws, -1) if draws else features
+    comparison = None if audit is None else audit.compare(by_draw)
     absent = None if bad_rows is None else bad_rows.reasons(rows, logits, sq_norm, groups, spans)
     found = (features, sq_norm, added_up, parts, logits, comparison, gradient)
     return _Sums(rows, *found, Handover(logits.device), absent)
@@ -432,22 +447,23 @@ def _formed_together(
 
 
 def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
-    """Add a block's product with P, or in the layout "mixed" with each class's P, to out [n, c, K]."""
+    """Add a block's product with P to out [n, c, K]; in the layouts "mixed" and "sketched" with a P for each row."""
     if mixed and isinstance(block, OwnRowBlock):
         for c in range(block.first, block.last):
             own = replace(projection, stream=c)
             own.accumulate(out[:, 0], block.inputs, block.own_start(c), first_k=first_k)
     elif mixed:
-        _accumulate_mixed(projection, out[:, 0], block.dense(), block.start, first_k)
+        _accumulate_mixed(projection, out, block.dense(), block.start, first_k)
     else:
         accumulate_block(projection, out, block, first_k=first_k)
 
 
 def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
-    """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
+    """Add P_c g^c of a block [n, c, size] to out [n, c, K], or all of them to out [n, 1, K]; P_c is stream c.
 
     One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
     T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
     """
     for c in range(block.shape[1]):
-        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start, first_k=first_k)
+        target = out[:, c if out.shape[1] > 1 else 0]
+        replace(projection, stream=c).accumulate(target, block[:, c].contiguous(), start, first_k=first_k)

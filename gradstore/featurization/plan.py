@@ -22,6 +22,7 @@ from gradstore.machine.devices import choose_device, memory_of
 from gradstore.model.examples import Examples, Inputs, sample_rows
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
+from gradstore.projection.class_signs import class_signs
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import ONE_ROW, Schema
@@ -49,6 +50,7 @@ class Plan:
 
     Attributes:
         manifest: of the finished store, without shards.
+        combinations: signs [r, classes] of the layout "sketched"; else None.
         flops: the projection's work, 2 · n · c · p · K; less where the last call has few inputs.
         bytes: of the finished store's rows.
         alone: whether each example is computed by itself.
@@ -87,6 +89,9 @@ class Plan:
         if self.examples.label_table is not None:
             require_labels(self.examples.label_table, self.classes, split)
         self.first_sound, sound = _sound(inputs, logits, self.examples.unreadable)
+        self.combinations = None
+        if settings.draws:
+            self.combinations = class_signs(settings.seed, settings.draws, self.classes).to(self.device)
         self.engine = JacobianEngine(
             project.model,
             self.blocks,
@@ -95,6 +100,7 @@ class Plan:
             example=sound,
             alone=alone,
             proj_dim=settings.proj_dim,
+            combinations=self.combinations,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
         self.manifest = self._make_manifest(inputs)
@@ -117,7 +123,7 @@ class Plan:
     def _row_bytes(self, schema: Schema) -> int:
         """Of rows that stand for classes, below the last call, their features; in "mixed", blocks of all classes."""
         if self.settings.layout != "mixed":
-            return 4 * self.engine.below * schema.K
+            return 4 * self.engine.below * schema.K  # none in the layouts of one row
         widest = min(max(block.size for block in self.blocks), max_columns(self.device, self.classes))
         return 8 * self.classes * widest if self.engine.below else 0
 

@@ -112,6 +112,26 @@ def require_preserved(
         )
 
 
+def require_draws_preserved(
+    features: Tensor, parts: Mapping[str, Tensor], rows: Sequence[int], split: str, draws: int
+) -> None:
+    """Refuse features [n, 1, K] of the layout "sketched" of which a draw did not keep its norm, as `require_preserved`.
+
+    Args:
+        features: P_j v_j, K / draws columns a draw.
+        parts: by parameter, the squared norms [n, draws] of v_j.
+        rows: which rows they are.
+        split: their split.
+        draws: r.
+
+    Raises:
+        NonFiniteError: names the first row and its draw, as a class.
+    """
+    each = features.reshape(len(rows), draws, -1)
+    squares = torch.stack([*parts.values()]).sum(0)
+    require_preserved(each, squares, rows, split, each.shape[2] ** -0.5)
+
+
 def _norms(features: Tensor) -> Tensor:
     """Norms [n, c] of features [n, c, K], in float64; on a CPU some at a time, as torch widens all it is given."""
     step = max(1, _WIDENED // features.shape[2] if features.device.type == "cpu" else features[..., 0].numel())

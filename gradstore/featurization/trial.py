@@ -144,7 +144,7 @@ def _jacobians(plan: Plan) -> str:
 
 
 def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
-    """[c, size] of each parameter by one backward pass a class; [1, size] in layout sum."""
+    """[c, size] of each parameter by one backward pass a class or combination of classes; [1, size] in layout sum."""
     named = dict(plan.project.model.named_parameters())
     wanted = [named[block.name] for block in plan.blocks]
     flags = [parameter.requires_grad for parameter in wanted]
@@ -153,7 +153,9 @@ def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             logits = call_model(plan.project.model, inputs, plan.project.forward)[0]
-            outputs = [logits.sum()] if plan.settings.layout == "sum" else list(logits)
+            signs = plan.combinations
+            combined = logits if signs is None else signs.to(logits) @ logits
+            outputs = [logits.sum()] if plan.settings.layout == "sum" else list(combined)
             rows = [torch.autograd.grad(o, wanted, retain_graph=True, allow_unused=True) for o in outputs]
     finally:
         for parameter, flag in zip(wanted, flags, strict=True):

@@ -71,6 +71,7 @@ class JacobianEngine:
         proj_dim: K that rows will be projected to. Where it is given, and the last call is linear with so few inputs
             that it pays to differentiate these and not the classes (`through_head.pays`), blocks of all classes are
             `LoweredBlock`s, and those of the call's own parameters `OwnRowBlock`s.
+        combinations: [r, classes]; of each row, these combinations of the classes take the place of the classes.
 
     Attributes:
         below: d, the inputs of the last call that are differentiated in place of the classes; 0 where classes are.
@@ -91,6 +92,7 @@ class JacobianEngine:
         example: Any,
         alone: bool = False,
         proj_dim: int | None = None,
+        combinations: Tensor | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
@@ -100,10 +102,12 @@ class JacobianEngine:
         with self._subject.ready():
             prober = Prober(self._subject, as_inputs(example), alone=alone)
             self._plan: Plan = prober.plan()
-            self._classes = prober.classes if layout == "per-class" else 1
+            self._combinations = combinations
+            every = prober.classes if combinations is None else len(combinations)
+            self._classes = every if layout == "per-class" else 1
             self.below = 0
             self.own: tuple[str, ...] = ()
-            if proj_dim is not None and self._plan.structured:
+            if proj_dim is not None and combinations is None and self._plan.structured:
                 K = proj_dim
                 self.below, self.own = prober.below_head(
                     self._plan, lambda rows: through_head.pays(self._classes, rows, K)
@@ -255,6 +259,8 @@ class JacobianEngine:
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":
             return torch.ones_like(logits[:1])
+        if self._combinations is not None:
+            return self._combinations.to(logits)
         return torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
 
     def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled, head: Head | None) -> Iterator[JacobianBlock]:

@@ -109,6 +109,7 @@ class ProjectionAudit:
         mixed: whether a row is the sum of its classes, each under a stream of its own.
         first_k: rows of P from which on features are computed.
         device: of the blocks.
+        apart: whether each class has a stream of its own and is by itself.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ProjectionAudit:
         mixed: bool,
         first_k: int,
         device: torch.device,
+        apart: bool = False,
     ) -> None:
         draw = np.random.default_rng((projection.seed, groups[0].start))
         self._row = int(draw.integers(groups[0].start, groups[-1].stop))
@@ -127,7 +129,7 @@ class ProjectionAudit:
         self._i, self._in_group = self._row - groups[0].start, self._row - groups[self._group].start
         chosen = range(classes) if mixed else [int(draw.integers(classes))]
         self._class = 0 if mixed else chosen[0]
-        streams = chosen if mixed else [projection.stream]
+        streams = chosen if mixed or apart else [projection.stream]
         kind, seed = projection.kind, projection.seed
         self._under = [(c, Entries(kind, seed, stream)) for c, stream in zip(chosen, streams, strict=True)]
         rows = torch.ones(classes) if mixed else torch.zeros(classes).index_fill(0, torch.tensor(self._class), 1)
