@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradstore.jacobians.arithmetic_rules import ARITHMETIC
 from gradstore.jacobians.example_free import ExampleFree, tensors_in
+from gradstore.jacobians.last_call import LastCall, last_call
 from gradstore.jacobians.row_owners import candidates
 from gradstore.jacobians.rules import ARGUMENTS, RULES
 from gradstore.jacobians.spelled_out import spelled_out
@@ -86,12 +87,14 @@ class Recording:
         taps: the noted calls, in order.
         functions: of parameters, by name.
         repeats: which constants were repeated for each example; see `ExampleFree`.
+        last: the linear call whose output the logits are, if they are just that.
     """
 
     logits: Tensor
     taps: list[Tap]
     functions: dict[str, WeightFunction]
     repeats: tuple[bool, ...] = ()
+    last: LastCall | None = None
 
     @property
     def calls(self) -> Calls:
@@ -118,7 +121,9 @@ def record(
     recorder = _Recorder(subject, names, inputs, calls, spread)
     with recorder:
         logits = subject.logits(inputs)
-    return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats))
+    last = recorder.last
+    gave = last is not None and last.gave(logits)
+    return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats), last if gave else None)
 
 
 class _Recorder(TorchFunctionMode):
@@ -134,9 +139,18 @@ class _Recorder(TorchFunctionMode):
         self._anchor = torch.zeros((), requires_grad=True)
         self.taps: list[Tap] = []
         self.functions: dict[str, WeightFunction] = {}
+        self.last: LastCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, before = kwargs or {}, len(self.taps)
+        output = self._called(func, args, kwargs)
+        if func is F.linear and torch.is_grad_enabled():
+            noted = len(self.taps) > before
+            tap = before if noted else None
+            self.last = last_call(args, kwargs, output, tap, lambda value: noted and self._learned(value))
+        return output
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         steps = spelled_out(func, args, kwargs, lambda tensor: bool(self._free.roots(tensor)))
         if steps is not None:
             with self:
