@@ -90,8 +90,9 @@ def require_preserved(
             where=f"split {split!r}",
             expected="a gradient, of which a cosine can be taken",
             got="‖g‖² = 0",
-            hint="Where the logits have gone through a ReLU, return those before it by forward=, or use --layout mixed if "
-            "some classes have a gradient; otherwise widen parameters=; featurize --on-bad-row skip leaves such rows out",
+            hint="Where the logits have gone through a ReLU, return those before it by forward=, or use --layout mixed "
+            "if some classes have a gradient; otherwise widen parameters=; featurize --on-bad-row skip leaves such "
+            "rows out",
         )
     low, high = norm_band(features.shape[-1])
     norm = _norms(features).cpu() * scale
