@@ -18,7 +18,9 @@ from gradstore.arithmetic import matrix_unit
 from gradstore.errors import GradstoreError, MismatchError
 from gradstore.native import library
 from gradstore.projection import Projection, trust
+from gradstore.store.feature_store import computation_name
 from gradstore.store.files.disk import Disk
+from gradstore.store.files.manifest import Manifest
 from gradstore.store.schema import NAMES, NEWEST
 
 _LOG_BYTES = 256 << 20
@@ -60,6 +62,27 @@ def require_same_environment(log: Path, now: dict[str, str | int], allowed: bool
             got=", ".join(changed),
             hint="Continue where it was begun, or accept it with --allow-other-versions; the run log records it",
         )
+
+
+def require_same_computation(manifest: Manifest, now: int, allowed: bool, where: Path) -> None:
+    """Compare the revision that computed each shard with this one's.
+
+    Raises:
+        MismatchError: some rows were computed by another one, and `allowed` is not set.
+    """
+    others = [shard for shard in manifest.shards if shard.computation != now]
+    if not others or allowed:
+        return
+    rows = manifest.rows_of(others[0].index)
+    raise MismatchError(
+        "rows of this store were computed by another version of gradstore, so new ones would differ in their last bits",
+        where=where,
+        expected=f"revision {now} of the computation",
+        got=f"{computation_name(others[0].computation)} for rows {rows.start} to {rows.stop - 1}"
+        + (f" and those of {len(others) - 1} more shards" if len(others) > 1 else ""),
+        hint="Choose another --out, or accept it with --allow-other-versions; `gradstore info` then says which rows "
+        "are of which",
+    )
 
 
 def first_start(log: Path, disk: Disk) -> dict[str, str | int] | None:

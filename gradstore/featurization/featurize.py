@@ -16,7 +16,7 @@ from gradstore.errors import MismatchError, UsageError
 from gradstore.featurization.bad_rows import BadRows, is_retried, skips
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
 from gradstore.featurization.batch_size import BatchSize
-from gradstore.featurization.environment import environment, require_same_environment
+from gradstore.featurization.environment import environment, require_same_computation, require_same_environment
 from gradstore.featurization.grow import SmallerStore
 from gradstore.featurization.plan import Plan, to_device
 from gradstore.featurization.poison_marks import mark_poisoned
@@ -25,6 +25,7 @@ from gradstore.featurization.same_inputs import compare_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.featurization.workers import require_workers, write_shards
 from gradstore.indices import spans
+from gradstore.jacobians.revision import REVISION
 from gradstore.machine.byte_counts import spendable
 from gradstore.machine.clock import now_utc
 from gradstore.machine.out_of_memory import is_out_of_memory
@@ -114,8 +115,8 @@ def featurize(
             do not become slower and the memory allows. Out of memory, half as many are tried.
         memory: bytes, or text like "2GB", that activations, Jacobian blocks and features of a batch may take beside
             the model and the data; "auto" is 2 GB on a CPU, and three quarters of a GPU's memory.
-        allow_other_versions: continue a store that was begun with another torch, device type or projection backend;
-            the change is written to the run log.
+        allow_other_versions: continue a store that was begun with another torch, device type, projection backend or
+            revision of the computation; the change is written to the run log, and the revision with each shard.
         verify: read the shards that exist first and compute the damaged ones again; False trusts them.
         grow_from: a finished store of the same rows with a smaller `proj_dim`, whose columns are taken over; the new
             store is the same, to the bit, as one computed from nothing, unless a layer's fastest route changes with K.
@@ -173,6 +174,7 @@ def featurize(
         smaller = SmallerStore(grown, plan.manifest, plan.data_of(grown.schema, plan.manifest.n))
         now = environment(plan.device, plan.projection)
         require_same_environment(grown.path / RUN_LOG, now, allow_other_versions, disk or Disk())
+        require_same_computation(grown.manifest, REVISION, allow_other_versions, grown.path)
     if on_plan is not None:
         on_plan(plan)
     for note in (*project.notes, *plan.notes):
@@ -187,6 +189,7 @@ def featurize(
             _drop_damaged(writer, on_damage)
         mark_poisoned(plan, writer, on_note)
         again = _to_retry(writer) if retry_absent else {}
+        writer.computation = REVISION
         if writer.manifest.missing or again:
             _require_continuable(plan, writer, allow_other_versions)
             writer.require_space()
@@ -409,6 +412,7 @@ def _require_continuable(plan: Plan, writer: StoreWriter, allow_other_versions: 
     """Begin or continue a store only where the same model writes the same rows."""
     now = environment(plan.device, plan.projection)
     require_same_environment(writer.path / RUN_LOG, now, allow_other_versions, writer.disk)
+    require_same_computation(writer.manifest, REVISION, allow_other_versions, writer.path)
     writer.log(event="start", at=now_utc(), missing=len(writer.manifest.missing), **now)
     if writer.manifest.shards:
         _require_same_logits(plan, writer)

@@ -53,7 +53,7 @@ def write_shards(
     manifest = writer.manifest
 
     def compute(index: int) -> tuple[Shard, Result]:
-        with write_shard(writer.path, manifest, index, writer.disk) as shard:
+        with write_shard(writer.path, manifest, index, writer.disk, writer.computation) as shard:
             result = fill(shard)
         return shard.shard, result
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -309,4 +310,22 @@ class FeatureStore(Rows):
         """What the store is, for people."""
         split = f"{self.split}, {self.manifest.n} rows" + ("" if self.complete else f", {len(self)} stored so far")
         size = f"{format_bytes(self.nbytes)} in {len(self.manifest.shards)} shards"
-        return {**super().card(), "split": split, "size": size}
+        return {**super().card(), "split": split, "size": size, "computed by": self._computed_by()}
+
+    def _computed_by(self) -> str:
+        """Which revisions of the computation made the rows, and which rows where there are several."""
+        stretches = [
+            (number, list(some)) for number, some in groupby(self.manifest.shards, key=lambda shard: shard.computation)
+        ]
+        if len(stretches) <= 1:
+            return ", ".join(computation_name(number) for number, _ in stretches) or "nothing yet"
+        spans = [
+            (number, self.manifest.rows_of(some[0].index).start, self.manifest.rows_of(some[-1].index).stop - 1)
+            for number, some in stretches
+        ]
+        return "; ".join(f"rows {first} to {last}: {computation_name(number)}" for number, first, last in spans)
+
+
+def computation_name(number: int) -> str:
+    """What people are told of `Shard.computation`."""
+    return f"revision {number}" if number else "a revision that was not put down"

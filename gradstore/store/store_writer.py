@@ -45,12 +45,14 @@ class StoreWriter:
 
     Attributes:
         manifest: what is published so far.
+        computation: `Shard.computation` of the rows that will be written.
         require_lock: asked before anything is published or dropped; raises where the lock was lost.
     """
 
     def __init__(self, path: Path, manifest: Manifest, disk: Disk, short: Shard | None = None) -> None:
         self.path, self.manifest, self.disk = path, manifest, disk
         self._short = short
+        self.computation = 0
         self._journal: Journal | None = None  # until this writer has written the manifest, whatever another one left
         self.require_lock: Callable[[], None] = lambda: None
 
@@ -99,7 +101,7 @@ class StoreWriter:
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
         """Write shard `index`, one that exists anew; it counts when the block ends, and is removed when it raises."""
-        with write_shard(self.path, self.manifest, index, self.disk) as writer:
+        with write_shard(self.path, self.manifest, index, self.disk, self.computation) as writer:
             yield writer
         self.adopt(writer.shard)
 

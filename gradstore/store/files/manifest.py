@@ -32,6 +32,8 @@ class Shard:
         columns: digest of each small dataset as a whole, so that one column can be read and checked by itself;
             `digest` among them, which in turn covers every byte of every row.
         revision: how often the file was written anew, each time under another name; written down where it is not 0.
+        computation: the revision of the code that computed the rows, under which they have the same bits; written down
+            where it is not 0, which says nothing: rows that were imported, or computed before this was put down.
     """
 
     index: int
@@ -41,11 +43,15 @@ class Shard:
     header: str
     columns: Mapping[str, str]
     revision: int = 0
+    computation: int = 0
 
     @property
     def line(self) -> str:
         """This shard as one line of JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "revision" or self.revision}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("revision", "computation"):
+            if not values[name]:
+                del values[name]
         return json.dumps(values, sort_keys=True)
 
 
@@ -140,7 +146,7 @@ class Manifest:
         """Bytes of `store.json` once every shard is published, or a few more."""
         layout = self.layout_of(0)
         columns = {column.name: layout.digest for column in self.schema.columns if column.name not in BULK}
-        entry = Shard(self.shard_count, self.shard_rows, layout.size, layout.offsets, layout.digest, columns, 99)
+        entry = Shard(self.shard_count, self.shard_rows, layout.size, layout.offsets, layout.digest, columns, 99, 99)
         return len(replace(self, shards=()).to_bytes()) + self.shard_count * (len(entry.line) + 4)
 
     def with_shard(self, shard: Shard) -> Manifest:

@@ -272,7 +272,9 @@ def _shard(manifest: Manifest, content: Any, last: int, like: Shard | None) -> S
     Raises:
         ValueError: it says what cannot be, as do KeyError, TypeError and AttributeError.
     """
-    _require_names(content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard", {"revision"})
+    _require_names(
+        content, {"index", "rows", "size", "offsets", "header", "columns"}, "a shard", {"revision", "computation"}
+    )
     index = _natural(content["index"], "shard index")
     if not last < index < manifest.shard_count:
         raise ValueError(f"shard {index} out of order")
@@ -287,8 +289,8 @@ def _shard(manifest: Manifest, content: Any, last: int, like: Shard | None) -> S
         _require_names(columns, names, f"the columns of shard {index}")
     if not all(map(_HEX64.match, columns.values())):
         raise ValueError("a digest that is none")
-    revision = _natural(content.get("revision", 0), "revision")
-    return Shard(index, rows, size, offsets, _hex(content["header"]), columns, revision)
+    revision, computation = (_natural(content.get(name, 0), name) for name in ("revision", "computation"))
+    return Shard(index, rows, size, offsets, _hex(content["header"]), columns, revision, computation)
 
 
 def _offsets(schema: Schema, content: Any, rows: int, size: int) -> dict[str, int]:

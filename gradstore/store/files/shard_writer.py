@@ -32,6 +32,7 @@ class ShardWriter:
         index: which shard.
         disk: where bytes go.
         fd: the file, already of its full size.
+        computation: `Shard.computation` of new rows; a shard that is written anew keeps its own.
 
     Attributes:
         shard: what was written, known after `finish`.
@@ -39,8 +40,12 @@ class ShardWriter:
 
     shard: Shard
 
-    def __init__(self, directory: Path, manifest: Manifest, index: int, disk: Disk, fd: int) -> None:
+    def __init__(
+        self, directory: Path, manifest: Manifest, index: int, disk: Disk, fd: int, computation: int = 0
+    ) -> None:
         self.index = index
+        earlier = manifest.shard(index)
+        self._computation = computation if earlier is None else earlier.computation
         self._revision = revision_after(manifest, index)
         self.final = directory / manifest.name_of(index, self._revision)
         self.temporary = temporary_of(self.final)
@@ -100,12 +105,21 @@ class ShardWriter:
         columns = {name: total.hexdigest() for name, total in self._sums.items()}
         layout = self._layout
         self.shard = Shard(
-            self.index, len(self._rows), layout.size, layout.offsets, layout.digest, columns, self._revision
+            self.index,
+            len(self._rows),
+            layout.size,
+            layout.offsets,
+            layout.digest,
+            columns,
+            self._revision,
+            self._computation,
         )
 
 
 @contextmanager
-def write_shard(directory: Path, manifest: Manifest, index: int, disk: Disk) -> Iterator[ShardWriter]:
+def write_shard(
+    directory: Path, manifest: Manifest, index: int, disk: Disk, computation: int = 0
+) -> Iterator[ShardWriter]:
     """Write shard `index`: published under its final name when the block ends, removed when it raises.
 
     One that exists gets another name, so that it stays what it is until a manifest lists the new one.
@@ -116,7 +130,7 @@ def write_shard(directory: Path, manifest: Manifest, index: int, disk: Disk) -> 
     temporary = temporary_of(directory / manifest.name_of(index, revision_after(manifest, index)))
     try:
         with disk.create(temporary, manifest.layout_of(index).size) as fd:
-            writer = ShardWriter(directory, manifest, index, disk, fd)
+            writer = ShardWriter(directory, manifest, index, disk, fd, computation)
             yield writer
             writer.finish()
         disk.publish(temporary, writer.final)
