@@ -191,9 +191,10 @@ class _Recorder(TorchFunctionMode):
         return names
 
     def _may_hold_examples(self, func: Any, args: Any, call: Call) -> bool:
-        # A class token is repeated for each example; indices of positions may have been, before they are looked up.
-        if func is F.embedding:
-            repeated = args[0].ndim > 1 and len(args[0]) == self._n
+        # A class token is repeated for each example; indices of positions may have been, before they are looked up, and
+        # so is the state that a recurrent cell begins with.
+        if func in (F.embedding, F.linear):
+            repeated = bool(args) and args[0].ndim > 1 and len(args[0]) == self._n
             if repeated and self._calls is None:
                 repeated = bool((args[0] == args[0][:1]).all())
         else:

@@ -50,6 +50,13 @@ def activation(rng: Random) -> Callable[[Tensor], Tensor]:
     return rng.choice(ACTIVATIONS)
 
 
+def _three_or_more(values: int) -> int:
+    """The norm of two values is a sign, and its derivative nothing but rounding."""
+    if values < 3:
+        raise ValueError("too few values for a norm")
+    return values
+
+
 # -- of the last axis: [..., f], whatever the axes before it are -----------------------------------------------------
 
 
@@ -109,7 +116,7 @@ def product(rng: Random, shape: Shape) -> nn.Module:
 
 
 def norm_of_last(rng: Random, shape: Shape) -> nn.Module:
-    f = shape[-1]
+    f = _three_or_more(shape[-1])
     forms: list[Callable[[], nn.Module]] = [
         lambda: nn.LayerNorm(f, bias=flag(rng)),
         lambda: nn.RMSNorm(f, eps=1e-3),
@@ -120,7 +127,7 @@ def norm_of_last(rng: Random, shape: Shape) -> nn.Module:
             b=weight(f),
         ),
     ]
-    return rng.choice(forms[:2] if f == 1 else forms)()
+    return rng.choice(forms)()
 
 
 def gated(rng: Random, shape: Shape) -> nn.Module:
@@ -223,6 +230,7 @@ def prelu(rng: Random, shape: Shape) -> nn.Module:
 
 
 def layer_norm_of_all(rng: Random, shape: Shape) -> nn.Module:
+    _three_or_more(torch.Size(shape).numel())
     return nn.LayerNorm(shape, bias=flag(rng))
 
 
@@ -254,16 +262,14 @@ ANYWHERE: list[Maker] = [
 
 def norm_of_rows(rng: Random, shape: Shape) -> nn.Module:
     f = shape[0]
-    if f == 1 or flag(rng):
-        return nn.BatchNorm1d(f)
-    return nn.GroupNorm(rng.choice([g for g in range(1, f) if f % g == 0]), f, eps=1e-2)
+    groups = [g for g in range(1, f) if f % g == 0 and f // g > 2]
+    return nn.GroupNorm(rng.choice(groups), f, eps=1e-2) if groups and flag(rng) else nn.BatchNorm1d(f)
 
 
 def chosen_rows(rng: Random, shape: Shape) -> nn.Module:
     """Each example takes its row of a table, which it looks up by itself."""
     f = shape[0]
     forms: list[Callable[[Tensor, Tensor], Tensor]] = [
-        lambda x, table: x + table[x.argmax(1) % 3],
         lambda x, table: x + F.embedding(x.argmax(1) % 3, table),
         lambda x, table: torch.where((x[:, :1] > 0), x, table[0]),
     ]
@@ -360,32 +366,30 @@ def multi_head(rng: Random, shape: Shape) -> nn.Module:
 def attention_with_bias(rng: Random, shape: Shape) -> nn.Module:
     """Scores to which a learned mask is added, or entries gathered from a table."""
     t, f = shape
-    index = torch.randint(0, 5, (t, t))
-    mask, part = rng.choice(
-        [
-            (lambda p: p, weight(t, t)),
-            (lambda p: p[None], weight(2, t, t)),
-            (lambda p: p[index.view(-1)].view(t, t, 2).permute(2, 0, 1).contiguous().unsqueeze(0), weight(5, 2)),
-            (lambda p: 2 * torch.sigmoid(p[index]), weight(5)),
-        ]
-    )
+    forms: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = [
+        (lambda p, index: p, weight(t, t)),
+        (lambda p, index: p[None], weight(2, t, t)),
+        (lambda p, i: p[i.view(-1)].view(t, t, 2).permute(2, 0, 1).contiguous().unsqueeze(0), weight(5, 2)),
+        (lambda p, index: 2 * torch.sigmoid(p[index]), weight(5)),
+    ]
+    mask, p = rng.choice(forms)
     fused, scale = flag(rng), rng.choice([None, 0.7])
 
-    def run(x: Tensor, m: nn.Module, p: Tensor) -> Tensor:
+    def run(x: Tensor, m: nn.Module, p: Tensor, index: Tensor) -> Tensor:
         q, k, v = m(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         if fused:
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask(p), scale=scale)
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask(p, index), scale=scale)
         else:
-            found = ((q @ k.transpose(-1, -2)) + mask(p)).softmax(-1) @ v
+            found = ((q @ k.transpose(-1, -2)) + mask(p, index)).softmax(-1) @ v
         return found.transpose(1, 2).flatten(2)
 
-    return Uses(run, m=nn.Linear(f, 6 * rng.randint(1, 2)), p=part)
+    return Uses(run, m=nn.Linear(f, 6 * rng.randint(1, 2)), p=p, fixed=torch.randint(0, 5, (t, t)))
 
 
 def encoder_layer(rng: Random, shape: Shape) -> nn.Module:
-    _, f = shape
+    f = _three_or_more(shape[1])
     options = {"activation": "gelu", "batch_first": True, "norm_first": flag(rng), "bias": flag(rng)}
-    return nn.TransformerEncoderLayer(f, 1, 3, **options)
+    return nn.TransformerEncoderLayer(f, rng.choice([1, f]), 3, **options)
 
 
 def recurrent(rng: Random, shape: Shape) -> nn.Module:
@@ -489,13 +493,14 @@ def transposed_convolution(rng: Random, shape: Shape) -> nn.Module:
 
 
 def norm_of_channels(rng: Random, shape: Shape) -> nn.Module:
-    c, dims = shape[0], len(shape) - 1
+    c, dims, space = shape[0], len(shape) - 1, torch.Size(shape[1:]).numel()
+    groups = [g for g in range(1, c + 1) if c % g == 0 and c // g * space > 2]
     batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
     instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1]
     forms: list[Callable[[], nn.Module]] = [
         lambda: batch(c),
-        lambda: nn.GroupNorm(rng.choice([g for g in range(1, c + 1) if c % g == 0]), c, eps=1e-2),
-        lambda: instance(c, affine=True, eps=1e-2),
+        lambda: nn.GroupNorm(rng.choice(groups), c, eps=1e-2),
+        lambda: instance(c, affine=_three_or_more(space) > 2, eps=1e-2),
         lambda: instance(c, affine=True, track_running_stats=True),
     ]
     return rng.choice(forms)()

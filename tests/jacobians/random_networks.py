@@ -32,6 +32,7 @@ from random_layers import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 Batches = Callable[[int, int], Any]  # (examples, steps in time more than usual)
 
@@ -282,6 +283,7 @@ class _Draw:
         self.unknown = True
         forms: list[Callable[..., Tensor]] = [
             lambda x, inner: inner(x.flip(0)).flip(0),
+            lambda x, inner: checkpoint(inner, x, use_reentrant=False),
             lambda x, inner: torch.cat([inner(one) for one in x.split(1)]),
             lambda x, inner: inner(x[torch.arange(len(x)).roll(1)]).roll(-1, 0),
             lambda x, inner: torch.stack([inner(one[None])[0] for one in x]),
@@ -369,6 +371,8 @@ class _Draw:
             (lambda x, w, b: row(x) @ w + b, {"w": weight(width, classes), "b": weight(classes)}),
             (lambda x, w, b: torch.addmm(b, row(x), w), {"w": weight(width, classes), "b": weight(classes)}),
             (lambda x, w: torch.einsum("ni,ci->nc", row(x), w), {"w": weight(classes, width)}),
+        ]
+        forms += [] if width < 3 else [  # a normalised number is a sign
             (
                 lambda x, w, s: s.exp() * F.normalize(row(x) + 0.3, eps=1e-2) @ F.normalize(w, dim=1, eps=1e-2).t(),
                 {"w": weight(classes, width), "s": torch.tensor(0.5)},
@@ -384,11 +388,12 @@ class _Draw:
             for module in model.modules()
             if not getattr(module, "max_norm", None) and not isinstance(module, nn.RNNBase)
             for name, parameter in module._parameters.items()
-            if parameter is not None and parameter.numel() > 1
+            if parameter is not None and parameter.ndim > 1
         ]
         self.rng.shuffle(places)
         for i, (module, name, parameter) in enumerate(places):
-            twins = [p for _, _, p in places[:i] if p.shape == parameter.shape and p.dtype == parameter.dtype]
+            others = [p for owner, _, p in places[:i] if owner is not module]  # no norm's weight is its bias
+            twins = [p for p in others if p.shape == parameter.shape and p.dtype == parameter.dtype]
             if twins and self.flag():
                 module._parameters[name] = twins[0]
 
