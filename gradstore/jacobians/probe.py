@@ -155,7 +155,8 @@ class Prober:
             return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
         cotangents = self._cotangent[None]
         pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents, self._tolerance)
-        footprint = measured(recording.taps, pulled.terms, saved.total, self._count)
+        whole = {name: terms for name, terms in pulled.terms.items() if name not in pulled.unsafe}
+        footprint = measured(recording.taps, whole, saved.total, self._count)
         failed = dict(pulled.unsafe)
         for name in structured:
             terms = pulled.terms.pop(name, [])

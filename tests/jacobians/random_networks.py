@@ -26,8 +26,6 @@ from random_layers import (
     embedding,
     flag,
     makers,
-    multi_head,
-    product,
     weight,
 )
 from torch import Tensor, nn
@@ -349,7 +347,11 @@ class _Draw:
 
         def inputs(n: int, more: int) -> dict[str, Tensor]:
             mask = torch.arange(length + more) < torch.randint(1, length + 1, (n, 1))
-            return {"ids": torch.randint(1, TOKENS, (n, length + more)) * mask, "mask": mask, "numbers": torch.randn(n, 3)}
+            return {
+                "ids": torch.randint(1, TOKENS, (n, length + more)) * mask,
+                "mask": mask,
+                "numbers": torch.randn(n, 3),
+            }
 
         return module, inputs, (length, width)
 
@@ -372,12 +374,16 @@ class _Draw:
             (lambda x, w, b: torch.addmm(b, row(x), w), {"w": weight(width, classes), "b": weight(classes)}),
             (lambda x, w: torch.einsum("ni,ci->nc", row(x), w), {"w": weight(classes, width)}),
         ]
-        forms += [] if width < 3 else [  # a normalised number is a sign
-            (
-                lambda x, w, s: s.exp() * F.normalize(row(x) + 0.3, eps=1e-2) @ F.normalize(w, dim=1, eps=1e-2).t(),
-                {"w": weight(classes, width), "s": torch.tensor(0.5)},
-            ),
-        ]
+        forms += (
+            []
+            if width < 3
+            else [  # a normalised number is a sign
+                (
+                    lambda x, w, s: s.exp() * F.normalize(row(x) + 0.3, eps=1e-2) @ F.normalize(w, dim=1, eps=1e-2).t(),
+                    {"w": weight(classes, width), "s": torch.tensor(0.5)},
+                ),
+            ]
+        )
         function, parts = self.rng.choice(forms)
         return Uses(function, **parts)
 

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from random import Random
@@ -23,30 +24,34 @@ from gradstore.model.parameters import parameter_blocks
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 
 SHARES = 10
 # Of a parameter's gradient for one example and class, and of the whole gradient: what cancels has no digits of its own.
 # Values are stored in float32, so a float64 model is right to float32's last digit.
 TOLERANCE = {torch.float64: (3e-7, 1e-11), torch.float32: (2e-4, 2e-5), torch.bfloat16: (0.1, 0.1)}
-ALL_BY_RULES = 0.95  # share of the networks, of those that rules are meant for
+ALL_BY_RULES = 0.9  # share of the networks that rules are meant for: 0.98 of 5,000, which a few tens come near to
 
 
 def differentiated(drawn: Drawn) -> list[str]:
     return [block.name for block in parameter_blocks(drawn.model, drawn.parameters)]
 
 
-def looped(drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [n, classes] and by name the Jacobian [n, classes, size]: float64, one example and one class at a time."""
-    names, batch = differentiated(drawn), cast(drawn.batch, torch.float64)
-    parameters = dict(drawn.exact.named_parameters())
+def looped(drawn: Drawn, *, exact: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [n, classes] and by name the Jacobian of the layout, [n, c, size]: one example and one class at a time.
+
+    Computed in float64, or in the model's own dtypes.
+    """
+    model = drawn.exact if exact else copy.deepcopy(drawn.model).eval()
+    names, batch = differentiated(drawn), cast(drawn.batch, torch.float64) if exact else drawn.batch
+    parameters = dict(model.named_parameters())
     n = len(batch if isinstance(batch, Tensor) else batch[next(iter(batch))])
     jacobian = {name: torch.zeros(n, drawn.classes, parameters[name].numel(), dtype=torch.float64) for name in names}
     logits = []
     for i in range(n):
         one = batch[i : i + 1] if isinstance(batch, Tensor) else {key: value[i : i + 1] for key, value in batch.items()}
-        output = drawn.exact(one)[0]
+        output = model(one)[0]
         logits.append(output.detach())
         for c in range(drawn.classes):
             wanted = [parameters[name] for name in names]
@@ -54,6 +59,8 @@ def looped(drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
             for name, gradient in zip(names, found, strict=True):
                 if gradient is not None:
                     jacobian[name][i, c] = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+    if drawn.layout == "sum":
+        jacobian = {name: values.sum(1, keepdim=True) for name, values in jacobian.items()}
     return torch.stack(logits), jacobian
 
 
@@ -118,22 +125,23 @@ def wrong(seed: int) -> tuple[list[str], bool | None]:
 def unequal(drawn: Drawn, logits: Tensor, ours: dict[str, Tensor]) -> list[str]:
     """Where values are not those of looped autograd."""
     exact_logits, jacobian = looped(drawn)
-    if drawn.layout == "sum":
-        jacobian = {name: values.sum(1, keepdim=True) for name, values in jacobian.items()}
     own, of_whole = TOLERANCE[drawn.dtype]
     whole = torch.stack([values.square().sum(-1) for values in jacobian.values()]).sum(0).sqrt()
     found = []
     if not float((logits - exact_logits).norm()) <= own * (1 + float(exact_logits.norm())):
         found.append("logits")
     for name, values in jacobian.items():
-        if values.numel() == 0:
-            continue
         error = (ours[name].double() - values).norm(dim=-1)
-        excess = error / (own * values.norm(dim=-1) + of_whole * whole + 1e-30)
-        if not bool((excess <= 1).all()):
-            where = [int(i) for i in torch.unravel_index(excess.argmax(), excess.shape)]
-            found.append(f"{name}: error {float(error[tuple(where)]):.2g} of {float(values[tuple(where)].norm()):.2g}")
+        if bool((error <= own * values.norm(dim=-1) + of_whole * whole).all()):
+            continue
+        if drawn.dtype is torch.float64 or not float(error.max()) <= 4 * rounded(drawn, name, values):
+            found.append(f"{name}: error {float(error.max()):.2g} of {float(values.norm(dim=-1).max()):.2g}")
     return found
+
+
+def rounded(drawn: Drawn, name: str, exact: Tensor) -> float:
+    """How far autograd itself is off in the model's own dtypes: some of these networks magnify every rounding."""
+    return float((looped(drawn, exact=False)[1][name] - exact).norm(dim=-1).max())
 
 
 @pytest.mark.parametrize("share", range(SHARES))

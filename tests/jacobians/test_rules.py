@@ -1,9 +1,9 @@
-"""Every rule in every form in which its function is called: the route, the values, and what happens without the rule."""
+"""Every rule in every form in which its function is called: route, values, and what happens without the rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,7 +70,9 @@ class Logits(nn.Module):
         return (torch.tanh(y)[:, None] * torch.sin(steps)).sum(-1)
 
 
-def form(name: str, function: Callable[..., Tensor], route: Any, shape: Any = (4, 5), *, learned: bool = False, **parts: Any) -> Form:
+def form(
+    name: str, function: Callable[..., Tensor], route: Any, shape: Any = (4, 5), *, learned: bool = False, **parts: Any
+) -> Form:
     """A form whose parts are shapes of parameters, or makers of anything else."""
     made = lambda: {k: weight(*v) if isinstance(v, tuple) else v() for k, v in parts.items()}  # noqa: E731
     return Form(name, function, made, route, shape, learned)
@@ -121,7 +123,9 @@ CONVOLUTIONS = [
     conv(2, "grouped, strided", 6, (3, 2), groups=2, stride=(2, 1), padding=(1, 0)),
     conv(2, "same", 3, 3, padding="same"),
     conv(2, "circular", 3, 3, padding=1, padding_mode="circular", bias=False),
-    form("1d by keywords", lambda x, w, b: F.conv1d(x, bias=b, weight=w, padding=1), "convolution", w=(3, 4, 2), b=(3,)),
+    form(
+        "1d by keywords", lambda x, w, b: F.conv1d(x, bias=b, weight=w, padding=1), "convolution", w=(3, 4, 2), b=(3,)
+    ),
     form(
         "2d folded",
         lambda x, m: m(x.flatten(0, 1)).unflatten(0, (-1, 3)),
@@ -131,7 +135,10 @@ CONVOLUTIONS = [
     ),
     form("2d of few outputs", lambda x, m: m(x), "convolution", (2, 3, 3), m=lambda: nn.Conv2d(2, 9, 3)),
     *(transposed(dims, "transposed", 3, 2) for dims in (1, 2, 3)),
-    *(transposed(dims, "transposed, all", 6, 2, stride=2, padding=1, output_padding=1, dilation=2, groups=2) for dims in (1, 2, 3)),
+    *(
+        transposed(dims, "transposed, all", 6, 2, stride=2, padding=1, output_padding=1, dilation=2, groups=2)
+        for dims in (1, 2, 3)
+    ),
     transposed(2, "transposed, uneven", 2, (3, 1), stride=(1, 3), output_padding=(0, 2), padding=(1, 0), bias=False),
 ]
 
@@ -151,7 +158,13 @@ TOKENS = [
         m=lambda: nn.Embedding(6, 5),
     ),
     *(
-        form(f"bag, {mode}", lambda ids, m: m(ids), "embedding bag", 4, m=lambda mode=mode: nn.EmbeddingBag(6, 3, mode=mode, padding_idx=1))
+        form(
+            f"bag, {mode}",
+            lambda ids, m: m(ids),
+            "embedding bag",
+            4,
+            m=lambda mode=mode: nn.EmbeddingBag(6, 3, mode=mode, padding_idx=1),
+        )
         for mode in ("sum", "mean")
     ),
     form(
@@ -306,7 +319,11 @@ IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 ARITHMETIC = [
     *(arithmetic(name, function) for name, function in PLAIN.items()),
-    *(arithmetic(name, function, p) for name, function in list(PLAIN.items())[::9] for p in ((1, 4, 1), (4, 5), (1,), ())),
+    *(
+        arithmetic(name, function, p)
+        for name, function in list(PLAIN.items())[::9]
+        for p in ((1, 4, 1), (4, 5), (1,), ())
+    ),
     *(arithmetic(name, function, learned=True) for name, function in IN_PLACE.items()),
     *(arithmetic(name, function, (4, 1), learned=True) for name, function in list(IN_PLACE.items())[::4]),
     arithmetic("repeat", lambda x, p: x * p.repeat(len(x), 1, 1), (1, 4, 5)),
@@ -322,7 +339,13 @@ ARITHMETIC = [
     arithmetic("indexed by None", lambda x, p: p[None, :, None] * x, (4,)),
     arithmetic("folded", lambda x, p: (x.reshape(-1, 5) * p).view(-1, 4, 5)),
     form("of a function", lambda x, p: x * p.exp(), "arithmetic of a function", p=()),
-    form("gathered", lambda x, p, i: x + p[i], "arithmetic of a function", p=(3,), fixed=lambda: torch.tensor([0, 1, 1, 2, 0])),
+    form(
+        "gathered",
+        lambda x, p, i: x + p[i],
+        "arithmetic of a function",
+        p=(3,),
+        fixed=lambda: torch.tensor([0, 1, 1, 2, 0]),
+    ),
 ]
 
 M = "matrix product"
@@ -464,7 +487,9 @@ def looped(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     for example in batch:
         logits = model(example[None])[0]
         found = [torch.autograd.grad(one, parameters, retain_graph=True) for one in logits]
-        rows.append([torch.stack([g.to_dense().flatten() for g in gradients]) for gradients in zip(*found, strict=True)])
+        rows.append(
+            [torch.stack([g.to_dense().flatten() for g in gradients]) for gradients in zip(*found, strict=True)]
+        )
     return {name: torch.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 
 
@@ -493,5 +518,4 @@ def test_without_its_rules_a_form_takes_another_route(one: Form, monkeypatch: py
 def test_every_rule_has_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     covered = set().union(*(asked(one, monkeypatch) for one in FORMS.values()))
     left = {one for one in RULES.keys() - covered if not one.__name__.startswith("__")}
-    print([one for one in RULES.keys()-covered])
     assert not left  # of operators, torch names some by their functions, other ones in each version
