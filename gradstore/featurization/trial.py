@@ -20,7 +20,7 @@ from gradstore.featurization.repeated_inputs import repeated_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.indices import spans
 from gradstore.machine.byte_counts import format_bytes
-from gradstore.model.project import Project, call_model
+from gradstore.model.project import Project
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,49 +121,28 @@ def _jacobians(plan: Plan) -> str:
     row = plan.first_sound
     inputs = to_device(plan.examples.read([row])[0], plan.device)
     worst, name = 0.0, ""
-    expected = _looped(plan, inputs)
+    expected = plan.engine.looped(inputs)
     norms = {parameter: float(torch.linalg.vector_norm(g.double())) for parameter, g in expected.items()}
     least = max(_ROUNDED * math.hypot(*norms.values()), 1e-30)
     streamed: dict[str, list[Tensor]] = {}
-    for block in plan.engine(inputs):
+    stream = plan.engine(inputs)
+    allowed = max(_JACOBIAN_TOLERANCE, plan.engine.rounding(stream.logits))
+    for block in stream:
         streamed.setdefault(block.name, []).append(block.dense()[0].detach())
     for parameter, parts in streamed.items():
         ours, theirs = torch.cat(parts, dim=-1).double(), expected[parameter].double()
         error = float(torch.linalg.vector_norm(ours - theirs)) / max(norms[parameter], least)
         if not error <= worst:
             worst, name = error, parameter
-    if not worst <= _JACOBIAN_TOLERANCE:
+    if not worst <= allowed:
         raise ProjectError(
             f"the Jacobian of row {row} differs from looped autograd",
             where=f"parameter {name}",
-            expected=f"a relative difference below {_JACOBIAN_TOLERANCE:g}",
+            expected=f"a relative difference below {allowed:g}",
             got=f"{worst:.2g}",
             hint="Is the model deterministic? Report it otherwise",
         )
     return f"row {row} equals looped autograd to {worst:.1g} relative"
-
-
-def _looped(plan: Plan, inputs: Any) -> dict[str, Tensor]:
-    """[c, size] of each parameter by one backward pass a class; [1, size] in layout sum."""
-    named = dict(plan.project.model.named_parameters())
-    wanted = [named[block.name] for block in plan.blocks]
-    flags = [parameter.requires_grad for parameter in wanted]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            logits = call_model(plan.project.model, inputs, plan.project.forward)[0]
-            outputs = [logits.sum()] if plan.settings.layout == "sum" else list(logits)
-            rows = [torch.autograd.grad(o, wanted, retain_graph=True, allow_unused=True) for o in outputs]
-    finally:
-        for parameter, flag in zip(wanted, flags, strict=True):
-            parameter.requires_grad_(flag)
-    return {
-        block.name: torch.stack(
-            [torch.zeros(block.size, device=logits.device) if g is None else g.flatten() for g in column]
-        )
-        for block, column in zip(plan.blocks, zip(*rows, strict=True), strict=True)
-    }
 
 
 def _rows(plan: Plan, bad_rows: BadRows) -> str:

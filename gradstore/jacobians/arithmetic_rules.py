@@ -69,12 +69,13 @@ def repeat(input: Tensor, *repeats: Any) -> Use | None:
 
     def reduce(deltas: Tensor, batch: Batch) -> Tensor:
         rows = deltas_by_example(wide(deltas), batch.n, batch.arrangement)
-        others = [pairs[0], *pairs[2:]] if batch.arrangement == SECOND else [(rows.shape[2], 1), *pairs[1:]]
+        lead = padded[0]
+        others = [pairs[0], *pairs[2:]] if batch.arrangement == SECOND else [(rows.shape[2] // lead, lead), *pairs[1:]]
         apart = rows.reshape(*rows.shape[:2], *(size for pair in others for size in pair))
         return apart.sum([*range(2, apart.ndim, 2)])
 
-    possible = _arrangements(padded, len(padded))
-    return Use(ROUTE, _as_they_are, possible, {"input": reduced(tuple(input.shape), reduce)}) if possible else None
+    possible = _arrangements(padded, len(padded)) or (FOLDED,)  # an example's copies lie together
+    return Use(ROUTE, _as_they_are, possible, {"input": reduced(tuple(input.shape), reduce)})
 
 
 def elementwise(function: Callable[..., Tensor], *, in_place: bool = False) -> Rule:

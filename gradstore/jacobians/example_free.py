@@ -7,7 +7,7 @@ be pulled back to the parameter afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,18 @@ class ExampleFree:
     Args:
         model: its parameters, buffers and other tensors hold nothing of the examples.
         names: the noted parameters, by id.
+        n: number of examples.
+        repeats: of an earlier pass, whose decisions hold; None for the first.
+
+    Attributes:
+        repeats: for each constant that was repeated, in order, whether it was for each example: it then holds something
+            for each of them, and is like any tensor of theirs.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[int, str], n: int, repeats: Sequence[bool] | None) -> None:
         self._names, self._made = names, {}  # type: ignore[var-annotated]
+        self._n, self._decided = n, repeats
+        self.repeats: list[bool] = []
         self._parameters = {id(parameter) for parameter in model.parameters()}
         for module in model.modules():
             for value in (*module._buffers.values(), *vars(module).values()):
@@ -83,7 +91,7 @@ class ExampleFree:
                 self._made.pop(id(tensor))
                 if free:
                     self._keep(tensor, roots if tensor.requires_grad else (), None)
-        if not free:
+        if not free or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
             return
         for tensor in tensors_in(output):
             if id(tensor) in self._parameters or (id(tensor) in self._made and any(tensor is one for one in given)):
@@ -91,6 +99,16 @@ class ExampleFree:
             own = roots if tensor.requires_grad else ()
             same = own and _keeps_order(func, args) and tensor.numel() == args[0].numel()
             self._keep(tensor, own, self.name(args[0]) if same else None)
+
+    def _for_each_example(self, once: Tensor, repeated: Tensor) -> bool:
+        """Whether a constant was repeated for each example; where that cannot be told, the first pass decides."""
+        place, new = len(self.repeats), repeated.ndim - once.ndim
+        sizes = (1,) * new + tuple(once.shape)
+        found = any(now == self._n and was == 1 for was, now in zip(sizes, repeated.shape, strict=True))
+        if self._decided is not None:
+            found = place < len(self._decided) and self._decided[place]
+        self.repeats.append(found)
+        return found
 
     def _keep(self, tensor: Tensor, roots: tuple[str, ...], name: str | None) -> None:
         self._made[id(tensor)] = Made(tensor, _version(tensor), roots, name)
@@ -119,6 +137,7 @@ def _functions(names: Iterable[str]) -> set[Any]:
     return {getattr(owner, name) for name in names for owner in (torch, Tensor) if hasattr(owner, name)}
 
 
+_REPEATS = _functions(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 _SHAPES = _functions(("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"))
 _COPIES = _functions(("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type_as"))
 

@@ -42,6 +42,14 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """The noted calls of a pass, in order, and which constants were repeated for each example."""
+
+    noted: tuple[Call, ...] = ()
+    repeats: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tap:
     """A noted call.
 
@@ -71,15 +79,28 @@ class Tap:
 
 @dataclass(frozen=True)
 class Recording:
-    """Logits [n, classes] with their graph, the noted calls in order, and the functions of parameters by name."""
+    """A forward pass.
+
+    Attributes:
+        logits: [n, classes], with their graph.
+        taps: the noted calls, in order.
+        functions: of parameters, by name.
+        repeats: which constants were repeated for each example; see `ExampleFree`.
+    """
 
     logits: Tensor
     taps: list[Tap]
     functions: dict[str, WeightFunction]
+    repeats: tuple[bool, ...] = ()
+
+    @property
+    def calls(self) -> Calls:
+        """What tells the pass from others, and decides for later ones where a call can be read in two ways."""
+        return Calls(tuple(tap.call for tap in self.taps), self.repeats)
 
 
 def record(
-    subject: Subject, names: Sequence[str], inputs: Inputs, calls: Sequence[Call] | None, *, spread: bool = True
+    subject: Subject, names: Sequence[str], inputs: Inputs, calls: Calls | None, *, spread: bool = True
 ) -> Recording:
     """Run the model once and note how it uses parameters; call inside `subject.ready()`.
 
@@ -97,16 +118,16 @@ def record(
     recorder = _Recorder(subject, names, length(inputs), calls, spread)
     with recorder:
         logits = subject.logits(inputs)
-    return Recording(logits, recorder.taps, recorder.functions)
+    return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats))
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(
-        self, subject: Subject, names: Sequence[str], n: int, calls: Sequence[Call] | None, spread: bool
-    ) -> None:
+    def __init__(self, subject: Subject, names: Sequence[str], n: int, calls: Calls | None, spread: bool) -> None:
         super().__init__()
-        self._free = ExampleFree(subject.model, {id(subject.parameters[name]): name for name in names})
-        self._n, self._calls, self._spread = n, calls, spread
+        noted = {id(subject.parameters[name]): name for name in names}
+        self._free = ExampleFree(subject.model, noted, n, None if calls is None else calls.repeats)
+        self._n, self._calls, self._spread = n, None if calls is None else calls.noted, spread
+        self.repeats = self._free.repeats
         self._anchor = torch.zeros((), requires_grad=True)
         self.taps: list[Tap] = []
         self.functions: dict[str, WeightFunction] = {}

@@ -201,6 +201,22 @@ class JacobianEngine:
         with self._subject.ready():
             return self._combined(self._subject, as_inputs(example), names, factors)
 
+    def looped(self, example: Any) -> dict[str, Tensor]:
+        """Differentiate one example by the definition: plain autograd, one backward pass for each of the c rows.
+
+        Args:
+            example: a batch of one.
+
+        Returns:
+            By parameter, [c, size]. Holds all of them, and one example's graph.
+        """
+        inputs, names = as_inputs(example), [block.name for block in self._blocks]
+        with self._subject.ready():
+            with torch.no_grad():
+                cotangents = self._cotangents(self._subject.logits(inputs))
+            found = by_loop(self._subject, names, inputs, cotangents)
+        return {name: values[0] for name, values in zip(names, found, strict=True)}
+
     def spread(
         self,
         example: Any,

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradstore.errors import ProjectError
 from gradstore.jacobians.by_autograd import by_loop, dense, one_by_one
 from gradstore.jacobians.footprint import Footprint, max_columns, measured, saved_bytes
-from gradstore.jacobians.forward_record import Call, Recording, Tap, record
+from gradstore.jacobians.forward_record import Calls, Recording, Tap, record
 from gradstore.jacobians.generic_routes import WORDS, Exact, generic_routes
 from gradstore.jacobians.layer_rules import EMBEDDING
 from gradstore.jacobians.pullback import arrange, pull_back, vectorises
@@ -50,7 +50,7 @@ class Plan:
 
     structured: tuple[str, ...]
     arrangements: tuple[str, ...]
-    calls: tuple[Call, ...]
+    calls: Calls
     functions: frozenset[str]
     exact: dict[str, Exact]
     routes: dict[str, str]
@@ -60,7 +60,7 @@ class Plan:
 
     def matches(self, recording: Recording) -> bool:
         """Whether a forward pass made the calls that the plan was checked on."""
-        return self.calls == tuple(tap.call for tap in recording.taps)
+        return self.calls == recording.calls
 
     def sparse(self, name: str) -> bool:
         """Whether a parameter is an embedding matrix and nothing else."""
@@ -170,11 +170,10 @@ class Prober:
         exact |= {name: by_loop for name in rest if name in self._apart}
         routes = {name: _structured_route(name, attempt.recording.taps) for name in attempt.structured}
         routes |= {name: f"{WORDS[exact[name]]} ({reasons[name]})" for name in rest}
-        taps = attempt.recording.taps
         return Plan(
             structured=tuple(attempt.structured),
             arrangements=tuple(attempt.arrangements),
-            calls=tuple(tap.call for tap in taps),
+            calls=attempt.recording.calls,
             functions=frozenset(root for made in attempt.recording.functions.values() for root in made.roots),
             exact=exact,
             routes=routes,
@@ -187,8 +186,7 @@ class Prober:
         """Whether several classes can be differentiated in one pass; of one class, there is nothing to ask."""
         if self.classes == 1 or not attempt.structured:
             return False
-        calls = [tap.call for tap in attempt.recording.taps]
-        recording = record(self._subject, attempt.structured, self._probe, calls)
+        recording = record(self._subject, attempt.structured, self._probe, attempt.recording.calls)
         first, second = self._cotangent, self._cotangent.flip(0)
         return vectorises(recording, torch.stack([first, second]), self._tolerance)
 

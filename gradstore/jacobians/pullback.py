@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstore.jacobians.by_autograd import quiet_vmap
 from gradstore.jacobians.forward_record import Recording, Tap
-from gradstore.jacobians.row_owners import candidates, fits, owned, weights
+from gradstore.jacobians.row_owners import candidates, fits, largest, owned, weights
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 from gradstore.jacobians.terms import Term, ViewedTerm
 from gradstore.jacobians.uses import Batch
@@ -110,8 +110,9 @@ def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[s
     n = len(recording.logits)
     totals = [delta[0] for delta in _deltas(recording, cotangent[None])]
     weighted = _of_examples(recording, weights(n, cotangent)[:, None] * cotangent)
+    whole = largest(totals)
     return [
-        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance)), None)
+        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance, whole)), None)
         for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
     ]
 
@@ -210,8 +211,9 @@ def _audit(
     for name, gradient in zip(names, found[count:], strict=True):
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
+    whole = largest(totals)
     verdicts = [
-        (tap, owned(weighted, total, n, how, tolerance))
+        (tap, owned(weighted, total, n, how, tolerance, whole))
         for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True)
         if weighted is not None and fits(tap.shape, n, how)
     ]

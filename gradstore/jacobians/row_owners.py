@@ -7,6 +7,8 @@ example i's logits by `w_i` must weight exactly its own rows of every layer's ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +67,7 @@ def weights(count: int, like: Tensor) -> Tensor:
     return values.to(like.dtype).to(like.device)
 
 
-def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: float) -> Tensor:
+def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: float, whole: Tensor) -> Tensor:
     """The audit: whether `weighted` is `total` with each example's rows scaled by that example's weight.
 
     Of an example whose rows hold NaN or infinity nothing is asked: it is refused or left out by itself, and must not
@@ -77,6 +79,8 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: 
         n: examples in the batch.
         arrangement: the assignment of rows to be proved.
         tolerance: relative difference that rounding may make.
+        whole: `largest` of all layers' gradients, below a hundredth of which a layer's is rounding as much as its own:
+            that of a query's weight where attention is all but uniform, say.
 
     Returns:
         bool [], on the device.
@@ -86,4 +90,10 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: 
     scale = torch.linalg.vector_norm(ours, dim=1)
     error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
     typical = scale.nan_to_num(0, 0, 0).max()
-    return ((error <= tolerance * (scale + 1e-2 * typical)) | ~scale.isfinite()).all()
+    return ((error <= tolerance * (scale + 1e-2 * torch.maximum(typical, whole.to(typical)))) | ~scale.isfinite()).all()
+
+
+def largest(totals: Sequence[Tensor]) -> Tensor:
+    """The largest norm among layers' gradients, [] float32 or wider, on the device; 0 of none."""
+    norms = [torch.linalg.vector_norm(total, dtype=torch.promote_types(total.dtype, torch.float32)) for total in totals]
+    return torch.stack([norm.double() for norm in norms]).nan_to_num(0, 0, 0).max() if norms else torch.zeros(())

@@ -15,9 +15,10 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from gradstore.errors import ProjectError
+from gradstore.jacobians.contiguous_gradients import ContiguousGradients
 from gradstore.jacobians.row_owners import ROUNDING, rounding_of
 from gradstore.machine.devices import cudnn_as, full_float32, without_fused_encoders
-from gradstore.model.model_state import unchanged
+from gradstore.model.model_state import WrittenBuffers, attributes_kept, unchanged
 
 Inputs = Tensor | dict[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -39,6 +40,7 @@ class Subject:
         self.parameters: dict[str, Tensor] = {name: everything[name] for name in names}
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._rounding = 0.0
+        self._written = WrittenBuffers(model)
         _require_trainable(everything)
 
     def logits(self, inputs: Inputs) -> Tensor:
@@ -50,7 +52,8 @@ class Subject:
         Raises:
             ProjectError: the output is not one row of floating-point logits per example.
         """
-        output = self.model(inputs) if self.forward is None else self.forward(self.model, inputs)
+        with attributes_kept(self.model), self._written.fresh(), ContiguousGradients():
+            output = self.model(inputs) if self.forward is None else self.forward(self.model, inputs)
         n = length(inputs)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != n or not output.is_floating_point():
             got = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__

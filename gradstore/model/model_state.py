@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Within: the model may be called; on leaving, what its calls wrote is as before.
 
-    That is its buffers, replaced or written to (counters, statistics of its own), and weights that `max_norm` shrinks
-    as they are looked up. Buffers that were made in inference mode, which autograd refuses, are copies within. Compiled
-    parts run as the code that they were compiled from, whose calls can be seen and which can be differentiated twice.
+    That is its buffers, replaced or written to (counters, statistics of its own), what `attributes_kept` keeps, and
+    weights that `max_norm` shrinks as they are looked up. Buffers that were made in inference mode, which autograd
+    refuses, are copies within. Compiled parts run as the code that they were compiled from, whose calls can be seen and
+    which can be differentiated twice.
 
     Holds a copy of all buffers and of such weights.
     """
@@ -36,7 +38,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for buffers, name, tensor, _, value in saved:
             if tensor.is_inference():
                 buffers[name] = value
-        with uncompiled():
+        with uncompiled(), attributes_kept(model):
             yield
     finally:
         for buffers, name, tensor, version, value in saved:
@@ -48,10 +50,92 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 _write(weight, value)
 
 
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Within: the model may be called; on leaving, its modules have the attributes that they had.
+
+    So have the lists, dicts and sets among them. What a model keeps from one call for the next, such as biases that it
+    has gathered, is a constant in the next one, and its gradient would be lost.
+    """
+    holders = [
+        holder
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for holder in _holders(module)
+    ]
+    before = [holder.copy() for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, content in zip(holders, before, strict=True):
+            _put_back(holder, content)
+
+
 def uncompiled() -> AbstractContextManager[object]:
     """Within: what `torch.compile` made runs as plain code; torch before 2.6 cannot, and goes on as it is."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+class WrittenBuffers:
+    """The buffers that a model writes to as it is called, each call from the same value on.
+
+    Which they are is found out by the first call, of which all buffers are copied; later only these are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: list[tuple[dict[str, Any], str]] | None = None
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Within: the model may be called once; what it wrote to is as before, and the call can be differentiated."""
+        asked = _buffers(self._model) if self._found is None else self._found
+        before = [(holder, name, holder[name]) for holder, name in asked]
+        copies = [tensor.detach().clone() for _, _, tensor in before]
+        versions = [_version(copy) for copy in copies]
+        for (holder, name, _), copy in zip(before, copies, strict=True):
+            holder[name] = copy
+        try:
+            yield
+        finally:
+            for holder, name, tensor in before:
+                holder[name] = tensor
+            if self._found is None:
+                changed = [_version(copy) != version for copy, version in zip(copies, versions, strict=True)]
+                self._found = [(holder, name) for (holder, name, _), new in zip(before, changed, strict=True) if new]
+
+
+def _buffers(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    return [
+        (module._buffers, name)
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name, tensor in module._buffers.items()
+        if tensor is not None
+    ]
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"_buffers"}
+
+
+def _holders(module: nn.Module) -> list[Any]:
+    own = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return [vars(module), *(value for value in own if type(value) in (dict, list, set))]
+
+
+def _put_back(holder: Any, content: Any) -> None:
+    """Give a dict, list or set its content again; nothing is written where nothing has changed."""
+    if isinstance(holder, dict):
+        if len(holder) != len(content) or any(holder.get(name, holder) is not value for name, value in content.items()):
+            holder.clear()
+            holder.update(content)
+    elif isinstance(holder, list):
+        if len(holder) != len(content) or any(one is not other for one, other in zip(holder, content, strict=True)):
+            holder[:] = content
+    elif holder != content:
+        holder.clear()
+        holder.update(content)
 
 
 def _version(tensor: Tensor) -> int:

@@ -61,8 +61,8 @@ def test_a_store_of_another_revision_goes_on_only_where_that_is_accepted(
     assert refused.value.line == (
         f"{path}: rows of this store were computed by another version of gradstore, so new ones would differ in their "
         "last bits (expected revision 2 of the computation, got revision 1 for rows 0 to 15 and those of 2 more "
-        "shards). Choose another --out, or accept it with --allow-other-versions; `gradstore info` then says which rows "
-        "are of which."
+        "shards). Choose another --out, or accept it with --allow-other-versions; `gradstore info` then says which "
+        "rows are of which."
     )
     assert len(gs.open(path)) == 48
     store = featurize(path, 96, allow_other_versions=True)

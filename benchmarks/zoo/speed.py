@@ -1,0 +1,130 @@
+"""Time and memory of a batch's per-class Jacobians: the engine's stream against `vmap(jacrev)` of torch.func."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from gradstore.jacobians import JacobianEngine
+from gradstore.model.parameters import parameter_blocks
+
+from .entry import CLASSES, Entry
+
+CHUNKS = (32, 8, 2, 1)
+HELD = 1.5e9  # bytes of Jacobian that a chunk of the rival may hold: it forms all values of a chunk at once
+MOST = 50  # repeats
+SIDES = ("gradstore", "jacrev")
+
+
+def rows(inputs: Any, first: int, last: int) -> Any:
+    """Examples [first, last) of a batch."""
+    return inputs[first:last] if isinstance(inputs, Tensor) else {key: v[first:last] for key, v in inputs.items()}
+
+
+def stream(engine: JacobianEngine, inputs: Any, step: int) -> None:
+    """Form every block of the batch, `step` examples at a time."""
+    count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+    for first in range(0, count, step):
+        for block in engine(rows(inputs, first, first + step)):
+            block.dense()
+
+
+def functional(entry: Entry, model: nn.Module, inputs: Any, step: int) -> None:
+    """`vmap(jacrev)` over `step` examples at a time; each chunk's Jacobian is dropped, as the stream's blocks are."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    call = entry.forward or (lambda module, x: module(x))
+
+    def logits(values: dict[str, Tensor], example: Any) -> Tensor:
+        one = example[None] if isinstance(example, Tensor) else {key: v[None] for key, v in example.items()}
+        return functional_call(_Called(model, call), _prefixed(values | buffers), (one,))[0]
+
+    of_batch = vmap(jacrev(logits), in_dims=(None, 0), randomness="same")
+    count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+    for first in range(0, count, step):
+        of_batch(parameters, rows(inputs, first, first + step))
+
+
+class _Called(nn.Module):
+    """A model with its way to be called, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.call(self.model, inputs)
+
+
+def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in values.items()}
+
+
+def side(entry: Entry, which: str, model: nn.Module, inputs: Any) -> Callable[[int], None]:
+    """One of the two, to be called with a number of examples to take at a time."""
+    if which == "jacrev":
+        return partial(functional, entry, model, inputs)
+    engine = JacobianEngine(model, parameter_blocks(model), forward=entry.forward, example=inputs)
+    return partial(stream, engine, inputs)
+
+
+def steps(model: nn.Module, n: int) -> list[int]:
+    """Chunks whose Jacobian can be held, with all that a model takes beside it."""
+    size = sum(p.numel() for p in model.parameters())
+    steps = dict.fromkeys(min(step, n) for step in CHUNKS)
+    return [step for step in steps if 4 * CLASSES * size * step <= HELD] or [1]
+
+
+def peak(entry: Entry, which: str, n: int, step: int) -> int:
+    """Bytes that one batch, and what comes before it, take beside model and inputs, of this fresh process (Linux)."""
+    model, inputs = entry.model(), entry.batch(n)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    side(entry, which, model, inputs)(step)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
+
+
+def speed(entry: Entry, n: int, repeats: int) -> dict[str, Any]:
+    """Alternate both, each in the chunks that are fastest for it, at least so often, and quick ones for a second.
+
+    Returns:
+        Seconds, chunks, rows (example, class) a second, and the ratio; "cannot" and why where one of them raises.
+    """
+    row: dict[str, Any] = {"n": n}
+    chosen: dict[str, Callable[[], None]] = {}
+    slowest = 0.0
+    for which in SIDES:
+        model, inputs = entry.model(), entry.batch(n)
+        try:
+            work = side(entry, which, model, inputs)
+            work(1)  # whatever is done once
+            tried = {step: _seconds(partial(work, step)) for step in steps(model, n)}
+        except Exception as error:
+            row[f"{which}_why"] = f"cannot: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            continue
+        best = min(tried, key=lambda step: tried[step])
+        row |= {f"{which}_chunk": best, f"{which}_why": ""}
+        chosen[which] = partial(work, best)
+        slowest = max(slowest, tried[best])
+    times = max(repeats, min(MOST, int(1 / slowest))) if chosen else 0
+    runs = [{which: _seconds(work) for which, work in chosen.items()} for _ in range(times)]
+    row["repeats"] = times
+    for which in chosen:
+        row[f"{which}_s"] = round(median(run[which] for run in runs), 5)
+    if "gradstore" in chosen:
+        row["rows_per_s"] = round(n * CLASSES / row["gradstore_s"])
+    if len(chosen) == len(SIDES):
+        row["speedup"] = round(median(run["jacrev"] / run["gradstore"] for run in runs), 2)
+    return row
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
