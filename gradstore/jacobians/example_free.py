@@ -67,6 +67,10 @@ class ExampleFree:
         entry = self._entry(tensor)
         return () if entry is None else entry.roots
 
+    def roots_of(self, tensors: Iterable[Tensor]) -> tuple[str, ...]:
+        """Those of several tensors."""
+        return tuple(dict.fromkeys(name for tensor in tensors for name in self.roots(tensor)))
+
     def name(self, tensor: Tensor) -> str | None:
         """The noted parameter that a tensor is, or has the elements of in the same order."""
         if id(tensor) in self._names:
@@ -74,7 +78,9 @@ class ExampleFree:
         entry = self._entry(tensor)
         return None if entry is None else entry.name
 
-    def follow(self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, *, free: bool) -> None:
+    def follow(
+        self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: tuple[str, ...] | None
+    ) -> None:
         """Learn from a call that was made.
 
         Args:
@@ -82,16 +88,16 @@ class ExampleFree:
             args: with what.
             given: all tensors among its arguments.
             output: what it returned.
-            free: whether all of `given` held nothing of the examples.
+            roots: those of `given` before the call, which may have written to them; None where some of `given` held
+                something of the examples.
         """
-        roots = tuple(dict.fromkeys(name for tensor in given for name in self.roots(tensor))) if free else ()
         for tensor in given:
             entry = self._made.get(id(tensor))
             if entry is not None and entry.version != _version(tensor):  # written to
                 self._made.pop(id(tensor))
-                if free:
+                if roots is not None:
                     self._keep(tensor, roots if tensor.requires_grad else (), None)
-        if not free or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
+        if roots is None or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
             return
         for tensor in tensors_in(output):
             if id(tensor) in self._parameters or (id(tensor) in self._made and any(tensor is one for one in given)):

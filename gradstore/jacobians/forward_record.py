@@ -140,12 +140,13 @@ class _Recorder(TorchFunctionMode):
                 return steps(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         free = all(self._free.holds(tensor) for tensor in given)
-        if torch.is_grad_enabled() and func in RULES and any(self._free.roots(tensor) for tensor in given):
+        roots = self._free.roots_of(given)
+        if torch.is_grad_enabled() and func in RULES and roots:
             output = self._noted(func, args, kwargs, free)
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        self._free.follow(func, args, given, output, free=free)
+        self._free.follow(func, args, given, output, roots if free else None)
         return output
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:

@@ -94,6 +94,10 @@ LINEAR = [
     ),
     form("viewed weight", lambda x, w: F.linear(x, w.view(3, 5)), "linear", w=(15,)),
     form("part of a weight", lambda x, w: F.linear(x, w.chunk(2)[1]), "linear of a function", w=(6, 5)),
+    form("permuted weight", lambda x, w: F.linear(x, w[[2, 0, 1]]), "linear of a function", w=(3, 5)),
+    form("reversed weight", lambda x, w: F.linear(x, w.flip(1).t().t()), "linear of a function", w=(5, 5)),
+    form("square, transposed", lambda x, w: F.linear(x, w.t()), "linear of a function", w=(5, 5)),
+    form("changed in place", lambda x, w: F.linear(x, w.clone().mul_(2)), "linear of a function", w=(3, 5)),
     form("twice", lambda x, w: F.linear(F.linear(x, w).tanh(), w), "linear", w=(5, 5)),
     form("transposed too", lambda x, w: F.linear(F.linear(x, w), w.t()), "linear + linear of a function", w=(3, 5)),
     form("cast", lambda x, w: F.linear(x.float(), w.float()).double(), "linear", w=(3, 5)),
@@ -442,6 +446,25 @@ COMPOSITE = [
     ),
 ]
 
+
+def grouped_queries(x: Tensor, m: nn.Module, p: Tensor) -> Tensor:
+    heads = m(x).unflatten(2, (8, 2)).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        heads[:, :4], heads[:, 4:6], heads[:, 6:], attn_mask=p, scale=0.4, enable_gqa=True
+    )
+
+
+COMPOSITE += [
+    form(
+        "attention, fewer keys than queries",
+        grouped_queries,
+        {"m.weight": "linear", "m.bias": "linear", "p": A},
+        (4, 5),
+        m=lambda: nn.Linear(5, 16),
+        p=(4, 4),
+    ),
+]
+
 FORMS = {
     f"{kind}: {one.name}": one
     for kind, forms in {
@@ -456,7 +479,52 @@ FORMS = {
     }.items()
     for one in forms
 }
+OTHERS = {
+    one.name: one
+    for one in [
+        form(
+            "embedding, by frequency",
+            lambda ids, m: m(ids),
+            "",
+            5,
+            m=lambda: nn.Embedding(6, 3, scale_grad_by_freq=True),
+        ),
+        form(
+            "bag, by frequency", lambda ids, m: m(ids), "", 5, m=lambda: nn.EmbeddingBag(6, 3, scale_grad_by_freq=True)
+        ),
+        form("bag, largest", lambda ids, m: m(ids), "", 5, m=lambda: nn.EmbeddingBag(6, 3, mode="max")),
+        form(
+            "bag, offsets",
+            lambda ids, m: m(ids.flatten(), torch.arange(0, ids.numel(), 5)),
+            "",
+            5,
+            m=lambda: nn.EmbeddingBag(6, 3),
+        ),
+        form("einsum of three", lambda x, w, v: torch.einsum("nti,io,t->no", x, w, v), "", w=(5, 3), v=(4,)),
+        form("einsum, ellipsis", lambda x, w: torch.einsum("...i,io->...o", x, w), "", w=(5, 3)),
+        form("einsum, implicit", lambda x, w: torch.einsum("nti,io", x, w), "", w=(5, 3)),
+        form("einsum, diagonal", lambda x, w: torch.einsum("nti,ii->nti", x, w), "", w=(5, 5)),
+        form("einsum, own sum", lambda x, w: torch.einsum("nti,io->nt", x, w), "", w=(5, 3)),
+        form("one row at a time", lambda x, m: torch.stack([m(row) for row in x]), "", (5,), m=lambda: nn.Linear(5, 3)),
+        form("reversed examples", lambda x, m: m(x.flip(0)).flip(0), "", m=lambda: nn.Linear(5, 3)),
+        form("distances", lambda x, w: torch.cdist(x, w), "", w=(3, 5)),
+        form("rows that examples choose", lambda x, w: w[x[..., 0].argmax(1)], "", w=(4, 3)),
+        form("LSTM, projected", lambda x, m: m(x)[0], "", m=lambda: nn.LSTM(5, 3, proj_size=2, batch_first=True)),
+        form("sorted", lambda x, w: (x * w).sort(1)[0] + w.sort()[0], "", w=(5,)),
+        form("unused", lambda x, w, v: x * w, "", w=(5,), v=(3,)),
+        form("detached", lambda x, w: x * w + (x * w).detach() + w.detach(), "", w=(5,)),
+        form("without gradient", lambda x, w: x * w + torch.no_grad()(torch.mul)(x, w), "", w=(5,)),
+        form("a view changed after", lambda x, w: _half_changed(x, w), "", w=(2,)),
+    ]
+}
 EACH = pytest.mark.parametrize("one", FORMS.values(), ids=FORMS.keys())
+
+
+def _half_changed(x: Tensor, w: Tensor) -> Tensor:
+    y = 2 * x
+    y[..., :2] += w
+    y[..., 2:4] *= w
+    return y
 
 
 class _Asked(dict):  # type: ignore[type-arg]
@@ -486,11 +554,19 @@ def looped(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     rows = []
     for example in batch:
         logits = model(example[None])[0]
-        found = [torch.autograd.grad(one, parameters, retain_graph=True) for one in logits]
+        found = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in logits]
         rows.append(
             [torch.stack([g.to_dense().flatten() for g in gradients]) for gradients in zip(*found, strict=True)]
         )
     return {name: torch.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def streamed(engine: JacobianEngine, batch: Tensor) -> dict[str, Tensor]:
+    """The same from the engine."""
+    pieces: dict[str, list[Tensor]] = {}
+    for block in engine(batch):
+        pieces.setdefault(block.name, []).append(block.dense().double())
+    return {name: torch.cat(parts, -1) for name, parts in pieces.items()}
 
 
 @EACH
@@ -498,13 +574,20 @@ def looped(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 def test_route_and_values(one: Form, n: int) -> None:
     model, batch = one.model().eval(), one.batch(n, seed=2)
     engine = JacobianEngine(model, parameter_blocks(model), example=one.batch(3))
-    pieces: dict[str, list[Tensor]] = {}
-    for block in engine(batch):
-        pieces.setdefault(block.name, []).append(block.dense().double())
+    values = streamed(engine, batch)
     for name, want in looped(model, batch).items():
-        torch.testing.assert_close(torch.cat(pieces[name], -1), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+        torch.testing.assert_close(values[name], want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
     found = {name.removeprefix("inner."): route for name, route in engine.describe() if name != "gain"}
     assert found == (one.route if isinstance(one.route, dict) else dict.fromkeys(found, one.route))
+
+
+@pytest.mark.parametrize("one", OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_values_of_what_is_close_to_a_rule(one: Form) -> None:
+    model, batch = one.model().eval(), one.batch(4, seed=2)
+    found = streamed(JacobianEngine(model, parameter_blocks(model), example=one.batch(3)), batch)
+    for name, want in looped(model, batch).items():
+        torch.testing.assert_close(found[name], want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 @EACH

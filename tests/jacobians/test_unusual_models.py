@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_layers import Uses
-from test_rules import looped, moved
+from test_rules import looped, moved, streamed
 from torch import Tensor, nn
 
 import gradstore as gs
@@ -22,6 +22,7 @@ from gradstore.jacobians.by_autograd import by_loop, by_torch_func
 from gradstore.jacobians.rules import ARGUMENTS, RULES
 from gradstore.jacobians.terms import ReducedTerm
 from gradstore.jacobians.uses import Use, channels_last
+from gradstore.jacobians.weight_functions import WeightFunction
 from gradstore.model.parameters import parameter_blocks
 
 pytestmark = pytest.mark.numerical
@@ -42,13 +43,6 @@ def engine_of(model: nn.Module, example: Any, forward: Forward | None = None) ->
 
 def routes(model: nn.Module, example: Any, forward: Forward | None = None) -> dict[str, str]:
     return dict(engine_of(model, example, forward).describe())
-
-
-def streamed(engine: JacobianEngine, batch: Any) -> dict[str, Tensor]:
-    pieces: dict[str, list[Tensor]] = {}
-    for block in engine(batch):
-        pieces.setdefault(block.name, []).append(block.dense().double())
-    return {name: torch.cat(parts, -1) for name, parts in pieces.items()}
 
 
 def error(ours: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -211,6 +205,43 @@ def test_a_generic_route_that_serves_nothing_is_soon_given_up() -> None:
     found = generic_routes.generic_routes([str(i) for i in range(200)], right)
     assert set(found.values()) == {by_loop}
     assert len(tries) <= 20
+
+
+class Tripled(torch.autograd.Function):
+    """Its backward pass is one that vmap refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return 3 * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.new_tensor((3 * gradient).tolist())
+
+
+@pytest.mark.parametrize("function", [torch.exp, Tripled.apply], ids=["by vmap", "row by row"])
+def test_a_function_of_a_weight_is_pulled_back(function: Callable[..., Tensor]) -> None:
+    w = ROWS.clone().requires_grad_()
+    rows = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    found = WeightFunction(function(w), ("w",)).pull_back(rows, {"w": w})["w"]
+    torch.testing.assert_close(found, rows * (3 if function is not torch.exp else w.detach().exp().view(1, -1)))
+
+
+class Distances(nn.Module):
+    """Under `torch.func`, torch.cdist gives wrong gradients of several classes, and right ones of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x[:, None], self.centres)[:, 0].square()
+
+
+def test_a_generic_route_that_is_right_for_one_class_only_is_not_taken() -> None:
+    model = seeded(Distances)
+    assert routes(model, ROWS)["centres"] == "autograd by example (used outside a known layer)"
+    agrees(model, ROWS)
 
 
 # -- dtypes ----------------------------------------------------------------------------------------------------------
