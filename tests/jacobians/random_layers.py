@@ -543,3 +543,25 @@ def makers(shape: Shape) -> Sequence[Maker]:
     """All that may suit an example of this shape."""
     own = {1: ROWS, 2: [*SEQUENCES, *CHANNELS], 3: CHANNELS, 4: CHANNELS}[len(shape)]
     return [*own, *own, *ANYWHERE, *LAST]
+
+
+def unknown(rng: Random, shape: Shape) -> nn.Module:
+    """Of the last axis, by functions that no rule knows."""
+    f, g = shape[-1], rng.randint(1, 3)
+    forms: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+        lambda x, w, p: torch.cdist(x.unsqueeze(-2), w).squeeze(-2).square(),
+        lambda x, w, p: torch.tensordot(x, w, dims=([-1], [1])),
+        lambda x, w, p: F.cosine_similarity(x[..., None, :], w + 2, dim=-1, eps=1e-2),
+        lambda x, w, p: torch.logaddexp(x, p),
+        lambda x, w, p: torch.atan2(x, p.exp()),
+        lambda x, w, p: torch.logsumexp(torch.stack([x, p.expand_as(x)]), 0),
+        lambda x, w, p: torch.hypot(x, p) + p.cumsum(0)[x.argmax(-1)][..., None],
+        lambda x, w, p: torch.einsum("...i,oi->...o", x, w),
+        lambda x, w, p: torch.cat([x, torch.outer(p, p).sum(0).expand_as(x)], -1),
+        lambda x, w, p: F.softmax(torch.baddbmm(p.expand(1, g, f), w[None], p.diag()[None])[0] @ x[..., None], -2)[
+            ..., 0
+        ],
+        lambda x, w, p: x.index_add(-1, torch.arange(f), p.expand_as(x)),
+        lambda x, w, p: torch.xlogy(x, 1 + p.square()) + torch.special.expit(p) * x,
+    ]
+    return Uses(rng.choice(forms), w=weight(g, f), p=weight(f))

@@ -26,6 +26,7 @@ from random_layers import (
     embedding,
     flag,
     makers,
+    unknown,
     weight,
 )
 from torch import Tensor, nn
@@ -279,6 +280,8 @@ class _Draw:
         if not self.flag(0.3):
             raise ValueError("rarely")
         self.unknown = True
+        if self.flag():
+            return unknown(self.rng, shape)
         forms: list[Callable[..., Tensor]] = [
             lambda x, inner: inner(x.flip(0)).flip(0),
             lambda x, inner: checkpoint(inner, x, use_reentrant=False),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from random import Random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from gradstore.errors import ProjectError
 from gradstore.jacobians import JacobianEngine
+from gradstore.jacobians.footprint import MAX_COLUMNS
 from gradstore.model.parameters import parameter_blocks
 
 pytestmark = [
@@ -100,7 +102,12 @@ def alone(engine: JacobianEngine, drawn: Drawn) -> tuple[Tensor, dict[str, Tenso
 
 def wrong(seed: int) -> tuple[list[str], bool | None]:
     """What is wrong with the network of a seed, and whether rules serve it all (None: they are not meant to)."""
-    drawn, rng = draw(seed), Random(~seed)
+    rng = Random(~seed)
+    with mock.patch.dict(MAX_COLUMNS, cpu=rng.choice([1 << 16, 1 << 16, 7])):
+        return _wrong(draw(seed), rng)
+
+
+def _wrong(drawn: Drawn, rng: Random) -> tuple[list[str], bool | None]:
     before = {name: value.clone() for name, value in drawn.model.state_dict().items()}
     by_itself = rng.random() < 0.15
     try:

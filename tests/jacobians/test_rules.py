@@ -13,6 +13,7 @@ from random_layers import Uses, weight
 from torch import Tensor, nn
 
 from gradstore.jacobians import JacobianEngine, forward_record
+from gradstore.jacobians.footprint import MAX_COLUMNS
 from gradstore.jacobians.rules import RULES
 from gradstore.model.parameters import parameter_blocks
 
@@ -137,12 +138,20 @@ CONVOLUTIONS = [
         (3, 2, 4, 4),
         m=lambda: nn.Conv2d(2, 3, 2),
     ),
+    form(
+        "2d folded, depthwise",
+        lambda x, m: m(x.flatten(0, 1)).unflatten(0, (-1, 3)),
+        "convolution",
+        (3, 2, 4, 4),
+        m=lambda: nn.Conv2d(2, 4, 2, groups=2),
+    ),
     form("2d of few outputs", lambda x, m: m(x), "convolution", (2, 3, 3), m=lambda: nn.Conv2d(2, 9, 3)),
     *(transposed(dims, "transposed", 3, 2) for dims in (1, 2, 3)),
     *(
         transposed(dims, "transposed, all", 6, 2, stride=2, padding=1, output_padding=1, dilation=2, groups=2)
         for dims in (1, 2, 3)
     ),
+    transposed(1, "transposed, longer than its steps", 3, 3, dilation=2, output_padding=1),
     transposed(2, "transposed, uneven", 2, (3, 1), stride=(1, 3), output_padding=(0, 2), padding=(1, 0), bias=False),
 ]
 
@@ -570,8 +579,9 @@ def streamed(engine: JacobianEngine, batch: Tensor) -> dict[str, Tensor]:
 
 
 @EACH
-@pytest.mark.parametrize("n", [1, 4])
-def test_route_and_values(one: Form, n: int) -> None:
+@pytest.mark.parametrize(("n", "columns"), [(1, 4), (4, 1 << 16)])
+def test_route_and_values(one: Form, n: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAX_COLUMNS, "cpu", columns)
     model, batch = one.model().eval(), one.batch(n, seed=2)
     engine = JacobianEngine(model, parameter_blocks(model), example=one.batch(3))
     values = streamed(engine, batch)

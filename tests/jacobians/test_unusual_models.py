@@ -347,6 +347,29 @@ def test_a_model_made_in_inference_mode_is_refused_in_one_line() -> None:
     )
 
 
+LIKE_A_SUM: dict[str, tuple[Callable[[], nn.Module], list[list[int]], list[list[int]]]] = {
+    "embedding by frequency": (
+        lambda: nn.Embedding(6, 3, scale_grad_by_freq=True),
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 0], [2, 3], [1, 1]],
+    ),
+    "bag by frequency": (
+        lambda: nn.EmbeddingBag(6, 3, scale_grad_by_freq=True),
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 0], [2, 3], [1, 1]],
+    ),
+    "largest of a bag": (lambda: nn.EmbeddingBag(6, 3, mode="max"), [[0], [1], [2]], [[0, 1], [2, 3], [4, 5]]),
+}
+
+
+@pytest.mark.parametrize("kind", LIKE_A_SUM)
+def test_what_the_probe_does_not_show(kind: str) -> None:
+    build, probe, batch = LIKE_A_SUM[kind]
+    model = seeded(lambda: Uses(lambda ids, m: m(ids).reshape(len(ids), -1, 3).sum(1).tanh(), m=build()))
+    want = looped(copy.deepcopy(model).double(), torch.tensor(batch))
+    assert error(streamed(engine_of(model, torch.tensor(probe)), torch.tensor(batch)), want) < 1e-5
+
+
 # -- what a forward pass writes --------------------------------------------------------------------------------------
 
 
