@@ -184,7 +184,7 @@ def _both(name: str) -> list[Any]:
     return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
 
 
-_BY_AUTOGRAD = ("div", "true_divide", "pow", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv", "clamp")
+_BY_AUTOGRAD = ("div", "true_divide", "pow", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "clamp")
 _CHANGING = ("mul", "multiply", "div", "true_divide", "pow", "lerp", "addcmul", "addcdiv")
 _PLAIN = {"add": add, "sub": subtract, "subtract": subtract, "mul": multiply, "multiply": multiply}
 
@@ -197,6 +197,8 @@ ARITHMETIC: dict[Any, Rule] = {
     Tensor.__mul__: multiply,
     Tensor.__rmul__: multiply,
     Tensor.__truediv__: elementwise(torch.div),
+    torch.where: elementwise(torch.where),
+    Tensor.where: elementwise(lambda input, condition, other: torch.where(condition, input, other)),
     torch.prelu: prelu,
     Tensor.prelu: prelu,
     Tensor.expand: expand,

@@ -53,7 +53,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
 
     def bias(deltas: Tensor, _: Batch) -> Tensor:
         total = wide(deltas).sum(2) * beta
-        return total.sum(-1) if math.prod(shape) == 1 else total
+        return total.sum(-1, keepdim=True) if math.prod(shape) == 1 else total
 
     return replace(use, terms={**use.terms, "input": reduced(shape, bias)})
 
@@ -93,6 +93,7 @@ def _contraction(
         (roles[0], x, labels[0], y, labels[1]),
         (roles[1], y, labels[1], x, labels[0]),
     ):
+        own, own_labels = _without_broadcast(own, own_labels, output, other_labels)
         sizes = dict(zip(own_labels, own.shape, strict=True))
         for label, size in zip(other_labels, other.shape, strict=True):
             if sizes.get(label) == 1 < size:  # repeated along this axis, so the gradient is summed over it
@@ -107,6 +108,12 @@ def _contraction(
             found += possible
     order = tuple(how for how in _AXIS if how in found)
     return Use("matrix product", deltas_by_example, order, terms, (x, y)) if terms else None
+
+
+def _without_broadcast(own: Tensor, labels: str, output: str, other: str) -> tuple[Tensor, str]:
+    """An operand without the axes of size 1 along which it is used for everything that the other operand has there."""
+    axes = [a for a, label in enumerate(labels) if own.shape[a] == 1 and label in output and label in other]
+    return own.squeeze(axes), "".join(label for a, label in enumerate(labels) if a not in axes)
 
 
 _AXIS = {FIRST: 0, SECOND: 1, FOLDED: 0, FOLDED_LAST: 0}

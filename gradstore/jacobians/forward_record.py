@@ -157,13 +157,13 @@ class _Recorder(TorchFunctionMode):
                 return steps(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         free = all(self._free.holds(tensor) for tensor in given)
-        roots = tuple(dict.fromkeys(name for tensor in given for name in self._free.roots(tensor)))
-        if roots and func in RULES and torch.is_grad_enabled():
+        roots = self._free.roots_of(given)
+        if torch.is_grad_enabled() and func in RULES and roots:
             output = self._noted(func, args, kwargs, free)
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        self._free.follow(func, args, given, output, roots if free else (), free=free)
+        self._free.follow(func, args, given, output, roots if free else None)
         return output
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
@@ -232,9 +232,10 @@ class _Recorder(TorchFunctionMode):
         return names
 
     def _may_hold_examples(self, func: Any, args: Any, call: Call) -> bool:
-        # A class token is repeated for each example; indices of positions may have been, before they are looked up.
-        if func is F.embedding:
-            repeated = args[0].ndim > 1 and len(args[0]) == self._n
+        # A class token is repeated for each example; indices of positions may have been, before they are looked up, and
+        # so is the state that a recurrent cell begins with.
+        if func in (F.embedding, F.linear):
+            repeated = bool(args) and args[0].ndim > 1 and len(args[0]) == self._n
             if repeated and self._calls is None:
                 repeated = bool((args[0] == args[0][:1]).all())
         else:

@@ -13,6 +13,8 @@ from gradstore.machine.out_of_memory import is_out_of_memory
 Exact = Callable[[Subject, list[str], Inputs, Tensor], list[Tensor]]
 Try = Callable[[Exact, list[str]], dict[str, bool]]
 
+_TRIED_EACH = 4  # parameters that are tried one by one, though they fail together as others did
+
 WORDS: dict[Exact, str] = {
     by_torch_func: "torch.func",
     by_example: "autograd by example",
@@ -45,11 +47,18 @@ def _served(route: Exact, names: list[str], right: Try, failed: str | None = Non
     error = _tried(route, names, right)
     if isinstance(error, list):
         return error
-    alike = len(names) == 1 or (error == failed and _tried(route, names[:1], right) == failed)
-    if alike:  # not a matter of some parameters
+    if len(names) == 1 or (error == failed and _alike(route, names, right, failed)):
         return []
     half = len(names) // 2
     return [*_served(route, names[:half], right, error), *_served(route, names[half:], right, error)]
+
+
+def _alike(route: Exact, names: list[str], right: Try, failed: str) -> bool:
+    """Whether a failure is no matter of some parameters: of many, the first, middle and last fail so by themselves."""
+    if len(names) <= _TRIED_EACH:
+        return False
+    some = (names[0], names[len(names) // 2], names[-1])
+    return all(_tried(route, [name], right) == failed for name in some)
 
 
 def _tried(route: Exact, names: list[str], right: Try) -> list[str] | str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradstore.jacobians.blocks import ALL, Unread, outer_sum
-from gradstore.jacobians.patches import Padding, each, patches
+from gradstore.jacobians.patches import Padding, each, padded, patches
 from gradstore.jacobians.row_owners import ANY, FIRST, FOLDED, by_example, deltas_by_example
 from gradstore.jacobians.terms import SHRINKS, IndexTerm, OuterTerm, ReducedTerm, Term
 from gradstore.jacobians.uses import (
@@ -75,7 +75,7 @@ def convolution(
 
 
 def _grouped_gradient(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, deltas: Tensor
+    x: Tensor, weight: Tensor, stride: Any, padding: Padding, dilation: Any, groups: int, deltas: Tensor
 ) -> Tensor:
     """The gradient of a grouped convolution's weight, by one convolution in which each example is a group of its own.
 
@@ -86,7 +86,10 @@ def _grouped_gradient(
         Of deltas [n, f, o, positions], [n, f, o, …].
     """
     n, dims, kernel = len(x), x.ndim - 2, tuple(weight.shape[2:])
-    steps, gaps, sides = each(stride, dims), each(dilation, dims), each(padding, dims)
+    steps, gaps = each(stride, dims), each(dilation, dims)
+    if isinstance(padding, str):
+        x, padding = padded(x, kernel, padding, gaps), 0
+    sides = each(padding, dims)
     space = [
         (size + 2 * side - gap * (k - 1) - 1) // step + 1
         for size, side, gap, k, step in zip(x.shape[2:], sides, gaps, kernel, steps, strict=True)

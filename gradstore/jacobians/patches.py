@@ -31,18 +31,29 @@ def patches(
     """
     dims = len(kernel)
     steps, gaps = each(stride, dims), each(dilation, dims)
-    padded = _padded(inputs, kernel, padding, gaps)
+    extended = padded(inputs, kernel, padding, gaps)
     spans = [gap * (k - 1) + 1 for gap, k in zip(gaps, kernel, strict=True)]
-    space = [(size - span) // step + 1 for size, span, step in zip(padded.shape[2:], spans, steps, strict=True)]
-    strides = padded.stride()
-    view = padded.as_strided(
-        (*padded.shape[:2], *kernel, *space),
+    space = [(size - span) // step + 1 for size, span, step in zip(extended.shape[2:], spans, steps, strict=True)]
+    strides = extended.stride()
+    view = extended.as_strided(
+        (*extended.shape[:2], *kernel, *space),
         (*strides[:2], *_scaled(strides[2:], gaps), *_scaled(strides[2:], steps)),
     )
     return view.flatten(1, 1 + dims).flatten(2)
 
 
-def _padded(inputs: Tensor, kernel: Sequence[int], padding: Padding, gaps: Sequence[int]) -> Tensor:
+def padded(inputs: Tensor, kernel: Sequence[int], padding: Padding, gaps: Sequence[int]) -> Tensor:
+    """Inputs as a convolution without padding would take them.
+
+    Args:
+        inputs: [b, channels, *space].
+        kernel: the kernel's extent per spatial dimension.
+        padding: as for `patches`.
+        gaps: the dilation per spatial dimension.
+
+    Returns:
+        [b, channels, *space], with zeros around it.
+    """
     if padding == "valid":
         return inputs
     if padding == "same":

@@ -88,7 +88,7 @@ class Prober:
         alone: examples are never computed together, so one is the probe.
 
     Holds three examples' graph, and beside it one model's worth of gradients, for a moment two; four while it finds out
-    why some differ.
+    why some differ, and one more from the moment that it tries a generic route.
 
     Raises:
         ProjectError: the model's output is not logits, or an example's logits depend on its neighbours in the batch.
@@ -105,6 +105,7 @@ class Prober:
         self._require_independent_examples()
         self._cotangent = weights(self._logits.shape[1], self._logits)
         looped = self._differentiated()
+        self._other: dict[str, Tensor] = {}  # the same of the classes in reverse, where a generic route is tried
         self._scale = float(torch.stack([g.norm().double() for g in looped.values()]).norm())
         try:
             self._reference = self._batched()
@@ -180,7 +181,8 @@ class Prober:
             return _Attempt(structured, recording, [], measured([], {}, 0, 1), failed)
         cotangents = self._cotangent[None]
         pulled = pull_back(recording, arrangements, parameters, cotangents, cotangents, self._tolerance)
-        footprint = measured(recording.taps, pulled.terms, saved.total, self._count)
+        whole = {name: terms for name, terms in pulled.terms.items() if name not in pulled.unsafe}
+        footprint = measured(recording.taps, whole, saved.total, self._count)
         failed = dict(pulled.unsafe)
         for name in structured:
             terms = pulled.terms.pop(name, [])
@@ -216,9 +218,16 @@ class Prober:
 
     def _try_generic(self, route: Exact, names: list[str]) -> dict[str, bool]:
         """Run a route on the probe, and say by name whether it gave the right gradient; it may raise anything."""
-        found = route(self._subject, names, self._probe, self._cotangent[None])
-        mixed = {name: self._mixed(values) for name, values in zip(names, found, strict=True)}
-        wrong = self._differing(mixed)
+        if self.classes == 1:
+            found = route(self._subject, names, self._probe, self._cotangent[None])
+        else:  # some functions of torch are right for one cotangent only: `torch.cdist` under `torch.func`, say
+            found = route(self._subject, names, self._probe, torch.stack([self._cotangent, self._cotangent.flip(0)]))
+            self._other = self._other or self._looped(self._subject, self._probe, self._cotangent.flip(0))
+        wrong: set[str] = set()
+        for place, reference in enumerate((self._reference, self._other)[: min(2, self.classes)]):
+            each = zip(names, found, strict=True)
+            mixed = {name: self._mixed(values[:, place : place + 1]) for name, values in each}
+            wrong |= self._differing(mixed, reference)
         return {name: name not in wrong for name in names}
 
     def _differentiated(self) -> dict[str, Tensor]:
@@ -243,13 +252,14 @@ class Prober:
                 hint="Call loss.backward() on one example by hand, with retain_graph=True, to find the operation",
             ) from error
 
-    def _looped(self, subject: Subject, probe: Inputs) -> dict[str, Tensor]:
+    def _looped(self, subject: Subject, probe: Inputs, cotangent: Tensor | None = None) -> dict[str, Tensor]:
         """Autograd's gradient of `Σ_i w_i Σ_c u_c logits[i, c]`, one example at a time; per parameter, [size]."""
+        cotangent = self._cotangent if cotangent is None else cotangent
         names = list(subject.parameters)
         wide = {name: _wide(p.dtype) for name, p in subject.parameters.items()}
         total = {name: p.new_zeros(p.numel(), dtype=wide[name]) for name, p in subject.parameters.items()}
         factors = weights(self._count, self._logits).tolist()
-        for i, _, gradients in one_by_one(subject, names, probe, self._cotangent[None]):
+        for i, _, gradients in one_by_one(subject, names, probe, cotangent[None]):
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient.reshape(-1), alpha=factors[i])
@@ -264,15 +274,16 @@ class Prober:
         found = torch.autograd.grad(logits, list(parameters.values()), cotangents, materialize_grads=True)
         return {name: dense(g).reshape(-1).to(_wide(g.dtype)) for name, g in zip(parameters, found, strict=True)}
 
-    def _differing(self, ours: Mapping[str, Tensor]) -> set[str]:
+    def _differing(self, ours: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None = None) -> set[str]:
         """Parameters whose gradient is another than autograd's of the batch, by more than roundings move that."""
-        left = {name: float((values - self._reference[name]).norm()) for name, values in ours.items()}
+        reference = self._reference if reference is None else reference
+        left = {name: float((values - reference[name]).norm()) for name, values in ours.items()}
 
         def unexplained(moved: Mapping[str, float]) -> set[str]:
             return {
                 name
                 for name, error in left.items()
-                if not self._small(error, self._reference[name], self._scale, moved.get(name, 0.0))
+                if not self._small(error, reference[name], self._scale, moved.get(name, 0.0))
             }
 
         if not unexplained({}):
