@@ -115,8 +115,16 @@ def settings_options(function: F) -> F:
             "--layout",
             default="per-class",
             show_default=True,
-            type=click.Choice(["per-class", "sum", "mixed"]),
-            help="Store every class [n, c, K]; P Σ_c g^c [n, 1, K]; or Σ_c P_c g^c [n, 1, K].",
+            type=click.Choice(["per-class", "sum", "mixed", "sketched"]),
+            help="Store every class [n, c, K]; P Σ_c g^c [n, 1, K]; Σ_c P_c g^c [n, 1, K]; or random combinations of "
+            "classes, which many classes are differentiated faster by [n, 1, K].",
+        ),
+        click.option(
+            "--class-draws",
+            default=32,
+            show_default=True,
+            type=click.IntRange(2),
+            help="Combinations of classes in the layout sketched; K is a multiple.",
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the projection."),
         click.option(

@@ -22,17 +22,11 @@ from gradstore.jacobians.blocks import DenseBlock
 
 ROOT = Path(__file__).parent.parent
 HAND = {entry.name: entry for entry in hand_written.ENTRIES}
-WRONG = {
-    "biases cached in eval mode",  # the engine's first pass is without gradients, and so are the biases ever after
-    "tokens from a batch norm",  # the engine compares with PyTorch's gradient of one example alone, which is wrong
-}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch itself, on old ways to norm a weight and on scripts
 @pytest.mark.numerical
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in WRONG else ()) for name in HAND]
-)
+@pytest.mark.parametrize("name", HAND)
 def test_hand_written_model_is_right(name: str) -> None:
     found = rightness(HAND[name], most=3)
     assert found["outcome"] == "right", found["why"]

@@ -20,12 +20,25 @@ from gradstore.errors import GradstoreError, ProjectError
 from gradstore.featurization.bad_rows import BadRows
 from gradstore.featurization.gradient_audit import GradientAudit
 from gradstore.featurization.grow import SmallerStore
+from gradstore.featurization.lowered_features import LoweredFeatures
 from gradstore.featurization.plan import Plan, one_row, slice_rows, to_device
 from gradstore.featurization.preview_column import preview_table
-from gradstore.featurization.row_audit import require_finite, require_labels, require_preserved
+from gradstore.featurization.row_audit import (
+    require_draws_preserved,
+    require_finite,
+    require_labels,
+    require_preserved,
+)
 from gradstore.featurization.row_independence import RowIndependence
 from gradstore.featurization.second_look import SecondLook
-from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, join_blocks
+from gradstore.jacobians import (
+    DenseBlock,
+    EmbeddingBlock,
+    JacobianBlock,
+    LoweredBlock,
+    OwnRowBlock,
+    join_blocks,
+)
 from gradstore.jacobians.reused_memory import reused
 from gradstore.machine.cuda_streams import Beside, Handover, to_host
 from gradstore.machine.devices import full_float32
@@ -177,6 +190,7 @@ class _Sums:
         rows: which rows.
         features: P g, float32 [n, c, K].
         sq_norm: ‖g‖², float64 [n, c].
+        added_up: the same of what g is the sum of where that is projected in its place (`LoweredFeatures`), else zero.
         parts: the same of each parameter and class.
         logits: [n, classes].
         comparison: of a row whose projection was audited.
@@ -188,6 +202,7 @@ class _Sums:
     rows: range
     features: Tensor
     sq_norm: Tensor
+    added_up: Tensor
     parts: Mapping[str, Tensor]
     logits: Tensor
     comparison: Comparison | None
@@ -198,15 +213,20 @@ class _Sums:
     def require_good(self, plan: Plan) -> None:
         """Raise `NonFiniteError` for the first row that must not be stored."""
         rows: Sequence[int] = self.rows
-        features, sq_norm, parts = self.features, self.sq_norm, self.parts
+        features, sq_norm, added_up, parts = self.features, self.sq_norm, self.added_up, self.parts
         if self.absent is not None:
             there = np.flatnonzero(self.absent == 0)
             rows, at = [rows[i] for i in there.tolist()], torch.from_numpy(there).to(features.device)
-            features, sq_norm, parts = features[at], sq_norm[at], {name: part[at] for name, part in parts.items()}
+            features, sq_norm, added_up = features[at], sq_norm[at], added_up[at]
+            parts = {name: part[at] for name, part in parts.items()}
         require_finite(sq_norm, parts, rows, plan.split)
-        require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale)
+        if (draws := plan.settings.draws) and len(rows):
+            require_draws_preserved(features, parts, rows, plan.split, draws)
+        else:
+            require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up)
         if self.comparison is not None and self.has(self.comparison.i):
-            self.comparison.require(self.sq_norm, plan.split)
+            by_draw = torch.stack([*self.parts.values()]).sum(0) if plan.settings.draws else self.sq_norm
+            self.comparison.require(by_draw, plan.split)
 
     def has(self, i: int) -> bool:
         """Whether row i of the batch is there."""
@@ -279,104 +299,171 @@ def _project(
     """
     first_k = 0 if old is None else old.shape[-1]
     projection, rows = plan.projection, range(spans[0].start, spans[-1].stop)
-    mixed = plan.settings.layout == "mixed"
+    draws = plan.settings.draws
+    mixed = plan.settings.layout == "mixed" or bool(draws)  # a P of its own for each row of an example's Jacobian
     watch.lap("jacobians")
     streams = [plan.engine(inputs) for inputs in groups]
     logits = torch.cat([stream.logits for stream in streams])
     parts: dict[str, Tensor] = {}
     shape = (len(rows), plan.manifest.schema.c)
-    gradients = plan.classes if mixed else plan.manifest.schema.c
+    gradients = draws or (plan.classes if mixed else plan.manifest.schema.c)
     features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
     audit = gradient = None
     if audited:
-        audit = ProjectionAudit(projection, spans, gradients, mixed=mixed, first_k=first_k, device=logits.device)
+        each = replace(projection, dim=projection.dim // max(1, draws))
+        audit = ProjectionAudit(
+            each, spans, gradients, mixed=mixed and not draws, apart=bool(draws), first_k=first_k, device=logits.device
+        )
     if independence is not None:
         gradient = independence.gradient_audit(groups, spans, gradients)
     audits = [found for found in (audit, gradient) if found is not None]
 
-    def room(columns: int) -> Tensor:
-        return reused((len(rows), gradients, columns), features)
+    def room(n: int, below: int, columns: int) -> Tensor:
+        return reused((n, below or gradients, columns), features)
+
+    lowered = LoweredFeatures(projection, features, first_k)
+    added_up = torch.zeros_like(sq_norm)
 
     with projection.explained(plan.device), full_float32(plan.device), Beside(logits.device) as beside:
         for blocks in zip(*streams, strict=True):
-            dense = mixed or _is_dense(projection, blocks[0])
-            name, (runs, part) = blocks[0].name, _joined(blocks, room if dense else None, audits)
+            name, (runs, part, terms) = blocks[0].name, _joined(projection, blocks, spans, room, audits, mixed=mixed)
             parts[name] = parts[name] + part if name in parts else part
-            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖².
-            sq_norm += part.sum(dim=1, keepdim=True) if mixed else part
+            # In the layout "mixed", E ‖Σ_c P_c g^c‖² / K = Σ_c ‖g^c‖²; in "sketched", E ‖f‖² = Σ_j ‖v_j‖² / r.
+            sq_norm += part.sum(dim=1, keepdim=True) / max(1, draws) if mixed else part
+            added_up += terms.sum(dim=1, keepdim=True) if mixed else terms
             watch.lap("jacobians")
             for places, block in runs:
-                work = partial(_accumulate, projection, features[places], block, first_k, mixed)
-                beside.run(work, reads=block)
+                if isinstance(block, LoweredBlock) and not mixed:
+                    lowered.add(places, block, beside)
+                else:
+                    out = features[places].view(-1, draws, projection.dim // draws) if draws else features[places]
+                    work = partial(_accumulate, projection, out, block, first_k, mixed)
+                    beside.run(work, reads=block)
             watch.lap("projection")
+        lowered.raise_into(beside)
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
-    comparison = None if audit is None else audit.compare(features)
+    by_draw = features.view(len(rows), draws, -1) if draws else features
+    comparison = None if audit is None else audit.compare(by_draw)
     absent = None if bad_rows is None else bad_rows.reasons(rows, logits, sq_norm, groups, spans)
-    return _Sums(rows, features, sq_norm, parts, logits, comparison, gradient, Handover(logits.device), absent)
-
-
-def _is_dense(projection: Projection, block: JacobianBlock) -> bool:
-    """Whether the values of all rows are needed at once; an embedding matrix is projected in parts."""
-    return route(projection, block, projection.dim) == "dense" and not isinstance(block, EmbeddingBlock)
+    found = (features, sq_norm, added_up, parts, logits, comparison, gradient)
+    return _Sums(rows, *found, Handover(logits.device), absent)
 
 
 def _joined(
+    projection: Projection,
     blocks: Sequence[JacobianBlock],
-    room: Callable[[int], Tensor] | None,
+    spans: Sequence[range],
+    room: Callable[[int, int, int], Tensor],
     audits: Sequence[ProjectionAudit | GradientAudit],
-) -> tuple[list[tuple[slice, JacobianBlock]], Tensor]:
+    *,
+    mixed: bool,
+) -> tuple[list[tuple[slice, JacobianBlock]], Tensor, Tensor]:
     """Join the same columns of several groups, as far as they have the same shape: texts may differ in their length.
 
+    Where the values of all rows are needed at once they are formed a group at a time, since their bits depend on it,
+    and dropped before the next group's. A group that fell back to another route than its neighbours is by itself.
+
     Args:
+        projection: by which blocks are multiplied.
         blocks: of the groups.
-        room: gives memory [n, c, size] for the values of so many columns; None keeps the structure that they have.
-            Values are formed a group at a time, since their bits depend on it, and dropped before the next group's.
+        spans: rows of the groups.
+        room: (examples, rows of each below the last call or 0 for all classes, columns) -> memory for values.
         audits: take what they need of each group's block while its values are held.
+        mixed: whether blocks are multiplied by a P for each class, which takes their values.
 
     Returns:
-        Blocks, each with its rows of the batch, and squared norms float64 [n, c]. The bits of a row do not depend on
-        which groups are beside its own.
+        Blocks, each with its rows of the batch; squared norms float64 [n, c]; and those of what rows are the sums of.
+        The bits of a row do not depend on which groups are beside its own.
     """
+    runs: list[tuple[slice, JacobianBlock]] = []
     norms: list[Tensor] = []
+    terms: list[Tensor] = []
 
-    def seen(block: JacobianBlock) -> JacobianBlock:
+    def look(block: JacobianBlock, formed: bool) -> None:
         norms.append(block.sq_norm())
+        terms.append(block.added_up() if isinstance(block, LoweredBlock) else torch.zeros_like(norms[-1]))
         for audit in audits:
-            audit.look(len(norms) - 1, block, formed=room is not None)
-        return block
+            audit.look(len(norms) - 1, block, formed=formed)
 
-    if room is None or len(blocks) == 1:
-        seen_blocks = [seen(block) for block in blocks]
-        runs, at = [], 0
-        for _, alike in groupby(zip(seen_blocks, map(len, norms), strict=True), key=lambda pair: pair[0].structure):
-            some, counts = zip(*alike, strict=True)
-            runs.append((slice(at, at + sum(counts)), join_blocks(some)))
-            at += sum(counts)
-        return runs, torch.cat(norms)
-    values, at = room(blocks[0].size), 0
+    at = 0
+    for _, alike in groupby(zip(blocks, map(len, spans), strict=True), key=lambda pair: type(pair[0])):
+        some, counts = zip(*alike, strict=True)
+        formed = _is_formed(projection, some[0], mixed)
+        if formed and len(some) > 1:
+            found = [_formed_together(some, partial(room, sum(counts)), look, mixed)]
+        else:
+            for block in some:
+                look(block, formed)
+            found = _together(some, counts)
+        runs += [(slice(at + places.start, at + places.stop), block) for places, block in found]
+        at += sum(counts)
+    return runs, torch.cat(norms), torch.cat(terms)
+
+
+def _is_formed(projection: Projection, block: JacobianBlock, mixed: bool) -> bool:
+    """Whether the values of all rows are needed at once; an embedding matrix is projected in parts."""
+    if mixed or isinstance(block, OwnRowBlock):
+        return not isinstance(block, OwnRowBlock)
+    multiplied = _multiplied(block, mixed)
+    return route(projection, multiplied, projection.dim) == "dense" and not isinstance(multiplied, EmbeddingBlock)
+
+
+def _multiplied(block: JacobianBlock, mixed: bool) -> JacobianBlock:
+    """What P multiplies of a block."""
+    return block.base if isinstance(block, LoweredBlock) and not mixed else block
+
+
+def _together(blocks: Sequence[JacobianBlock], counts: Sequence[int]) -> list[tuple[slice, JacobianBlock]]:
+    """Groups one after another, neighbours of one structure joined; each with its places."""
+    runs, at = [], 0
+    for _, alike in groupby(zip(blocks, counts, strict=True), key=lambda pair: pair[0].structure):
+        some, lengths = zip(*alike, strict=True)
+        runs.append((slice(at, at + sum(lengths)), join_blocks(some)))
+        at += sum(lengths)
+    return runs
+
+
+def _formed_together(
+    blocks: Sequence[JacobianBlock],
+    room: Callable[[int, int], Tensor],
+    look: Callable[[JacobianBlock, bool], None],
+    mixed: bool,
+) -> tuple[slice, JacobianBlock]:
+    """The values of all groups in one block; each group's are formed, seen and dropped in turn."""
+    first = blocks[0]
+    below = first.weight.shape[1] if isinstance(first, LoweredBlock) and not mixed else 0
+    values, at = room(below, first.size), 0
     for block in blocks:
-        stop = at + len(seen(block).dense())
-        values[at:stop] = block.dense()
-        at = stop
+        look(block, True)
+        given = _multiplied(block, mixed).dense()
+        values[at : at + len(given)] = given
+        at += len(given)
+        del given
         block.forget()
-    return [(slice(0, len(values)), DenseBlock(blocks[0].name, blocks[0].start, values))], torch.cat(norms)
+    joined = DenseBlock(first.name, first.start, values)
+    return slice(0, at), LoweredBlock(joined, first.weight) if below else joined  # type: ignore[attr-defined]
 
 
 def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
-    """Add a block's product with P, or in the layout "mixed" with each class's P, to out [n, c, K]."""
-    if mixed:
-        _accumulate_mixed(projection, out[:, 0], block.dense(), block.start, first_k)
+    """Add a block's product with P to out [n, c, K]; in the layouts "mixed" and "sketched" with a P for each row."""
+    if mixed and isinstance(block, OwnRowBlock):
+        for c in range(block.first, block.last):
+            own = replace(projection, stream=c)
+            own.accumulate(out[:, 0], block.inputs, block.own_start(c), first_k=first_k)
+    elif mixed:
+        _accumulate_mixed(projection, out, block.dense(), block.start, first_k)
     else:
         accumulate_block(projection, out, block, first_k=first_k)
 
 
 def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:
-    """Add Σ_c P_c g^c of a block [n, c, size] to out [n, K]; class c's P_c is the projection's stream c.
+    """Add P_c g^c of a block [n, c, size] to out [n, c, K], or all of them to out [n, 1, K]; P_c is stream c.
 
     One row stands for the whole Jacobian [c · p] under one projection, so ⟨Σ_c P_c g_i^c, Σ_c P_c g_j^c⟩ / K estimates
     T = Σ_c ⟨g_i^c, g_j^c⟩ without bias, with variance (Σ_c ‖g_i^c‖² Σ_c ‖g_j^c‖² + T²) / K, less for Rademacher.
     """
     for c in range(block.shape[1]):
-        replace(projection, stream=c).accumulate(out, block[:, c].contiguous(), start, first_k=first_k)
+        target = out[:, c if out.shape[1] > 1 else 0]
+        replace(projection, stream=c).accumulate(target, block[:, c].contiguous(), start, first_k=first_k)

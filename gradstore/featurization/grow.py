@@ -81,6 +81,13 @@ class SmallerStore:
 
 
 def _require_growable(store: FeatureStore, planned: Manifest) -> None:
+    if planned.identity["layout"] == "sketched":
+        raise UsageError(
+            "features of combinations of classes cannot be grown: a larger K adds columns to each combination's part",
+            where=store.path,
+            expected="another layout than sketched",
+            hint="Featurize again without --grow-from",
+        )
     if store.schema.K >= planned.schema.K:
         raise UsageError(
             "K does not grow", where="--proj-dim", expected=f"more than {store.schema.K}", got=planned.schema.K

@@ -15,12 +15,14 @@ from gradstore.featurization.preview_column import preview_shape
 from gradstore.featurization.row_audit import require_labels
 from gradstore.featurization.settings import Settings
 from gradstore.jacobians import JacobianEngine
+from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.subject import take
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.machine.devices import choose_device, memory_of
 from gradstore.model.examples import Examples, Inputs, sample_rows
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
+from gradstore.projection.class_signs import class_signs
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import ONE_ROW, Schema
@@ -48,7 +50,8 @@ class Plan:
 
     Attributes:
         manifest: of the finished store, without shards.
-        flops: 2 · n · c · p · K, the projection's work.
+        combinations: signs [r, classes] of the layout "sketched"; else None.
+        flops: the projection's work, 2 · n · c · p · K; less where the last call has few inputs.
         bytes: of the finished store's rows.
         alone: whether each example is computed by itself.
         notes: what a user should know of the model.
@@ -86,6 +89,9 @@ class Plan:
         if self.examples.label_table is not None:
             require_labels(self.examples.label_table, self.classes, split)
         self.first_sound, sound = _sound(inputs, logits, self.examples.unreadable)
+        self.combinations = None
+        if settings.draws:
+            self.combinations = class_signs(settings.seed, settings.draws, self.classes).to(self.device)
         self.engine = JacobianEngine(
             project.model,
             self.blocks,
@@ -93,6 +99,8 @@ class Plan:
             layout="sum" if settings.layout == "sum" else "per-class",
             example=sound,
             alone=alone,
+            proj_dim=settings.proj_dim,
+            combinations=self.combinations,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
         self.manifest = self._make_manifest(inputs)
@@ -110,7 +118,14 @@ class Plan:
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations, blocks and an audit, and features of three batches: one grows, two are on their way to disk."""
         audit = bytes_needed([block.size for block in self.blocks])
-        return int(self.engine.bytes_needed(rows)) + audit + rows * schema.c * schema.K * 20
+        return int(self.engine.bytes_needed(rows)) + audit + rows * (schema.c * schema.K * 20 + self._row_bytes(schema))
+
+    def _row_bytes(self, schema: Schema) -> int:
+        """Of rows that stand for classes, below the last call, their features; in "mixed", blocks of all classes."""
+        if self.settings.layout != "mixed":
+            return 4 * self.engine.below * schema.K  # none in the layouts of one row
+        widest = min(max(block.size for block in self.blocks), max_columns(self.device, self.classes))
+        return 8 * self.classes * widest if self.engine.below else 0
 
     def _make_manifest(self, inputs: Inputs) -> Manifest:
         s, project = self.settings, self.project
@@ -184,7 +199,15 @@ class Plan:
 
     def _row_flops(self, schema: Schema) -> float:
         projected = self.classes if self.settings.layout == "mixed" else schema.c
-        return 2.0 * projected * schema.K * sum(block.size for block in self.blocks)
+        below, own = self.engine.below, sum(block.size for block in self.blocks if block.name in self.engine.own)
+        values = sum(block.size for block in self.blocks) - own
+        if below and self.settings.layout == "mixed":
+            values = projected * values + own
+        elif below:
+            values = below * values + own + schema.c * below  # the last: by the weight of the last call
+        else:
+            values = projected * (values + own)
+        return 2.0 * schema.K * values
 
 
 def _notes(own: Tensor, differentiated: Tensor, rounding: float) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from gradstore.errors import NonFiniteError, ProjectError
 
 # Chance that one correct row is refused; a store of 10^9 rows and classes is refused wrongly once in a thousand.
 _FALSE_ALARM = 1e-12
+_WIDENED = 1 << 19  # values that are held in float64 at once
+_ROUNDED_AWAY = 1e-10  # of a squared norm, by sums in float32: a hundred times what is usual, squared
 
 
 def norm_band(K: int) -> tuple[float, float]:
@@ -64,10 +66,19 @@ def require_finite(sq_norm: Tensor, parts: Mapping[str, Tensor], rows: Sequence[
     require_finite_block(sq_norm, rows, "all together", split)
 
 
-def require_preserved(features: Tensor, sq_norm: Tensor, rows: Sequence[int], split: str, scale: float = 1.0) -> None:
+def require_preserved(
+    features: Tensor,
+    sq_norm: Tensor,
+    rows: Sequence[int],
+    split: str,
+    scale: float = 1.0,
+    added_up: Tensor | None = None,
+) -> None:
     """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
 
-    A class may have no gradient where others have one, as in a net that ends in ReLU: its features are zeros.
+    A class may have no gradient where others have one, as in a net that ends in ReLU: its features are zeros. Where
+    features are sums of others (`LoweredFeatures`), of squared norms `added_up` [n, c], a class may be so much smaller
+    than these that its features and its norm are their rounding errors, and different ones.
 
     Raises:
         NonFiniteError: names the first row whose gradient is zero for all classes, or whose norm was not kept.
@@ -79,13 +90,17 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: Sequence[int], sp
             where=f"split {split!r}",
             expected="a gradient, of which a cosine can be taken",
             got="‖g‖² = 0",
-            hint="Widen `parameters=`, or check that the logits depend on them; "
-            "featurize --on-bad-row skip leaves such rows out",
+            hint="Where the logits have gone through a ReLU, return those before it by forward=, or use --layout mixed "
+            "if some classes have a gradient; otherwise widen parameters=; featurize --on-bad-row skip leaves such "
+            "rows out",
         )
     low, high = norm_band(features.shape[-1])
-    norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float64).cpu() * scale
+    norm = _norms(features).cpu() * scale
     exact = sq_norm.cpu().double()
     ratio = torch.where((exact == 0) & (norm == 0), 1.0, norm.square() / exact)
+    if added_up is not None:
+        lost = _ROUNDED_AWAY * added_up.cpu().double()
+        ratio = torch.where((exact <= lost) & (norm.square() <= lost), 1.0, ratio)
     bad = torch.nonzero(~((ratio >= low) & (ratio <= high)))
     if len(bad):
         i, c = bad[0].tolist()
@@ -96,6 +111,33 @@ def require_preserved(features: Tensor, sq_norm: Tensor, rows: Sequence[int], sp
             got=f"{ratio[i, c].item():.4g}",
             hint="This is a fault of the projection, not of the data: compare with backend='reference' and report it",
         )
+
+
+def require_draws_preserved(
+    features: Tensor, parts: Mapping[str, Tensor], rows: Sequence[int], split: str, draws: int
+) -> None:
+    """Refuse features [n, 1, K] of the layout "sketched" of which a draw did not keep its norm, as `require_preserved`.
+
+    Args:
+        features: P_j v_j, K / draws columns a draw.
+        parts: by parameter, the squared norms [n, draws] of v_j.
+        rows: which rows they are.
+        split: their split.
+        draws: r.
+
+    Raises:
+        NonFiniteError: names the first row and its draw, as a class.
+    """
+    each = features.reshape(len(rows), draws, -1)
+    squares = torch.stack([*parts.values()]).sum(0)
+    require_preserved(each, squares, rows, split, each.shape[2] ** -0.5)
+
+
+def _norms(features: Tensor) -> Tensor:
+    """Norms [n, c] of features [n, c, K], in float64; on a CPU some at a time, as torch widens all it is given."""
+    step = max(1, _WIDENED // features.shape[2] if features.device.type == "cpu" else features[..., 0].numel())
+    parts = features.flatten(0, 1).split(step)
+    return torch.cat([torch.linalg.vector_norm(p, dim=-1, dtype=torch.float64) for p in parts]).view(features.shape[:2])
 
 
 def require_labels(labels: np.ndarray, classes: int, split: str, first: int = 0) -> None:

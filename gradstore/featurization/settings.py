@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import Any, TypedDict, TypeVar, cast
 
@@ -18,7 +18,7 @@ from gradstore.errors import UsageError
 from gradstore.projection import Projection
 from gradstore.projection.kinds import DEFAULT, KINDS
 from gradstore.store.identity import put, require_featurized, take
-from gradstore.store.schema import DTYPES, LAYOUTS
+from gradstore.store.schema import CLASS_DRAWS, DTYPES, LAYOUTS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +32,7 @@ class Given(TypedDict, total=False):
     layout: str
     dtype: str
     precision: str
+    class_draws: int
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class Settings:
         projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
         seed: of the projection.
         layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
-            [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example.
+            [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example; "sketched" stores
+            P_j v_j for `class_draws` random combinations v_j of the classes, K / class_draws columns each, as
+            [n, 1, K]: it serves trNTK too, and takes a backward pass a combination, not one a class, at the error that
+            `gradstore.kernels.sketched_error` states.
         dtype: of the stored features: "float16", "float32" or "int8".
         precision: of the kernels on a GPU: "fast" (relative error of a feature vector about 2e-4) or "exact" (about
             1e-6). A CPU is always exact. Stores of either are told apart by their fingerprints.
+        class_draws: r, combinations of classes in the layout "sketched"; K is a multiple of it.
 
     Raises:
         UsageError: an unknown projection, layout or dtype. `make_projection` refuses the others.
@@ -58,6 +63,7 @@ class Settings:
     layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
     dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})
     precision: str = field(default="fast", metadata={"at": ("projection", "precision"), "unnamed": True})
+    class_draws: int = field(default=CLASS_DRAWS, metadata={"at": ("class_draws",), "unnamed": True})
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -110,7 +116,21 @@ class Settings:
         Raises:
             UsageError: a setting of it is out of range.
         """
+        if self.draws:
+            self._part(Projection(self.projection, self.proj_dim, self.seed))
         return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
+
+    @property
+    def draws(self) -> int:
+        """Random combinations of classes that a row is made of; 0 in layouts that have none."""
+        return self.class_draws if self.layout == "sketched" else 0
+
+    def _part(self, projection: Projection) -> Projection:
+        """The projection of one draw."""
+        if not 2 <= self.class_draws <= self.proj_dim or self.proj_dim % self.class_draws:
+            expected = f"at least 2, of which K = {self.proj_dim} is a multiple"
+            raise UsageError("bad class draws", where="--class-draws", expected=expected, got=self.class_draws)
+        return replace(projection, dim=self.proj_dim // self.class_draws)
 
 
 def takes_settings(function: F) -> F:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from gradstore.errors import GradstoreError, ProjectError
 from gradstore.featurization.bad_rows import BadRows, skips
 from gradstore.featurization.batch import project_rows, row_columns
+from gradstore.featurization.parameter_costs import ParameterCost, parameter_costs
 from gradstore.featurization.plan import GROUP, Plan, to_device
 from gradstore.featurization.repeated_inputs import repeated_inputs
 from gradstore.featurization.settings import Given, Settings, takes_settings
@@ -41,11 +42,13 @@ class Check:
         name: of the property.
         detail: what was found.
         error: why it does not hold; None where it does.
+        costs: of each parameter, where that is the property.
     """
 
     name: str
     detail: str
     error: GradstoreError | None = None
+    costs: tuple[ParameterCost, ...] = ()
 
 
 @takes_settings
@@ -75,12 +78,16 @@ def checks(
         found["bad rows"] = BadRows(found["plan"], found["plan"].manifest, on_bad_row)
         return "; ".join((f"{type(project.model).__name__} in eval mode on {found['plan'].device}", *project.notes))
 
+    def parameters() -> str:
+        found["costs"] = tuple(parameter_costs(found["plan"]))
+        return _parameters(found["costs"])
+
     steps: list[tuple[str, Callable[[], str]]] = [
         ("project", prepare),
         ("logits", lambda: _logits(found["plan"])),
         ("data", lambda: _data(found["plan"])),
         ("inputs", lambda: repeated_inputs(project, split)),
-        ("parameters", lambda: _parameters(found["plan"])),
+        ("parameters", parameters),
         ("Jacobians", lambda: _jacobians(found["plan"])),
         ("rows", lambda: _rows(found["plan"], found["bad rows"])),
         ("store", lambda: _store(found["plan"])),
@@ -88,7 +95,8 @@ def checks(
     ]
     for name, step in steps:
         try:
-            yield Check(name, step())
+            detail = step()
+            yield Check(name, detail, costs=found["costs"] if name == "parameters" else ())
         except GradstoreError as error:
             yield Check(name, str(error), error)
             return
@@ -105,15 +113,20 @@ def _data(plan: Plan) -> str:
     return f"split {plan.split!r}: {n} rows{labelled}, sampled rows read the same twice"
 
 
-def _parameters(plan: Plan) -> str:
+def _parameters(costs: Sequence[ParameterCost]) -> str:
     routes: dict[str, int] = {}
-    for _, route in plan.engine.describe():
-        routes[route] = routes.get(route, 0) + 1
+    for cost in costs:
+        routes[cost.route] = routes.get(cost.route, 0) + 1
     listed = ", ".join(f"{route} × {count}" for route, count in routes.items())
-    found = f"{sum(block.size for block in plan.blocks):,} in {len(plan.blocks)} tensors ({listed})"
-    slow = [name for name, _ in plan.engine.generic()]
+    size = sum(cost.size for cost in costs)
+    found = f"{size:,} in {len(costs)} tensors ({listed})"
+    slow = [cost for cost in costs if cost.general]
+    if not slow:
+        return found
+    named = ", ".join(cost.name for cost in slow[:_NAMED])
     more = f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else ""
-    return found + (f"; slower, by a general route: {', '.join(slow[:_NAMED])}{more}" if slow else "")
+    values, time_ = sum(cost.size for cost in slow) / size, sum(cost.share for cost in slow)
+    return f"{found}; slower, by a general route: {named}{more}, {values:.1%} of the values and {time_:.0%} of the time"
 
 
 def _jacobians(plan: Plan) -> str:

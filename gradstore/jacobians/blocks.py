@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradstore.jacobians.reused_memory import reused
+from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 
 # Values that are held in float64 at once, unless one row has more; a GPU is asked for few large pieces, not many small.
 _WIDENED = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -78,6 +80,19 @@ class JacobianBlock:
         rows = values.split(max(1, _WIDENED.get(values.device.type, 1 << 19) // max(1, self.size)))
         norms = [torch.linalg.vector_norm(some, dim=-1, dtype=torch.float64) for some in rows]
         return torch.cat(norms).square().view(self.dense().shape[:2])
+
+    def inner_products(self) -> Tensor:
+        """Inner products of the rows of each example over these columns, [n, c, c] float64, summed in float64."""
+        return _each_alone(self.dense(), _gram_in_pieces)
+
+    def sq_terms(self, i: int, factors: Tensor) -> Tensor:
+        """Σ_c u_c² of the squares of what class c of example i is the sum of, by factors u [c]; float64 []."""
+        values = self.dense()[i].double().square().sum(1)
+        return factors.double().square() @ values
+
+    def joined(self, others: Sequence[JacobianBlock]) -> JacobianBlock:
+        """Join it with the same columns of other batches, all of its class and structure; see `join_blocks`."""
+        return _joined_values([self, *others])
 
     def _values(self) -> Tensor:
         raise NotImplementedError
@@ -209,6 +224,24 @@ class LinearBlock(JacobianBlock):
         terms = gram_of(deltas.flatten(0, 1)).view(*deltas.shape[:3], -1) * self._gram()[:, None]
         return terms.sum((2, 3)).clamp_(min=0.0)  # positions that cancel leave rounding errors of either sign
 
+    def inner_products(self) -> Tensor:
+        """See `JacobianBlock.inner_products`: Σ_tt' ⟨δ_t^c, δ_t'^d⟩ ⟨a_t, a_t'⟩ where there are few positions."""
+        _, c, positions, _ = self.deltas.shape
+        if positions * (positions + c) > c * self.width:
+            return super().inner_products()
+        rows = zip(self.deltas, self.activations, strict=True)
+        return _each_alone(list(rows), _gram_of_outer_sums)
+
+    def sq_terms(self, i: int, factors: Tensor) -> Tensor:
+        """See `JacobianBlock.sq_terms`: Σ_c u_c² ‖δ^c‖² ‖a‖²."""
+        deltas = factors.double().square() @ self.deltas[i].double().square().sum((1, 2))
+        return deltas * self.activations[i].double().square().sum()
+
+    def joined(self, others: Sequence[JacobianBlock]) -> JacobianBlock:
+        """See `JacobianBlock.joined`."""
+        activations, deltas = _columns([self, *others], "activations", "deltas")
+        return LinearBlock(self.name, self.start, activations, deltas)
+
     def _values(self) -> Tensor:
         return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])
 
@@ -264,6 +297,21 @@ class EmbeddingBlock(JacobianBlock):
         """Σ of the squared values of each row, [n, c] float64; the dense values are not formed."""
         return (self._merged().double() * self.deltas.double()).sum((2, 3))
 
+    def inner_products(self) -> Tensor:
+        """See `JacobianBlock.inner_products`; the dense values are not formed."""
+        rows = zip(self._merged().flatten(2), self.deltas.flatten(2), strict=True)
+        return _each_alone(list(rows), lambda pair: pair[0].double() @ pair[1].double().T)
+
+    def sq_terms(self, i: int, factors: Tensor) -> Tensor:
+        """See `JacobianBlock.sq_terms`: a linear layer's of one-hot activations, whose squared norm is the tokens'."""
+        deltas = factors.double().square() @ self.deltas[i].double().square().sum((1, 2))
+        return deltas * self.indices.shape[1]
+
+    def joined(self, others: Sequence[JacobianBlock]) -> JacobianBlock:
+        """See `JacobianBlock.joined`."""
+        indices, deltas = _columns([self, *others], "indices", "deltas")
+        return EmbeddingBlock(self.name, self.start, indices, deltas, self.num_embeddings)
+
     def shares(self) -> Tensor:
         """Divide the sum over all tokens that take the same row equally among these tokens.
 
@@ -307,14 +355,18 @@ def join_blocks(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
         return first
     if any((b.name, b.start, b.size) != (first.name, first.start, first.size) for b in blocks):
         raise ValueError(f"the blocks of {first.name} are cut differently in different batches")
-    alike = all(block.structure == first.structure for block in blocks)
-    if alike and all(isinstance(b, LinearBlock) for b in blocks):
-        activations, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("activations", "deltas"))
-        return LinearBlock(first.name, first.start, activations, deltas)
-    if alike and all(isinstance(b, EmbeddingBlock) for b in blocks):
-        indices, deltas = (torch.cat([getattr(b, name) for b in blocks]) for name in ("indices", "deltas"))
-        return EmbeddingBlock(first.name, first.start, indices, deltas, first.num_embeddings)  # type: ignore[attr-defined]
-    return DenseBlock(first.name, first.start, torch.cat([block.dense() for block in blocks]))
+    if all(type(block) is type(first) and block.structure == first.structure for block in blocks):
+        return first.joined(blocks[1:])
+    return _joined_values(blocks)
+
+
+def _joined_values(blocks: Sequence[JacobianBlock]) -> DenseBlock:
+    return DenseBlock(blocks[0].name, blocks[0].start, torch.cat([block.dense() for block in blocks]))
+
+
+def _columns(blocks: Sequence[JacobianBlock], *names: str) -> list[Tensor]:
+    """These attributes of several blocks, one batch after another."""
+    return [torch.cat([getattr(block, name) for block in blocks]) for name in names]
 
 
 def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
@@ -343,6 +395,35 @@ def gram_of(rows: Tensor) -> Tensor:
     """Inner products of the rows of each matrix [b, T, i], float64 [b, T, T]."""
     wide = rows.double()
     return torch.bmm(wide, wide.transpose(1, 2))
+
+
+def _each_alone(rows: Sequence[Any] | Tensor, work: Callable[[Any], Tensor]) -> Tensor:
+    """`work` for each example, stacked; an example a thread, so that no bit depends on how a product is cut."""
+
+    def some(numbers: range) -> list[Tensor]:
+        with uncut_if_small(0):
+            return [work(rows[i]) for i in numbers]
+
+    device = rows.device if isinstance(rows, Tensor) else rows[0][0].device
+    shares = side_by_side(some, len(rows), device)
+    return torch.stack([shares[i % len(shares)][i // len(shares)] for i in range(len(rows))])
+
+
+def _gram_in_pieces(values: Tensor) -> Tensor:
+    """[c, size] to float64 [c, c], some columns at a time."""
+    step = max(1, _WIDENED.get(values.device.type, 1 << 19) // len(values))
+    total = torch.zeros(len(values), len(values), dtype=torch.float64, device=values.device)
+    for part in values.split(step, dim=1):
+        wide = part.double()
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def _gram_of_outer_sums(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """Of Σ_t δ_t ⊗ a_t for deltas [c, T, o] and activations [T, i], float64 [c, c]; the sums are not formed."""
+    deltas, activations = pair[0].double(), pair[1].double()
+    weighted = torch.matmul(activations @ activations.T, deltas)
+    return weighted.flatten(1) @ deltas.flatten(1).T
 
 
 def _combined(deltas: Tensor, factors: Tensor) -> Tensor:

@@ -95,12 +95,16 @@ def _contraction(
     ):
         own, own_labels = _without_broadcast(own, own_labels, output, other_labels)
         sizes = dict(zip(own_labels, own.shape, strict=True))
+        for label, size in zip(other_labels, other.shape, strict=True):
+            if sizes.get(label) == 1 < size:  # repeated along this axis, so the gradient is summed over it
+                del sizes[label]
+        own_labels = "".join(sizes)
         wanted = [sizes.get(label, size) for label, size in zip(other_labels, other.shape, strict=True)]
         fits = all(have in (1, want) for have, want in zip(other.shape, wanted, strict=True))
         possible = [how for how, axis in _AXIS.items() if _belongs(output, axis, own_labels, other_labels)]
         if possible and fits and own_labels and set(own_labels) <= set(output + other_labels):
             gradient = _Gradient(own_labels, other_labels, output, other.expand(wanted), factor)
-            terms[role] = _maker(tuple(own.shape), gradient)
+            terms[role] = _maker(tuple(sizes.values()), gradient)
             found += possible
     order = tuple(how for how in _AXIS if how in found)
     return Use("matrix product", deltas_by_example, order, terms, (x, y)) if terms else None

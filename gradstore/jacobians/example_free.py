@@ -39,6 +39,7 @@ class ExampleFree:
         model: its parameters, buffers and other tensors hold nothing of the examples.
         names: the noted parameters, by id.
         n: number of examples.
+        examples: the tensors of the examples.
         repeats: of an earlier pass, whose decisions hold; None for the first.
 
     Attributes:
@@ -46,10 +47,18 @@ class ExampleFree:
             for each of them, and is like any tensor of theirs.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[int, str], n: int, repeats: Sequence[bool] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[int, str],
+        n: int,
+        examples: Iterable[Tensor],
+        repeats: Sequence[bool] | None,
+    ) -> None:
         self._names, self._made = names, {}  # type: ignore[var-annotated]
         self._n, self._decided = n, repeats
         self.repeats: list[bool] = []
+        self._examples = {id(tensor) for tensor in examples}
         self._parameters = {id(parameter) for parameter in model.parameters()}
         for module in model.modules():
             for value in (*module._buffers.values(), *vars(module).values()):
@@ -58,7 +67,11 @@ class ExampleFree:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor holds nothing of the examples."""
-        return id(tensor) in self._parameters or self._entry(tensor) is not None
+        if id(tensor) in self._parameters or self._entry(tensor) is not None:
+            return True
+        # What nobody has seen come into being, and counts something, is a constant from elsewhere: indices in a cache.
+        seen = id(tensor) in self._made or id(tensor) in self._examples or getattr(tensor, _SEEN, None) is self
+        return not (seen or tensor.is_floating_point() or tensor.is_complex())
 
     def roots(self, tensor: Tensor) -> tuple[str, ...]:
         """The noted parameters that a tensor was made of and passes a gradient to."""
@@ -66,10 +79,6 @@ class ExampleFree:
             return (self._names[id(tensor)],)
         entry = self._entry(tensor)
         return () if entry is None else entry.roots
-
-    def roots_of(self, tensors: Iterable[Tensor]) -> tuple[str, ...]:
-        """Those of several tensors."""
-        return tuple(dict.fromkeys(name for tensor in tensors for name in self.roots(tensor)))
 
     def name(self, tensor: Tensor) -> str | None:
         """The noted parameter that a tensor is, or has the elements of in the same order."""
@@ -79,7 +88,7 @@ class ExampleFree:
         return None if entry is None else entry.name
 
     def follow(
-        self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: tuple[str, ...] | None
+        self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: Sequence[str], *, free: bool
     ) -> None:
         """Learn from a call that was made.
 
@@ -88,21 +97,25 @@ class ExampleFree:
             args: with what.
             given: all tensors among its arguments.
             output: what it returned.
-            roots: those of `given` before the call, which may have written to them; None where some of `given` held
-                something of the examples.
+            roots: of all of them, before the call.
+            free: whether all of `given` held nothing of the examples.
         """
         for tensor in given:
             entry = self._made.get(id(tensor))
             if entry is not None and entry.version != _version(tensor):  # written to
                 self._made.pop(id(tensor))
-                if roots is not None:
-                    self._keep(tensor, roots if tensor.requires_grad else (), None)
-        if roots is None or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
+                if free:
+                    self._keep(tensor, tuple(roots) if tensor.requires_grad else (), None)
+        if not free or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
+            for tensor in tensors_in(output):
+                self._made.pop(id(tensor), None)
+                if not tensor.is_floating_point():
+                    setattr(tensor, _SEEN, self)
             return
         for tensor in tensors_in(output):
             if id(tensor) in self._parameters or (id(tensor) in self._made and any(tensor is one for one in given)):
                 continue
-            own = roots if tensor.requires_grad else ()
+            own = tuple(roots) if tensor.requires_grad else ()
             same = own and _keeps_order(func, args) and tensor.numel() == args[0].numel()
             self._keep(tensor, own, self.name(args[0]) if same else None)
 
@@ -122,6 +135,9 @@ class ExampleFree:
     def _entry(self, tensor: Tensor) -> Made | None:
         entry = self._made.get(id(tensor))
         return entry if entry is not None and entry.version == _version(tensor) else None
+
+
+_SEEN = "_gradstore_seen"
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradstore.jacobians.arithmetic_rules import ARITHMETIC
 from gradstore.jacobians.example_free import ExampleFree, tensors_in
+from gradstore.jacobians.last_call import LastCall, last_call
 from gradstore.jacobians.row_owners import candidates
 from gradstore.jacobians.rules import ARGUMENTS, RULES
 from gradstore.jacobians.spelled_out import spelled_out
@@ -86,12 +87,14 @@ class Recording:
         taps: the noted calls, in order.
         functions: of parameters, by name.
         repeats: which constants were repeated for each example; see `ExampleFree`.
+        last: the linear call whose output the logits are, if they are just that.
     """
 
     logits: Tensor
     taps: list[Tap]
     functions: dict[str, WeightFunction]
     repeats: tuple[bool, ...] = ()
+    last: LastCall | None = None
 
     @property
     def calls(self) -> Calls:
@@ -115,38 +118,52 @@ def record(
     Returns:
         Logits and noted calls. Holds the graph of all n examples.
     """
-    recorder = _Recorder(subject, names, length(inputs), calls, spread)
+    recorder = _Recorder(subject, names, inputs, calls, spread)
     with recorder:
         logits = subject.logits(inputs)
-    return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats))
+    last = recorder.last
+    gave = last is not None and last.gave(logits)
+    return Recording(logits, recorder.taps, recorder.functions, tuple(recorder.repeats), last if gave else None)
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, subject: Subject, names: Sequence[str], n: int, calls: Calls | None, spread: bool) -> None:
+    def __init__(
+        self, subject: Subject, names: Sequence[str], inputs: Inputs, calls: Calls | None, spread: bool
+    ) -> None:
         super().__init__()
         noted = {id(subject.parameters[name]): name for name in names}
-        self._free = ExampleFree(subject.model, noted, n, None if calls is None else calls.repeats)
+        n, examples = length(inputs), tensors_in(inputs)
+        self._free = ExampleFree(subject.model, noted, n, examples, None if calls is None else calls.repeats)
         self._n, self._calls, self._spread = n, None if calls is None else calls.noted, spread
         self.repeats = self._free.repeats
         self._anchor = torch.zeros((), requires_grad=True)
         self.taps: list[Tap] = []
         self.functions: dict[str, WeightFunction] = {}
+        self.last: LastCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, before = kwargs or {}, len(self.taps)
+        output = self._called(func, args, kwargs)
+        if func is F.linear and torch.is_grad_enabled():
+            noted = len(self.taps) > before
+            tap = before if noted else None
+            self.last = last_call(args, kwargs, output, tap, lambda value: noted and self._learned(value))
+        return output
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         steps = spelled_out(func, args, kwargs, lambda tensor: bool(self._free.roots(tensor)))
         if steps is not None:
             with self:
                 return steps(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         free = all(self._free.holds(tensor) for tensor in given)
-        roots = self._free.roots_of(given)
-        if torch.is_grad_enabled() and func in RULES and roots:
+        roots = tuple(dict.fromkeys(name for tensor in given for name in self._free.roots(tensor)))
+        if roots and func in RULES and torch.is_grad_enabled():
             output = self._noted(func, args, kwargs, free)
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        self._free.follow(func, args, given, output, roots if free else None)
+        self._free.follow(func, args, given, output, roots if free else (), free=free)
         return output
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
@@ -190,6 +207,8 @@ class _Recorder(TorchFunctionMode):
             return None
         if not output.requires_grad:
             output = output + self._anchor.to(output)  # a first layer has nothing to hang the graph on
+        elif output._is_view() and func not in ARITHMETIC:
+            output = output.clone()  # what writes to a view would take its place out of the graph
         versions = tuple(tensor._version for tensor in use.saved)
         for role, value in roles.items():
             if names[role].startswith(_FUNCTION):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import UsageError
+from gradstore.jacobians import through_head
 from gradstore.jacobians.blocks import DenseBlock, JacobianBlock
 from gradstore.jacobians.by_autograd import by_loop, dense
 from gradstore.jacobians.footprint import max_columns
@@ -21,6 +22,7 @@ from gradstore.jacobians.side_by_side import MOST, SMALL, uncut_if_small
 from gradstore.jacobians.steadiness import spread
 from gradstore.jacobians.subject import Forward, Inputs, Subject, as_inputs, length
 from gradstore.jacobians.terms import IndexTerm, Term, joined, sum_of
+from gradstore.jacobians.through_head import Head
 from gradstore.model.parameters import ParameterBlock
 
 LAYOUTS = ("per-class", "sum")
@@ -66,6 +68,14 @@ class JacobianEngine:
         layout: "per-class" gives c = classes rows an example, "sum" gives their sum, c = 1.
         example: a batch of at least one example, on the model's device.
         alone: every batch will be of one example, so that a model whose examples look at one another is served too.
+        proj_dim: K that rows will be projected to. Where it is given, and the last call is linear with so few inputs
+            that it pays to differentiate these and not the classes (`through_head.pays`), blocks of all classes are
+            `LoweredBlock`s, and those of the call's own parameters `OwnRowBlock`s.
+        combinations: [r, classes]; of each row, these combinations of the classes take the place of the classes.
+
+    Attributes:
+        below: d, the inputs of the last call that are differentiated in place of the classes; 0 where classes are.
+        own: the parameters of that call.
 
     Raises:
         UsageError: unknown layout.
@@ -81,6 +91,8 @@ class JacobianEngine:
         layout: str = "per-class",
         example: Any,
         alone: bool = False,
+        proj_dim: int | None = None,
+        combinations: Tensor | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError("unknown layout", where="layout=", expected=f"one of {LAYOUTS}", got=repr(layout))
@@ -90,12 +102,28 @@ class JacobianEngine:
         with self._subject.ready():
             prober = Prober(self._subject, as_inputs(example), alone=alone)
             self._plan: Plan = prober.plan()
-            self._classes = prober.classes if layout == "per-class" else 1
+            self._combinations = combinations
+            every = prober.classes if combinations is None else len(combinations)
+            self._classes = every if layout == "per-class" else 1
+            self.below = 0
+            self.own: tuple[str, ...] = ()
+            if proj_dim is not None and combinations is None and self._plan.structured:
+                K = proj_dim
+                self.below, self.own = prober.below_head(
+                    self._plan, lambda rows: through_head.pays(self._classes, rows, K)
+                )
         self._columns = max_columns(prober.device, self._classes)
 
     def describe(self) -> list[tuple[str, str]]:
         """How each parameter is differentiated: rows (parameter name, route), with the reason for a generic route."""
-        return [(block.name, self._plan.routes[block.name]) for block in self._blocks]
+        return [(block.name, self._described(block.name)) for block in self._blocks]
+
+    def _described(self, name: str) -> str:
+        route = self._plan.routes[name]
+        if not self.below or name in self._plan.exact:
+            return route
+        how = "own row a class" if name in self.own else f"{self.below} rows for {self._classes:,} classes"
+        return f"{route}, {how}"
 
     def generic(self) -> list[tuple[str, str]]:
         """Those of `describe` that no rule covers: differentiated by `torch.func` or by looped autograd."""
@@ -112,7 +140,8 @@ class JacobianEngine:
         Returns:
             Bytes beside the model, one block included.
         """
-        seen, classes = self._plan.footprint, classes or self._classes
+        seen, all_classes = self._plan.footprint, classes or self._classes
+        classes = classes or self.below or self._classes  # or the rows that stand for them
         shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
         deltas = 1 + 2 * shares * self._at_once(n)
         backward = seen.graph + classes * seen.kept + max(deltas, _AUDIT) * seen.deltas
@@ -123,7 +152,8 @@ class JacobianEngine:
         pulled_back = [block.size for block in self._blocks if block.name in plan.functions]
         widest = max(widest, 2 * max(pulled_back, default=0))  # of the function, and of the parameter
         largest = max((min(block.size, self._columns) for block in self._blocks), default=0)
-        streaming = seen.graph + classes * seen.kept + 2 * seen.activations + 4 * classes * (2 * largest + 2 * widest)
+        values = 4 * (classes * 2 * largest + all_classes * 2 * widest)
+        streaming = seen.graph + classes * seen.kept + 2 * seen.activations + values
         return n * max(backward, streaming)
 
     def _at_once(self, n: int) -> int:
@@ -155,21 +185,21 @@ class JacobianEngine:
             every = self._cotangents(logits)
             cotangents = every[classes]
             audited = None if trusted else cotangents if len(cotangents) == len(every) else every
-            if plan.matches(recording):
-                parameters = {name: self._subject.parameters[name] for name in plan.structured}
-                pulled = pull_back(
-                    recording,
-                    plan.arrangements,
-                    parameters,
-                    cotangents,
-                    audited,
-                    plan.tolerance,
-                    self._at_once(len(logits)),
+            parameters = {name: self._subject.parameters[name] for name in plan.structured}
+            head, at_once = None, self._at_once(len(logits))
+            if not plan.matches(recording):
+                pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
+            elif len(cotangents) == len(every) and self.below and through_head.rows_below(recording) == self.below:
+                pulled, head = through_head.pull_back_through(
+                    recording, plan.arrangements, parameters, plan.tolerance, at_once
                 )
             else:
-                pulled = Pulled(unsafe=dict.fromkeys(plan.structured, "other calls than in the probe"))
+                pulled = pull_back(
+                    recording, plan.arrangements, parameters, cotangents, audited, plan.tolerance, at_once
+                )
         del recording
-        return JacobianStream(logits.float(), self._stream(inputs, cotangents, pulled), trusted=not pulled.unsafe)
+        stream = self._stream(inputs, cotangents, pulled, head)
+        return JacobianStream(logits.float(), stream, trusted=not pulled.unsafe)
 
     def logits(self, batches: Iterable[Any]) -> list[Tensor]:
         """Run the model without gradients, each batch by itself.
@@ -245,9 +275,11 @@ class JacobianEngine:
     def _cotangents(self, logits: Tensor) -> Tensor:
         if self._layout == "sum":
             return torch.ones_like(logits[:1])
+        if self._combinations is not None:
+            return self._combinations.to(logits)
         return torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
 
-    def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled) -> Iterator[JacobianBlock]:
+    def _stream(self, inputs: Inputs, cotangents: Tensor, pulled: Pulled, head: Head | None) -> Iterator[JacobianBlock]:
         groups = {group[0].name: group for group in self._groups(pulled.unsafe)}
         plan = self._plan
         routes = plan.exact | dict.fromkeys(pulled.unsafe, by_loop)
@@ -262,16 +294,21 @@ class JacobianEngine:
             cuts = _cuts(block, self._columns, whole=self._plan.sparse(block.name))
             if block.name in ready:
                 yield from _cut(block, ready.pop(block.name), cuts)
+            elif head is not None and head.owns(block.name):
+                yield from _own_rows(block, head, cuts)
             elif block.name in plan.functions and block.name in pulled.terms:
                 terms = pulled.terms.pop(block.name)
                 with self._subject.ready(), uncut_if_small(self.outputs(n)):
                     values = sum_of([term.values(0, term.rows) for term in terms])
-                yield from _cut(block, values, cuts)
+                whole = _cut(block, values, cuts)
+                yield from whole if head is None else map(head.lowered, whole)
             elif block.name in pulled.terms:
-                yield from _assembled(block, pulled.terms.pop(block.name), cuts)
+                found = _assembled(block, pulled.terms.pop(block.name), cuts)
+                yield from found if head is None else map(head.lowered, found)
             else:
-                zeros = torch.zeros((), device=cotangents.device).expand(n, len(cotangents), block.size)
-                yield from _cut(block, zeros, cuts)
+                rows = len(cotangents) if head is None else head.rows
+                zeros = _cut(block, torch.zeros((), device=cotangents.device).expand(n, rows, block.size), cuts)
+                yield from zeros if head is None else map(head.lowered, zeros)
 
     def _groups(self, unsafe: dict[str, str]) -> list[list[ParameterBlock]]:
         """Neighbours of one generic route, differentiated together while their columns fit in one block."""
@@ -309,6 +346,13 @@ def _assembled(block: ParameterBlock, terms: list[Term], cuts: list[tuple[int, i
         return
     for first, last in cuts:
         yield joined(terms, block.name, block.start + first * terms[0].width, first, last)
+
+
+def _own_rows(block: ParameterBlock, head: Head, cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:
+    """A parameter of the last call as blocks."""
+    width = block.size // block.shape[0]
+    for first, last in cuts:
+        yield head.own_rows(block.name, block.start + first * width, first, last)
 
 
 def _cut(block: ParameterBlock, values: Tensor, cuts: list[tuple[int, int]]) -> Iterator[JacobianBlock]:

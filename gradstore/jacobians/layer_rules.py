@@ -65,7 +65,8 @@ def convolution(
         split = read.unflatten(2, (groups, -1))  # [n, t, g, width, positions]
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    if groups > 1 and math.prod(weight.shape[2:]) <= _SMALL_KERNEL and x.device.type == "cpu":
+    small = groups > 1 and math.prod(weight.shape[2:]) <= _SMALL_KERNEL and not isinstance(padding, str)
+    if small and x.device.type == "cpu":
         summed = functools.partial(_grouped_gradient, x, weight, stride, padding, dilation, groups)
     else:
         summed = None

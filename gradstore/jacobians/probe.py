@@ -9,7 +9,7 @@ looped autograd's, one example at a time, but for what roundings alone move it b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from gradstore.jacobians.row_owners import weights
 from gradstore.jacobians.steadiness import allowed, spread
 from gradstore.jacobians.subject import Inputs, Subject, length, take
 from gradstore.jacobians.terms import Term, sum_of
+from gradstore.jacobians.through_head import pull_back_through, rows_below
 from gradstore.jacobians.weight_functions import RootTerm
 from gradstore.machine.out_of_memory import is_out_of_memory
 
@@ -141,6 +142,30 @@ class Prober:
                 structured = [name for name in structured if name not in attempt.failed]
         nothing = Recording(self._logits, [], {})
         return self._decided(_Attempt([], nothing, [], measured([], {}, 0, 1), {}), reasons)
+
+    def below_head(self, plan: Plan, pays: Callable[[int], bool]) -> tuple[int, tuple[str, ...]]:
+        """Try the inputs of the last call in place of the logits; see `through_head`.
+
+        Args:
+            plan: for the logits.
+            pays: whether so many inputs are worth it.
+
+        Returns:
+            How many inputs there are, 0 where they do not serve; and the call's own parameters.
+        """
+        recording = record(self._subject, plan.structured, self._probe, plan.calls)
+        rows = rows_below(recording)
+        if not plan.matches(recording) or not pays(rows):
+            return 0, ()
+        parameters = {name: self._subject.parameters[name] for name in plan.structured}
+        pulled, head = pull_back_through(recording, plan.arrangements, parameters, self._tolerance, combined=True)
+        own = tuple(head.names.values())
+        rest = [name for name in plan.structured if name not in own]
+        agrees = not any(self._disagreement(name, pulled.terms.pop(name, [])) for name in rest)
+        factors = weights(self._count, head.inputs)
+        for name in own:
+            agrees &= self._near(head.combined(name, factors, self._cotangent), self._reference[name], self._scale)
+        return (rows, own) if agrees and not pulled.unsafe else (0, ())
 
     def _attempt(self, structured: list[str], repeating: bool) -> _Attempt:
         parameters = {name: self._subject.parameters[name] for name in structured}

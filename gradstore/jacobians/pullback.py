@@ -61,13 +61,45 @@ def pull_back(
         The terms of each parameter. Holds every tap's input, its delta or small gradient for all c, and for each of at
         most `side_by_side.MOST` threads the deltas of `at_once` classes two to three times over.
     """
+    summed = audited is cotangents
+    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu")) if summed else None
+    pulled, totals = absorb(recording, arrangements, parameters, cotangents, factors, at_once)
+    if audited is None:
+        return pulled
+    combined = weights(len(audited), audited) @ audited
+    if not summed:
+        totals = [delta[0] for delta in _deltas(recording, combined[None])]
+    with uncut_if_small(sum(total.nbytes for total in totals)):
+        audit(recording, arrangements, parameters, totals, combined, tolerance, pulled)
+    return pulled
+
+
+def absorb(
+    recording: Recording,
+    arrangements: Sequence[str],
+    parameters: Mapping[str, Tensor],
+    cotangents: Tensor,
+    factors: Tensor | None,
+    at_once: int,
+) -> tuple[Pulled, list[Tensor]]:
+    """Differentiate class by class and let the terms take the deltas.
+
+    Args:
+        recording: a forward pass, or what led to the inputs of its last call in place of the logits; its graph is kept.
+        arrangements: how each tap's rows are assigned to examples.
+        parameters: the noted parameters.
+        cotangents: [c, classes].
+        factors: of a sum of all classes' deltas, for an audit, [c]; None for no sum.
+        at_once: classes whose backward passes are vectorised into one.
+
+    Returns:
+        The terms, and the sum by tap.
+    """
     pulled, n = Pulled(), len(recording.logits)
     makers = [
         _terms(tap, how, n, len(cotangents), parameters, pulled)
         for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
-    summed = audited is cotangents
-    factors = weights(len(cotangents), cotangents.new_empty(0, device="cpu"))
     parts = cotangents.split(at_once)
 
     def pull(numbers: range) -> list[Tensor]:
@@ -78,7 +110,7 @@ def pull_back(
             deltas = _deltas(recording, some)
             for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
                 _absorb(tap, terms, first, delta, n, how, pulled)
-            if summed:
+            if factors is not None:
                 totals = _added(totals, deltas, factors[first : first + len(some)])
         return totals
 
@@ -86,14 +118,7 @@ def pull_back(
     for part in side_by_side(pull, len(parts), cotangents.device, uncut=at_once > 1):
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
     _pull_to_roots(recording, parameters, pulled)
-    if audited is None:
-        return pulled
-    combined = weights(len(audited), audited) @ audited
-    if not summed:
-        totals = [delta[0] for delta in _deltas(recording, combined[None])]
-    with uncut_if_small(sum(total.nbytes for total in totals)):
-        _audit(recording, arrangements, parameters, totals, combined, tolerance, pulled)
-    return pulled
+    return pulled, totals
 
 
 def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[str | None]:
@@ -119,7 +144,7 @@ def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[s
 
 def _added(totals: list[Tensor], deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
     """Totals with Σ_f factor_f · delta_f added in place; empty totals begin."""
-    several = len(factors) > 1
+    several = len(factors) > 1 or factors.device.type != "cpu"  # a GPU would have to be waited for to have a number
     for place, delta in enumerate(deltas):
         more = torch.tensordot(factors.to(delta), delta, dims=1) if several else delta[0]
         factor = 1 if several else float(factors)
@@ -187,7 +212,7 @@ def _pull_to_roots(recording: Recording, parameters: Mapping[str, Tensor], pulle
             pulled.terms.setdefault(name, []).append(RootTerm(gradients, name, parameters[name].shape))
 
 
-def _audit(
+def audit(
     recording: Recording,
     arrangements: Sequence[str],
     parameters: Mapping[str, Tensor],
@@ -196,7 +221,17 @@ def _audit(
     tolerance: float,
     pulled: Pulled,
 ) -> None:
-    """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed."""
+    """Prove, with one more product, that each row belongs to its example and that no use of a parameter was missed.
+
+    Args:
+        recording: the forward pass; its graph is freed.
+        arrangements: how each tap's rows are assigned to examples.
+        parameters: the noted parameters.
+        totals: by tap, the gradient of `Σ_i Σ_c u_c logits[i, c]` with respect to its output.
+        cotangent: u [classes].
+        tolerance: relative difference that rounding may make.
+        pulled: is told of what must not be used.
+    """
     n, names = len(recording.logits), list(parameters)
     if not parameters:
         return

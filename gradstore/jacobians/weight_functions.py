@@ -78,8 +78,7 @@ class PulledBack:
     def take(self, name: str) -> Tensor:
         """The gradient of a root, [n, c, size], which is given away."""
         if name not in self._ready:
-            rows = self._terms[0].rows
-            values = sum_of([term.values(0, rows) for term in self._terms])
+            values = sum_of([term.values(0, term.rows) for term in self._terms])
             found = self._function.pull_back(values.flatten(0, 1), self._parameters)
             self._ready = {root: gradient.view(*values.shape[:2], -1) for root, gradient in found.items()}
         return self._ready.pop(name)

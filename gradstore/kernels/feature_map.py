@@ -378,6 +378,7 @@ def require_served(kernel: Kernel, store: Rows) -> None:
         return
     needs, holds, expected, other = {
         "mixed": ("P Σ_c g^c", "projects every class by a P of its own", "per-class or sum", "another --layout"),
+        "sketched": ("P Σ_c g^c", "holds random combinations of classes", "per-class or sum", "another --layout"),
         "sum": ("the features of each class", "holds only P Σ_c g^c", "per-class", "--layout per-class"),
     }[layout]
     served = next(name for name, other in PROJECTED.items() if _serves(layout, other))
@@ -393,5 +394,6 @@ def require_served(kernel: Kernel, store: Rows) -> None:
 def _serves(layout: str, kernel: Kernel) -> bool:
     return {
         "mixed": not kernel.sums_classes,
+        "sketched": not kernel.sums_classes,
         "sum": kernel.sums_classes and kernel.weights is None,
     }.get(layout, True)

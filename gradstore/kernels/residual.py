@@ -20,7 +20,8 @@ from gradstore.featurization.settings import Settings
 from gradstore.kernels.definitions import PROJECTED, projected_kernel
 from gradstore.kernels.exact.exact_gram import exact_gram
 from gradstore.kernels.feature_map import FeatureMap, require_served
-from gradstore.kernels.projection_error import effective_dimension, standard_errors
+from gradstore.kernels.projection_error import effective_dimension
+from gradstore.kernels.sketched_error import errors_of
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.model.examples import input_digests
 from gradstore.model.project import Project
@@ -250,7 +251,7 @@ def _projected(
             own, norm = phi_of.rows(a.read(row, row + 1), a.where)
             values[i, span] = (own.double() @ phi.T / (norm[:, None] * norms))[0].numpy()
             left = torch.from_numpy(a.features[row]).expand_as(right)
-            errors[i, span] = standard_errors(left, right, phi_of.kernel).numpy()
+            errors[i, span] = errors_of(left, right, phi_of.kernel, a.identity).numpy()
     return values, errors
 
 

@@ -55,20 +55,20 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Within: the model may be called; on leaving, its modules have the attributes that they had.
 
     So have the lists, dicts and sets among them. What a model keeps from one call for the next, such as biases that it
-    has gathered, is a constant in the next one, and its gradient would be lost.
+    has gathered, is a constant in the next one, and its gradient would be lost. A module that goes into train mode
+    stays there, which others look for and refuse.
     """
-    holders = [
-        holder
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for holder in _holders(module)
-    ]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    holders = [holder for module in modules for holder in _holders(module)]
     before = [holder.copy() for holder in holders]
     try:
         yield
     finally:
+        modes = [module.training for module in modules]
         for holder, content in zip(holders, before, strict=True):
             _put_back(holder, content)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def uncompiled() -> AbstractContextManager[object]:

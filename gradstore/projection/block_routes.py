@@ -4,6 +4,7 @@
   `compiled_product.accumulate_shared`); a cost model compares that with forming and projecting its dense values.
 - An `EmbeddingBlock` is projected at the rows that occur only, each at its own place in P; all other columns are zero.
   The fused kernels take it densely, in parts: a launch for every row that occurs would cost more than the zeros.
+- An `OwnRowBlock` is projected at each class's own row of the parameter, all other columns being zero.
 - Everything else, and every layer where it is cheaper, goes the dense way.
 
 All routes apply the same entries of P and differ in float32 rounding only. The route depends on shapes within one
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock, OwnRowBlock
 from gradstore.jacobians.footprint import max_columns
 from gradstore.projection import compiled_product
 from gradstore.projection.kinds import kind_of
@@ -41,7 +42,7 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
         first_k: the row of P that out[..., 0] belongs to.
 
     Returns:
-        The route: "dense", "shared" or "sparse".
+        The route: "dense", "shared", "sparse" or "own rows".
     """
     # By all of K, so that columns computed by themselves take the route that they would take together.
     chosen = route(projection, block, projection.dim)
@@ -53,6 +54,10 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
     elif chosen == "sparse":
         assert isinstance(block, EmbeddingBlock)
         _accumulate_rows(projection, out, block, first_k)
+    elif chosen == "own rows":
+        assert isinstance(block, OwnRowBlock)
+        for c in range(block.first, block.last):
+            projection.accumulate(out[:, c], block.inputs, block.own_start(c), first_k=first_k)
     else:
         for part in _parts(block):
             projection.accumulate(out.flatten(0, 1), part.dense().flatten(0, 1), part.start, first_k=first_k)
@@ -60,7 +65,9 @@ def accumulate_block(projection: Projection, out: Tensor, block: JacobianBlock, 
 
 
 def route(projection: Projection, block: JacobianBlock, k: int) -> str:
-    """The route that `accumulate_block` takes for ``k`` columns: "dense", "shared" or "sparse"."""
+    """The route that `accumulate_block` takes for ``k`` columns: "dense", "shared", "sparse" or "own rows"."""
+    if isinstance(block, OwnRowBlock):
+        return "own rows"
     if isinstance(block, EmbeddingBlock):
         few = block.indices.shape[1] < block.num_embeddings
         return "sparse" if few and not _fused(projection, block) else "dense"

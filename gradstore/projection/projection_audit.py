@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError
-from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock, LoweredBlock
 from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.projection import Projection
@@ -109,6 +109,7 @@ class ProjectionAudit:
         mixed: whether a row is the sum of its classes, each under a stream of its own.
         first_k: rows of P from which on features are computed.
         device: of the blocks.
+        apart: whether each class has a stream of its own and is by itself.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ProjectionAudit:
         mixed: bool,
         first_k: int,
         device: torch.device,
+        apart: bool = False,
     ) -> None:
         draw = np.random.default_rng((projection.seed, groups[0].start))
         self._row = int(draw.integers(groups[0].start, groups[-1].stop))
@@ -127,9 +129,11 @@ class ProjectionAudit:
         self._i, self._in_group = self._row - groups[0].start, self._row - groups[self._group].start
         chosen = range(classes) if mixed else [int(draw.integers(classes))]
         self._class = 0 if mixed else chosen[0]
-        streams = chosen if mixed else [projection.stream]
+        streams = chosen if mixed or apart else [projection.stream]
         kind, seed = projection.kind, projection.seed
         self._under = [(c, Entries(kind, seed, stream)) for c, stream in zip(chosen, streams, strict=True)]
+        rows = torch.ones(classes) if mixed else torch.zeros(classes).index_fill(0, torch.tensor(self._class), 1)
+        self._rows = _on(rows, device)  # of the Jacobian, those that are added up
         self._ks = _spread(draw, first_k, projection.dim)
         self._k = _on(torch.from_numpy(self._ks), device)
         self._path = projection.path(device)
@@ -148,6 +152,8 @@ class ProjectionAudit:
         """
         if group != self._group:
             return
+        if isinstance(block, LoweredBlock):  # what is projected is what its rows are the sums of
+            self._sq_terms += block.sq_terms(self._in_group, self._rows)
         for c, entries in self._under:
             picked = block.picked(self._in_group, c, formed=formed)
             with uncut_if_small(0):  # no operation here is worth a second thread

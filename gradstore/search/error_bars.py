@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 from gradstore.kernels.feature_map import FeatureMap
-from gradstore.kernels.projection_error import standard_errors
+from gradstore.kernels.sketched_error import errors_of
 from gradstore.search.topk_result import TopK
 from gradstore.store.files.encoding import decode
 from gradstore.store.rows import Rows
@@ -39,7 +39,7 @@ def with_error_bars(result: TopK, phis: Sequence[FeatureMap]) -> TopK:
         own = _classes(result.queries, int(row), phi)
         for rank, index in enumerate(result.indices[q]):
             other = _classes(result.train, int(index), phi)
-            errors[q, rank] = standard_errors(own[None], other[None], phi.kernel).item()
+            errors[q, rank] = errors_of(own[None], other[None], phi.kernel, result.train.identity).item()
     return replace(result, standard_error=errors)
 
 

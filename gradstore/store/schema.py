@@ -21,8 +21,9 @@ from blake3 import blake3
 FORMAT = "gradstore"
 MEANING = 1  # version of what rows mean, part of a store's identity; how their bytes are kept is `Schema.version`
 DTYPES = ("float16", "float32", "int8")
-LAYOUTS = ("per-class", "sum", "mixed")
-ONE_ROW = ("sum", "mixed")  # layouts that store one row of features an example, whatever the number of classes
+LAYOUTS = ("per-class", "sum", "mixed", "sketched")
+ONE_ROW = ("sum", "mixed", "sketched")  # layouts of one row of features an example, whatever the number of classes
+CLASS_DRAWS = 32  # combinations of classes in the layout "sketched", of identities that do not say how many
 BULK = ("features", "preview")  # datasets too large to be held for all rows at once
 
 VERSIONS = (1, 2, 3)
@@ -66,7 +67,7 @@ class Schema:
     """The shape of a store's rows.
 
     Attributes:
-        c: class axis of the features: the number of logits, or 1 in the layouts "sum" and "mixed".
+        c: class axis of the features: the number of logits, or 1 in the layouts of `ONE_ROW`.
         K: projected dimension.
         classes: number of logits.
         dtype: dtype of the stored features.
@@ -134,6 +135,11 @@ class Schema:
         """Uninitialised arrays for every dataset of some rows, or for all but the features."""
         wanted = [column for column in self.columns if features or column.name != "features"]
         return {c.name: np.empty((rows, *c.shape), c.dtype) for c in wanted}
+
+
+def draws_of(identity: Mapping[str, Any]) -> int:
+    """Combinations of classes that the rows of an identity are made of; 0 in layouts that have none."""
+    return int(identity.get("class_draws", CLASS_DRAWS)) if identity["layout"] == "sketched" else 0
 
 
 def raw(array: np.ndarray) -> memoryview:

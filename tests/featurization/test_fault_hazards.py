@@ -56,7 +56,16 @@ def count_calls(module: nn.Module, h: Tensor) -> Tensor:
     return h * module.calls
 
 
+COUNTED = [0]
+
+
+def count_elsewhere(module: nn.Module, h: Tensor) -> Tensor:
+    COUNTED[0] += 1
+    return h * COUNTED[0]
+
+
 HANDLED: dict[str, Callable[[], nn.Module]] = {
+    "state": lambda: Net(count_calls),
     "built in train mode": lambda: Net().train(),
     "dropout": lambda: Net(lambda m, h: m.extra(h), nn.Dropout(0.5)),
     "in-place activation": lambda: Net(lambda m, h: h.mul(2).relu_()),
@@ -71,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "train mode in forward": (lambda: Net(lambda m, h: m.train() and h), "a module is in train mode"),
     "functional dropout": (lambda: Net(lambda m, h: F.dropout(h, 0.5)), "the model computes other logits for row"),
     "noise": (lambda: Net(lambda m, h: h + torch.randn_like(h)), "the model computes other logits for row 0"),
-    "state": (lambda: Net(count_calls), "the model computes other logits for row 0 the second time"),
+    "state elsewhere": (lambda: Net(count_elsewhere), "the model computes other logits for row 0 the second time"),
     "rows that see one another": (lambda: Net(lambda m, h: h - h.mean(0)), "neighbours|depend"),
 }
 

@@ -31,6 +31,8 @@ OTHERS: list[tuple[str, Any, str]] = [
     ("seed", 2**63 + 7, "proj-trntk"),
     ("layout", "sum", "proj-pntk"),
     ("layout", "mixed", "proj-trntk"),
+    ("layout", "sketched", "proj-trntk"),
+    ("class_draws", 8, "proj-trntk"),
     ("dtype", "float32", "proj-trntk"),
     ("dtype", "int8", "proj-trntk"),
     ("precision", "exact", "proj-trntk"),
@@ -149,7 +151,7 @@ def test_settings_are_plain_values_and_the_unusual_are_refused(folder: Path) -> 
     assert json.dumps(Settings(proj_dim=np.int64(64)).identity()) == json.dumps(Settings(proj_dim=64).identity())
     assert json.dumps(Settings(dtype=np.dtype("int8")).identity()) == json.dumps(Settings(dtype="int8").identity())
     with pytest.raises(
-        UsageError, match=r"--layout: unknown layout \(expected one of per-class, sum, mixed, got 'x'\)"
+        UsageError, match=r"--layout: unknown layout \(expected one of per-class, sum, mixed, sketched, got 'x'\)"
     ):
         Settings(layout="x")
     with pytest.raises(TypeError, match="proj_dimension"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gradstore as gs
 from gradstore.featurization import trial
+from gradstore.jacobians import JacobianEngine
 
 
 class Attention(nn.Module):
@@ -27,25 +28,25 @@ class Attention(nn.Module):
 
 def tried(monkeypatch: pytest.MonkeyPatch, fault: dict[str, float]) -> trial.Check:
     """What is said of the Jacobian, where plain autograd's is larger by these shares of the whole gradient."""
-    honest = trial._looped
+    honest = JacobianEngine.looped
 
-    def looped(*arguments: Any) -> dict[str, Tensor]:
-        found = honest(*arguments)
+    def looped(engine: JacobianEngine, example: Any) -> dict[str, Tensor]:
+        found = honest(engine, example)
         whole = torch.cat(list(found.values()), dim=1).norm()
         return {
             name: g + fault.get(name, 0.0) * whole * nn.functional.normalize(torch.ones_like(g).flatten(), dim=0)[0]
             for name, g in found.items()
         }
 
-    monkeypatch.setattr(trial, "_looped", looped)
+    monkeypatch.setattr(JacobianEngine, "looped", looped)
     torch.manual_seed(0)
     project = gs.Project(Attention(), {"train": [(torch.randn(5, 6) * 3, i % 3) for i in range(4)]})
     return next(check for check in trial.checks(project, proj_dim=8) if check.name == "Jacobians")
 
 
 def test_a_gradient_that_is_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, seen = trial._looped, {}
-    monkeypatch.setattr(trial, "_looped", lambda *arguments: seen.setdefault("found", honest(*arguments)))
+    honest, seen = JacobianEngine.looped, {}
+    monkeypatch.setattr(JacobianEngine, "looped", lambda *arguments: seen.setdefault("found", honest(*arguments)))
     assert tried(monkeypatch, {"key.bias": 1e-7}).error is None
     norms = {name: float(g.norm()) for name, g in seen["found"].items()}
     assert 0 < norms["key.bias"] < 1e-6 * max(norms.values())  # the control: it is not zero, as it should be

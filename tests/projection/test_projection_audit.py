@@ -22,11 +22,13 @@ from torch.utils.data import TensorDataset
 import gradstore as gs
 from gradstore.errors import NonFiniteError
 from gradstore.featurization import batch
+from gradstore.featurization.lowered_features import LoweredFeatures
 from gradstore.featurization.on_the_spot import featurize_queries
 from gradstore.featurization.plan import Plan
 from gradstore.featurization.settings import Settings
-from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock
+from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, LinearBlock, LoweredBlock, OwnRowBlock
 from gradstore.jacobians.blocks import LazyBlock
+from gradstore.machine.cuda_streams import Beside
 from gradstore.native import library
 from gradstore.projection import Projection, compiled_product
 from gradstore.projection.block_routes import accumulate_block, route
@@ -106,7 +108,17 @@ def _few_embeddings(n: int, c: int, draw: torch.Generator) -> JacobianBlock:
     return EmbeddingBlock("positions", 128, indices, torch.randn(n, c, 7, 20, generator=draw), 3)
 
 
-BLOCKS = [_dense, _lazy, _linear, _convolution, _one_wide_row, _embedding, _few_embeddings]
+def _lowered(n: int, c: int, draw: torch.Generator) -> JacobianBlock:
+    weight = torch.randn(c, 2, generator=torch.Generator().manual_seed(c))
+    base = [_dense, _lazy, _linear, _convolution, _embedding][c % 5](n, 2, draw)
+    return LoweredBlock(base, weight)
+
+
+def _own_rows(n: int, c: int, draw: torch.Generator) -> JacobianBlock:
+    return OwnRowBlock("head", 131, torch.randn(n, 40, generator=draw), c, c // 3, c - c // 4)
+
+
+BLOCKS = [_dense, _lazy, _linear, _convolution, _one_wide_row, _embedding, _few_embeddings, _lowered, _own_rows]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -114,7 +126,7 @@ BLOCKS = [_dense, _lazy, _linear, _convolution, _one_wide_row, _embedding, _few_
     make=st.sampled_from(BLOCKS),
     kind=st.sampled_from(KINDS),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    c=st.integers(1, 4),
+    c=st.integers(1, 5),
     mixed=st.booleans(),
     first_k=st.integers(0, 40),
     count=st.integers(1, 60),
@@ -130,18 +142,29 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
     ends = np.cumsum([1000, *sizes]).tolist()
     groups = [range(a, b) for a, b in pairwise(ends)]
     audit = ProjectionAudit(projection, groups, c, mixed=mixed, first_k=first_k, device=CPU)
-    dense = mixed or batch._is_dense(projection, blocks[0])
-    n = sum(sizes)
-    runs, sq_norm = batch._joined(blocks, (lambda size: torch.empty(n, c, size)) if dense else None, [audit])
-    features = torch.zeros(n, 1 if mixed else c, count)
-    for places, block in runs:
-        batch._accumulate(projection, features[places], block, first_k, mixed)
+    features = torch.zeros(sum(sizes), 1 if mixed else c, count)
+
+    def room(n: int, below: int, size: int) -> Tensor:
+        return torch.empty(n, below or c, size)
+
+    runs, sq_norm, _ = batch._joined(projection, blocks, groups, room, [audit], mixed=mixed)
+    lowered = LoweredFeatures(projection, features, first_k)
+    with Beside(CPU) as beside:
+        for places, block in runs:
+            if isinstance(block, LoweredBlock) and not mixed:
+                lowered.add(places, block, beside)
+            else:
+                batch._accumulate(projection, features[places], block, first_k, mixed)
+        lowered.raise_into(beside)
     found = audit.compare(torch.cat([torch.full((*features.shape[:2], first_k), torch.nan), features], dim=-1))
     assert len(found.k) == min(ROWS_OF_P, count)
     assert all(first_k <= k < projection.dim for k in found.k)
     assert len(set(found.k)) == len(found.k)
     sq_norm = sq_norm.sum(1, keepdim=True) if mixed else sq_norm
     found.require(sq_norm, "train")
+    if isinstance(blocks[0], LoweredBlock):  # float32 rounds what is added up, however small the sum
+        terms = torch.cat([block.added_up() for block in blocks])[found.i]
+        assert found.sq_terms >= 0.999 * (terms.sum() if mixed else terms[found.c])
     off = replace(found, got=found.got + 1.5 * found.tolerance(sq_norm))
     with pytest.raises(NonFiniteError):
         off.require(sq_norm, "train")
@@ -158,7 +181,8 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
 @pytest.mark.skipif(not library.available(), reason=f"compiled code: {library.status().why}")
 def test_the_blocks_above_take_every_route() -> None:
     draw = torch.Generator().manual_seed(0)
-    assert {route(Projection(dim=40), make(2, 4, draw), 40) for make in BLOCKS} == {"dense", "shared", "sparse"}
+    taken = {route(Projection(dim=40), make(2, 4, draw), 40) for make in BLOCKS}
+    assert taken == {"dense", "shared", "sparse", "own rows"}
 
 
 def test_values_of_other_examples_are_not_formed() -> None:

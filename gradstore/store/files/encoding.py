@@ -44,11 +44,13 @@ def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
     """
     n, c, K = features.shape
     out = Encoded(np.empty((n, c, K), np.dtype(dtype)), np.empty((n, c), np.float32), np.empty((n, c), np.float64))
-    step = max(1, _CACHED // (c * K) if features.device.type == "cpu" else n)
-    for rows in (slice(start, start + step) for start in range(0, n, step)):
-        rounded, scale = _rounded(features[rows], dtype, factor)
+    wholes = [whole.reshape(n * c, *whole.shape[2:]) for whole in (out.features, out.scale, out.norm)]
+    step = max(1, _CACHED // K if features.device.type == "cpu" else n * c)
+    flat = features.flatten(0, 1)
+    for rows in (slice(start, start + step) for start in range(0, n * c, step)):
+        rounded, scale = _rounded(flat[rows], dtype, factor)
         norm = torch.linalg.vector_norm(rounded.to(torch.float64), dim=-1) * scale.to(torch.float64)
-        for whole, part in zip((out.features, out.scale, out.norm), to_host(rounded, scale, norm), strict=True):
+        for whole, part in zip(wholes, to_host(rounded, scale, norm), strict=True):
             whole[rows] = part.numpy()
     return out
 
@@ -59,7 +61,7 @@ def exponents(features: Tensor, dtype: str) -> Tensor:
 
 
 def _rounded(features: Tensor, dtype: str, factor: float) -> tuple[Tensor, Tensor]:
-    """(digits [n, c, K] in the stored dtype, scale float32 [n, c])."""
+    """(digits [rows, K] in the stored dtype, scale float32 [rows])."""
     peak = features.abs().amax(dim=-1)
     if dtype == "int8":
         unit = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
