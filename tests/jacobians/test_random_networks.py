@@ -161,6 +161,24 @@ def test_random_networks_are_differentiated_right(share: int, amount: Callable[[
     assert sum(served) >= ALL_BY_RULES * len(served)
 
 
+@pytest.mark.parametrize("seed", [3, 19])
+def test_a_network_is_a_function_of_its_seed(seed: int) -> None:
+    one, other = draw(seed), draw(seed)
+    assert str(one.model) == str(other.model)
+    assert (one.parameters, one.layout, one.dtype) == (other.parameters, other.layout, other.dtype)
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_value_that_is_wrong_by_little_is_seen() -> None:
+    drawn = next(drawn for drawn in map(draw, range(100)) if drawn.dtype is torch.float64)
+    logits, jacobian = looped(drawn)
+    assert not unequal(drawn, logits, jacobian)
+    name = max(jacobian, key=lambda name: float(jacobian[name].norm()))
+    jacobian[name][-1, -1] *= 1.0001
+    assert len(unequal(drawn, logits, jacobian)) == 1
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     seed = int(sys.argv[1])

@@ -213,7 +213,7 @@ def moved(module: nn.Module) -> nn.Module:
 
 NORMS = [
     of_module("batch, rows", "batch norm", (5,), lambda: nn.BatchNorm1d(5)),
-    of_module("batch, 1d", "batch norm", (4, 5), lambda: nn.BatchNorm1d(4)),
+    of_module("batch, 1d", "batch norm", (4, 5), lambda: nn.BatchNorm1d(4, eps=0.5)),
     of_module("batch, 2d", "batch norm", (3, 2, 2), lambda: nn.BatchNorm2d(3)),
     of_module("batch, 3d", "batch norm", (3, 2, 2, 2), lambda: nn.BatchNorm3d(3)),
     form(
@@ -223,15 +223,15 @@ NORMS = [
         m=lambda: moved(nn.BatchNorm1d(5)),
     ),
     of_module("group, rows", "group norm", (6,), lambda: nn.GroupNorm(2, 6)),
-    of_module("group, 2d", "group norm", (4, 2, 3), lambda: nn.GroupNorm(2, 4)),
-    of_module("instance, 1d", "instance norm", (4, 5), lambda: nn.InstanceNorm1d(4, affine=True)),
+    of_module("group, 2d", "group norm", (4, 2, 3), lambda: nn.GroupNorm(2, 4, eps=0.5)),
+    of_module("instance, 1d", "instance norm", (4, 5), lambda: nn.InstanceNorm1d(4, affine=True, eps=0.5)),
     of_module("instance, 2d", "instance norm", (3, 2, 3), lambda: nn.InstanceNorm2d(3, affine=True)),
     of_module(
         "instance, fixed", "instance norm", (3, 4), lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
     ),
     of_module("layer, rows", "layer norm", (5,), lambda: nn.LayerNorm(5)),
     of_module("layer, steps", "layer norm", (4, 5), lambda: nn.LayerNorm(5, bias=False)),
-    of_module("layer, all axes", "layer norm", (3, 2, 3), lambda: nn.LayerNorm((3, 2, 3))),
+    of_module("layer, all axes", "layer norm", (3, 2, 3), lambda: nn.LayerNorm((3, 2, 3), eps=0.5)),
     form(
         "layer, second axis",
         lambda x, m: m(x.transpose(0, 1)).transpose(0, 1),
