@@ -80,6 +80,10 @@ class ExampleFree:
         entry = self._entry(tensor)
         return () if entry is None else entry.roots
 
+    def roots_of(self, tensors: Iterable[Tensor]) -> tuple[str, ...]:
+        """Those of several tensors."""
+        return tuple(dict.fromkeys(name for tensor in tensors for name in self.roots(tensor)))
+
     def name(self, tensor: Tensor) -> str | None:
         """The noted parameter that a tensor is, or has the elements of in the same order."""
         if id(tensor) in self._names:
