@@ -43,7 +43,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | N
         return positions_of(channels_last, inputs[..., channels], n, arrangement).transpose(1, 2)[:, None]
 
     terms = {"weight": outer(weight, activations, x), "bias": positions_summed(weight.shape[0])}
-    return Use("linear", channels_last, ANY, terms, (x,))
+    return Use("linear", channels_last, ANY, terms, (x,), multiplies=True)
 
 
 def convolution(
@@ -71,7 +71,7 @@ def convolution(
     else:
         summed = None
     terms = {"weight": outer(weight, activations, x, groups, summed=summed), "bias": positions_summed(len(weight))}
-    return Use("convolution", channels_second, CHANNELS_SECOND, terms, (x,))
+    return Use("convolution", channels_second, CHANNELS_SECOND, terms, (x,), multiplies=True)
 
 
 def _grouped_gradient(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstore.jacobians.by_autograd import quiet_vmap
 from gradstore.jacobians.forward_record import Recording, Tap
-from gradstore.jacobians.row_owners import candidates, fits, largest, owned, weights
+from gradstore.jacobians.row_owners import candidates, fits, owned, weights
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 from gradstore.jacobians.terms import Term, ViewedTerm
 from gradstore.jacobians.uses import Batch
@@ -135,10 +135,11 @@ def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[s
     n = len(recording.logits)
     totals = [delta[0] for delta in _deltas(recording, cotangent[None])]
     weighted = _of_examples(recording, weights(n, cotangent)[:, None] * cotangent)
-    whole = largest(totals)
     return [
         next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance, whole)), None)
-        for tap, total, weighed in zip(recording.taps, totals, weighted, strict=True)
+        for tap, total, weighed, whole in zip(
+            recording.taps, totals, weighted, _wholes(recording.taps, totals), strict=True
+        )
     ]
 
 
@@ -153,6 +154,31 @@ def _added(totals: list[Tensor], deltas: list[Tensor], factors: Tensor) -> list[
         else:
             totals.append(more * factor)
     return totals
+
+
+def _wholes(taps: Sequence[Tap], totals: Sequence[Tensor]) -> list[Tensor]:
+    """For each tap, the norm of a delta that would make its parameters' gradient that of the model's largest.
+
+    A weight's gradient is a product of deltas and activations, so deltas count by the size of the activations: one
+    layer's may be a million times another's where its inputs are a millionth.
+
+    Returns:
+        float64 [] each, on the device.
+    """
+    if not taps:
+        return []
+    sizes = [_size_of_activations(tap, total) for tap, total in zip(taps, totals, strict=True)]
+    norms = [torch.linalg.vector_norm(total, dtype=torch.float64) for total in totals]
+    largest = torch.stack([norm * size for norm, size in zip(norms, sizes, strict=True)]).nan_to_num(0, 0, 0).max()
+    return [largest / size for size in sizes]
+
+
+def _size_of_activations(tap: Tap, like: Tensor) -> Tensor:
+    """Root mean square of what a weight is multiplied by, float64 []; 1 of what a parameter is added to or normal."""
+    if not tap.use.multiplies:
+        return torch.ones((), dtype=torch.float64, device=like.device)
+    x = tap.use.saved[0]
+    return (torch.linalg.vector_norm(x, dtype=torch.float64) / max(1, x.numel()) ** 0.5).clamp_(min=1e-100)
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
@@ -246,10 +272,11 @@ def audit(
     for name, gradient in zip(names, found[count:], strict=True):
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
-    whole = largest(totals)
     verdicts = [
         (tap, owned(weighted, total, n, how, tolerance, whole))
-        for tap, how, total, weighted in zip(recording.taps, arrangements, totals, found[:count], strict=True)
+        for tap, how, total, weighted, whole in zip(
+            recording.taps, arrangements, totals, found[:count], _wholes(recording.taps, totals), strict=True
+        )
         if weighted is not None and fits(tap.shape, n, how)
     ]
     # One look at all of them, since a GPU has to be waited for each time.

@@ -7,8 +7,6 @@ example i's logits by `w_i` must weight exactly its own rows of every layer's ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +77,8 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: 
         n: examples in the batch.
         arrangement: the assignment of rows to be proved.
         tolerance: relative difference that rounding may make.
-        whole: `largest` of all layers' gradients, below a hundredth of which a layer's is rounding as much as its own:
-            that of a query's weight where attention is all but uniform, say.
+        whole: norm of a layer's gradient that would make its parameters' that of the model's largest. What is below a
+            hundredth of it is rounding, as a query's weight may be, where attention is all but uniform.
 
     Returns:
         bool [], on the device.
@@ -91,9 +89,3 @@ def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: 
     error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
     typical = scale.nan_to_num(0, 0, 0).max()
     return ((error <= tolerance * (scale + 1e-2 * torch.maximum(typical, whole.to(typical)))) | ~scale.isfinite()).all()
-
-
-def largest(totals: Sequence[Tensor]) -> Tensor:
-    """The largest norm among layers' gradients, [] float32 or wider, on the device; 0 of none."""
-    norms = [torch.linalg.vector_norm(total, dtype=torch.promote_types(total.dtype, torch.float32)) for total in totals]
-    return torch.stack([norm.double() for norm in norms]).nan_to_num(0, 0, 0).max() if norms else torch.zeros(())

@@ -40,6 +40,7 @@ class Use:
         arrangements: how the rows of the output may belong to examples, the likeliest first.
         terms: for each argument that may be a parameter, the maker of its term.
         saved: the tensors that those makers will read, which must not change before.
+        multiplies: whether the weight is multiplied by the first of them as it is.
     """
 
     route: str
@@ -47,6 +48,7 @@ class Use:
     arrangements: tuple[str, ...]
     terms: dict[str, Callable[[Batch], Term]]
     saved: tuple[Tensor, ...] = ()
+    multiplies: bool = False
 
 
 def channels_last(deltas: Tensor, n: int, arrangement: str) -> Tensor:

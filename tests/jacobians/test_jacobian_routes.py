@@ -171,6 +171,19 @@ class SortsExamples(nn.Module):
         return self.head(self.first(x[order]).tanh()[order.argsort()])
 
 
+class SortsLargeActivations(nn.Module):
+    """Reorders the batch in a layer whose output has a gradient a billion times smaller than another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(stable=True)
+        large = self.first(x * 1e-6).tanh() * 1e9
+        return self.head((self.second(large[order])[order.argsort()] * 1e-9).tanh())
+
+
 class BranchesOnBatch(nn.Module):
     """Uses another layer when the batch holds a large value, which the probe does not."""
 
@@ -201,7 +214,9 @@ class ReusesWeightOnBatch(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "build", [ChangesInputInPlace, SortsExamples, BranchesOnBatch, ReusesWeightOnBatch], ids=lambda b: b.__name__
+    "build",
+    [ChangesInputInPlace, SortsExamples, SortsLargeActivations, BranchesOnBatch, ReusesWeightOnBatch],
+    ids=lambda b: b.__name__,
 )
 def test_a_batch_unlike_the_probe_is_still_right(build: type[nn.Module]):
     case = Case(build.__name__, build, lambda n: torch.randn(n, 4), 2)
