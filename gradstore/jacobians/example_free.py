@@ -80,6 +80,10 @@ class ExampleFree:
         entry = self._entry(tensor)
         return () if entry is None else entry.roots
 
+    def roots_of(self, tensors: Iterable[Tensor]) -> tuple[str, ...]:
+        """Those of several tensors."""
+        return tuple(dict.fromkeys(name for tensor in tensors for name in self.roots(tensor)))
+
     def name(self, tensor: Tensor) -> str | None:
         """The noted parameter that a tensor is, or has the elements of in the same order."""
         if id(tensor) in self._names:
@@ -88,7 +92,7 @@ class ExampleFree:
         return None if entry is None else entry.name
 
     def follow(
-        self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: Sequence[str], *, free: bool
+        self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: tuple[str, ...] | None
     ) -> None:
         """Learn from a call that was made.
 
@@ -97,16 +101,16 @@ class ExampleFree:
             args: with what.
             given: all tensors among its arguments.
             output: what it returned.
-            roots: of all of them, before the call.
-            free: whether all of `given` held nothing of the examples.
+            roots: those of `given` before the call, which may have written to them; None where some of `given` held
+                something of the examples.
         """
         for tensor in given:
             entry = self._made.get(id(tensor))
             if entry is not None and entry.version != _version(tensor):  # written to
                 self._made.pop(id(tensor))
-                if free:
-                    self._keep(tensor, tuple(roots) if tensor.requires_grad else (), None)
-        if not free or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
+                if roots is not None:
+                    self._keep(tensor, roots if tensor.requires_grad else (), None)
+        if roots is None or (func in _REPEATS and not roots and self._for_each_example(args[0], output)):
             for tensor in tensors_in(output):
                 self._made.pop(id(tensor), None)
                 if not tensor.is_floating_point():

@@ -157,13 +157,13 @@ class _Recorder(TorchFunctionMode):
                 return steps(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         free = all(self._free.holds(tensor) for tensor in given)
-        roots = tuple(dict.fromkeys(name for tensor in given for name in self._free.roots(tensor)))
-        if roots and func in RULES and torch.is_grad_enabled():
+        roots = self._free.roots_of(given)
+        if torch.is_grad_enabled() and func in RULES and roots:
             output = self._noted(func, args, kwargs, free)
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        self._free.follow(func, args, given, output, roots if free else (), free=free)
+        self._free.follow(func, args, given, output, roots if free else None)
         return output
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
