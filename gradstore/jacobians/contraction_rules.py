@@ -93,26 +93,22 @@ def _contraction(
         (roles[0], x, labels[0], y, labels[1]),
         (roles[1], y, labels[1], x, labels[0]),
     ):
-        own, own_labels = _without_broadcast(own, own_labels, output, other_labels)
+        own, own_labels = _without_broadcast(own, own_labels, other_labels)
         sizes = dict(zip(own_labels, own.shape, strict=True))
-        for label, size in zip(other_labels, other.shape, strict=True):
-            if sizes.get(label) == 1 < size:  # repeated along this axis, so the gradient is summed over it
-                del sizes[label]
-        own_labels = "".join(sizes)
         wanted = [sizes.get(label, size) for label, size in zip(other_labels, other.shape, strict=True)]
         fits = all(have in (1, want) for have, want in zip(other.shape, wanted, strict=True))
         possible = [how for how, axis in _AXIS.items() if _belongs(output, axis, own_labels, other_labels)]
         if possible and fits and own_labels and set(own_labels) <= set(output + other_labels):
             gradient = _Gradient(own_labels, other_labels, output, other.expand(wanted), factor)
-            terms[role] = _maker(tuple(sizes.values()), gradient)
+            terms[role] = _maker(tuple(own.shape), gradient)
             found += possible
     order = tuple(how for how in _AXIS if how in found)
     return Use("matrix product", deltas_by_example, order, terms, (x, y)) if terms else None
 
 
-def _without_broadcast(own: Tensor, labels: str, output: str, other: str) -> tuple[Tensor, str]:
-    """An operand without the axes of size 1 along which it is used for everything that the other operand has there."""
-    axes = [a for a, label in enumerate(labels) if own.shape[a] == 1 and label in output and label in other]
+def _without_broadcast(own: Tensor, labels: str, other: str) -> tuple[Tensor, str]:
+    """An operand without axes of size 1, along which it is repeated and so the gradient is summed."""
+    axes = [a for a, label in enumerate(labels) if own.shape[a] == 1 and label in other]
     return own.squeeze(axes), "".join(label for a, label in enumerate(labels) if a not in axes)
 
 

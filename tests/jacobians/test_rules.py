@@ -387,6 +387,7 @@ PRODUCTS = [
     form("addmm to examples", lambda x, w: torch.addmm(x, x, w, beta=0.3), M, (5,), w=(5, 5)),
     form("einsum", lambda x, w: torch.einsum("nti,io->nto", x, w), M, w=(5, 3)),
     form("einsum, swapped", lambda x, w: torch.einsum("o i, n t i -> n t o", w, x), M, w=(3, 5)),
+    form("einsum, other labels", lambda x, w: torch.einsum("xzi,iX->xzX", x, w), M, w=(5, 3)),
     form("einsum, heads", lambda x, w: torch.einsum("ntf,fhd->nhtd", x, w), M, w=(5, 2, 3)),
     form("einsum, in time", lambda x, w: torch.einsum("ntf,ut->nuf", x, w), M, w=(3, 4)),
     form("einsum, a step each", lambda x, w: torch.einsum("ntf,tfo->nto", x, w), M, w=(4, 5, 2)),
