@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradstore.projection.entries import Entries
+from gradstore.projection.rademacher import KIND
 
 STREAM = 2**31 - 1
 
@@ -26,5 +27,5 @@ def class_signs(seed: int, draws: int, classes: int) -> Tensor:
     Returns:
         float32 [r, c] of ±1.
     """
-    entries = Entries("rademacher", seed, STREAM)
+    entries = Entries(KIND.name, seed, STREAM)
     return entries.at(torch.arange(draws)[:, None], torch.arange(classes)).float()
