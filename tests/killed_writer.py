@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -75,7 +76,10 @@ def run_command(arguments: list[str], stderr: str, shard_flops: float, folder: s
     fd = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(fd, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    gradstore_cli.main(arguments)
+    try:
+        gradstore_cli.main(arguments)
+    finally:  # a signal that comes now finds the command ended: it must not hit what follows, which no shell has
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def say(said: str, line: str) -> None:
