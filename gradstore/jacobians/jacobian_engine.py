@@ -29,6 +29,8 @@ LAYOUTS = ("per-class", "sum")
 # Classes that one backward pass differentiates together where launching operations takes longer than computing them,
 # and the bytes of their deltas up to which that is so; half of all classes, as another thread has the rest.
 _MOST_AT_ONCE, _DELTAS_AT_ONCE = 16, 8 << 20
+# Bytes of all classes' deltas up to which starting a second thread takes longer than it saves.
+_ALL_AT_ONCE = 2 << 20
 _AUDIT = 5  # times all deltas of a class that the audit of a batch takes, as was measured
 
 
@@ -160,7 +162,10 @@ class JacobianEngine:
         """Classes that are differentiated in one pass: by sizes alone, since bits depend on it."""
         if not self._plan.vectorises:
             return 1
-        return max(1, min(_MOST_AT_ONCE, -(-self._classes // 2), _DELTAS_AT_ONCE // max(1, self.outputs(n))))
+        outputs = max(1, self.outputs(n))
+        if self._classes * outputs <= _ALL_AT_ONCE:
+            return self._classes
+        return max(1, min(_MOST_AT_ONCE, -(-self._classes // 2), _DELTAS_AT_ONCE // outputs))
 
     def outputs(self, n: int) -> int:
         """Bytes of what all layers with parameters give for n examples."""

@@ -42,32 +42,37 @@ def side_by_side(
     """
     threads = torch.get_num_threads()
     shares = max(1, min(threads, count, MOST)) if device.type == "cpu" else 1
-    if shares == 1 and not uncut:
-        return [work(range(count))]
     each = 1 if uncut else threads // shares
+    if shares == 1:
+        with _threads(each):
+            return [work(range(count))]
 
     def alone(share: int) -> Result:
         torch.set_num_threads(each)  # of this thread
         return work(range(share, count, shares))
 
-    with ThreadPoolExecutor(max(1, shares - 1)) as others:
-        try:
-            futures = [others.submit(alone, share) for share in range(1, shares)]
-            first = alone(0)
-            return [first, *(future.result() for future in futures)]
-        finally:
-            torch.set_num_threads(threads)
+    with ThreadPoolExecutor(shares - 1) as others, _threads(each):
+        futures = [others.submit(alone, share) for share in range(1, shares)]
+        first = work(range(0, count, shares))
+        return [first, *(future.result() for future in futures)]
 
 
 @contextmanager
 def uncut_if_small(outputs: int) -> Iterator[None]:
     """Inside, this thread runs each layer by itself where all layers' outputs together are below `SMALL` bytes."""
-    threads = torch.get_num_threads()
-    if outputs >= SMALL or threads == 1:
+    with _threads(torch.get_num_threads() if outputs >= SMALL else 1):
+        yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, this thread cuts each layer over so many."""
+    before = torch.get_num_threads()
+    if count == before:
         yield
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
