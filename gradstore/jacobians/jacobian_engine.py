@@ -144,8 +144,9 @@ class JacobianEngine:
         """
         seen, all_classes = self._plan.footprint, classes or self._classes
         classes = classes or self.below or self._classes  # or the rows that stand for them
-        shares = 1 if factors and self.outputs(n) < SMALL else min(classes, MOST)
-        deltas = 1 + 2 * shares * self._at_once(n)
+        at_once = min(classes, self._at_once(n))
+        shares = 1 if factors and self.outputs(n) < SMALL else min(-(-classes // at_once), MOST)
+        deltas = 1 + 2 * shares * at_once
         backward = seen.graph + classes * seen.kept + max(deltas, _AUDIT) * seen.deltas
         plan = self._plan
         if factors and not plan.exact and not plan.functions and not seen.lazy:
