@@ -168,8 +168,8 @@ def _wholes(taps: Sequence[Tap], totals: Sequence[Tensor]) -> list[Tensor]:
     if not taps:
         return []
     sizes = [_size_of_activations(tap, total) for tap, total in zip(taps, totals, strict=True)]
-    norms = [torch.linalg.vector_norm(total, dtype=torch.float64) for total in totals]
-    largest = torch.stack([norm * size for norm, size in zip(norms, sizes, strict=True)]).nan_to_num(0, 0, 0).max()
+    norms = [_finite_norm(total) for total in totals]
+    largest = torch.stack([norm * size for norm, size in zip(norms, sizes, strict=True)]).max()
     return [largest / size for size in sizes]
 
 
@@ -178,7 +178,12 @@ def _size_of_activations(tap: Tap, like: Tensor) -> Tensor:
     if not tap.use.multiplies:
         return torch.ones((), dtype=torch.float64, device=like.device)
     x = tap.use.saved[0]
-    return (torch.linalg.vector_norm(x, dtype=torch.float64) / max(1, x.numel()) ** 0.5).clamp_(min=1e-100)
+    return (_finite_norm(x) / max(1, x.numel()) ** 0.5).clamp_(min=1e-100)
+
+
+def _finite_norm(values: Tensor) -> Tensor:
+    """Norm of what is finite: an example that is not must not change how its neighbours are computed."""
+    return torch.linalg.vector_norm(values.nan_to_num(0, 0, 0), dtype=torch.float64)
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
