@@ -32,7 +32,10 @@ def page(rows: Sequence[Row]) -> str:
     few = [row for row in rows if row["n"] not in ("", str(most)) and row["speedup"]]
     if few:
         parts.append("\n## Few examples\n\n" + _few(few))
-    for title, lines in (("Not served", _not_served(main)), ("Parameters that no rule covers", _reasons(main))):
+    for title, lines in (
+        ("Not right, or with a star", _not_plain(main)),
+        ("Parameters that no rule covers", _reasons(main)),
+    ):
         if lines:
             parts.append(f"\n## {title}\n\n" + lines)
     return "".join(parts) + _where(rows)
@@ -88,7 +91,7 @@ def _few(rows: Sequence[Row]) -> str:
     return _table(("model", *(f"times, {n} examples" for n in sizes)), lines)
 
 
-def _not_served(rows: Sequence[Row]) -> str:
+def _not_plain(rows: Sequence[Row]) -> str:
     lines = [(row["model"], row["outcome"], row["why"]) for row in rows if row["outcome"] != "right"]
     lines += [(f"{row['model']} *", "right", row["why"]) for row in rows if row["outcome"] == "right" and row["why"]]
     return _table(("model", "outcome", "why"), lines) if lines else ""
@@ -99,10 +102,14 @@ def _reasons(rows: Sequence[Row]) -> str:
     return _table(("model", "share of the parameters, and their route"), lines) if lines else ""
 
 
+def _counted(count: str, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != "1")
+
+
 def _where(rows: Sequence[Row]) -> str:
     places = dict.fromkeys(
-        f"{row['device']} ({row['cpu']}, {row['simd']}), {row['threads']} threads, Python {row['python']}, torch "
-        f"{row['torch']}, seed {row['seed']}"
+        f"{row['device']} ({row['cpu']}, {row['simd']}), {_counted(row['threads'], 'thread')}, Python {row['python']}, "
+        f"torch {row['torch']}, seed {row['seed']}"
         for row in rows
     )
     return "\nMeasured on: " + "; ".join(places) + ".\n"

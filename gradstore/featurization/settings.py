@@ -116,6 +116,14 @@ class Settings:
         Raises:
             UsageError: a setting of it is out of range.
         """
+        if self.class_draws != CLASS_DRAWS and not self.draws:
+            raise UsageError(
+                "only the layout sketched draws combinations of classes",
+                where="--class-draws",
+                expected="--layout sketched",
+                got=f"--layout {self.layout}",
+                hint="Leave it out, or name that layout",
+            )
         if self.draws:
             self._part(Projection(self.projection, self.proj_dim, self.seed))
         return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)

@@ -59,6 +59,7 @@ class ExampleFree:
         self._n, self._decided = n, repeats
         self.repeats: list[bool] = []
         self._examples = {id(tensor) for tensor in examples}
+        self._this = object()  # of this pass; a mark that holds nothing, on tensors that may outlive it
         self._parameters = {id(parameter) for parameter in model.parameters()}
         for module in model.modules():
             for value in (*module._buffers.values(), *vars(module).values()):
@@ -70,7 +71,7 @@ class ExampleFree:
         if id(tensor) in self._parameters or self._entry(tensor) is not None:
             return True
         # What nobody has seen come into being, and counts something, is a constant from elsewhere: indices in a cache.
-        seen = id(tensor) in self._made or id(tensor) in self._examples or getattr(tensor, _SEEN, None) is self
+        seen = id(tensor) in self._made or id(tensor) in self._examples or getattr(tensor, _SEEN, None) is self._this
         return not (seen or tensor.is_floating_point() or tensor.is_complex())
 
     def roots(self, tensor: Tensor) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ class ExampleFree:
             for tensor in tensors_in(output):
                 self._made.pop(id(tensor), None)
                 if not tensor.is_floating_point():
-                    setattr(tensor, _SEEN, self)
+                    setattr(tensor, _SEEN, self._this)
             return
         for tensor in tensors_in(output):
             if id(tensor) in self._parameters or (id(tensor) in self._made and any(tensor is one for one in given)):

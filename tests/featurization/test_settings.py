@@ -37,6 +37,8 @@ OTHERS: list[tuple[str, Any, str]] = [
     ("dtype", "int8", "proj-trntk"),
     ("precision", "exact", "proj-trntk"),
 ]
+# What goes with a setting that other settings have no use for.
+BESIDE: dict[str, dict[str, Any]] = {"class_draws": {"layout": "sketched"}}
 PROJECT = """
 import torch
 from torch import nn
@@ -85,7 +87,7 @@ def test_every_setting_is_tried_below() -> None:
 def test_a_store_made_with_another_setting_is_recognised(
     name: str, value: Any, kernel: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**SMALL, name: value}
+    settings = {**SMALL, **BESIDE.get(name, {}), name: value}
     project = gs.load_project(folder / "project.py")
     train, stored = (gs.featurize(project, split=s, out=tmp_path / s, **settings) for s in ("train", "test"))
     assert Settings.of(train.identity) == Settings(**settings)
@@ -109,16 +111,17 @@ def test_a_store_made_with_another_setting_is_recognised(
 
 @pytest.mark.parametrize(("name", "value", "kernel"), OTHERS)
 def test_another_setting_is_refused_by_name(name: str, value: Any, kernel: str, folder: Path, tmp_path: Path) -> None:
-    project, default = gs.load_project(folder / "project.py"), gs.open(folder / "default")
+    project, usual = gs.load_project(folder / "project.py"), {**SMALL, **BESIDE.get(name, {})}
+    default = gs.featurize(project, split="train", out=tmp_path / "default", **usual)
     named = rf"differ in 1 field\(s\)(.|\n)*\n  {field_of(name)} "
-    other = gs.featurize(project, split="test", out=tmp_path / "other", **{**SMALL, name: value})
+    other = gs.featurize(project, split="test", out=tmp_path / "other", **{**usual, name: value})
     with pytest.raises(MismatchError, match=named):
-        gs.featurize(project, split="train", out=folder / "default", **{**SMALL, name: value})
+        gs.featurize(project, split="train", out=default.path, **{**usual, name: value})
     with pytest.raises(MismatchError, match=named):
         gs.residual(project, default, other)
     with pytest.raises(MismatchError, match=named):
         gs.topk(default, gs.featurize_queries(project, other, split="test", rows=[3]))
-    words = ["residual", str(folder / "project.py"), str(folder / "default"), str(tmp_path / "other")]
+    words = ["residual", str(folder / "project.py"), str(default.path), str(tmp_path / "other")]
     assert status(*words) == MismatchError.exit_code
 
 

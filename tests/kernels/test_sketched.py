@@ -104,6 +104,14 @@ def test_draws_that_do_not_divide_the_columns_are_refused(project: gs.Project, K
         gs.featurize(project, split="train", out=tmp_path / "s", layout="sketched", proj_dim=K, class_draws=draws)
 
 
+@pytest.mark.parametrize("layout", ["per-class", "sum", "mixed"])
+def test_draws_of_a_layout_that_has_none_are_refused(project: gs.Project, layout: str, tmp_path: Path):
+    """They were put in the store's identity, so that a store without them did not fit beside it."""
+    with pytest.raises(UsageError, match=rf"only the layout sketched draws .*got --layout {layout}"):
+        gs.featurize(project, split="train", out=tmp_path / "s", layout=layout, proj_dim=64, class_draws=8)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_draw_that_did_not_keep_its_norm_is_refused() -> None:
     features = torch.ones(2, 1, 4 * 600)
     scaled = {"w": torch.ones(2, 4, dtype=torch.float64)}
