@@ -58,7 +58,6 @@ def project():
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
     (folder / "project.py").write_text(PROJECT)
-    gs.featurize(gs.load_project(folder / "project.py"), split="train", out=folder / "default", **SMALL)
     return folder
 
 
