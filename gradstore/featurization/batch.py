@@ -42,6 +42,7 @@ from gradstore.jacobians import (
 from gradstore.jacobians.reused_memory import reused
 from gradstore.machine.cuda_streams import Beside, Handover, to_host
 from gradstore.machine.devices import full_float32
+from gradstore.machine.mapped_memory import mapped_zeros
 from gradstore.model.examples import Inputs, input_digests
 from gradstore.projection import Projection
 from gradstore.projection.block_routes import accumulate_block, route
@@ -307,7 +308,7 @@ def _project(
     parts: dict[str, Tensor] = {}
     shape = (len(rows), plan.manifest.schema.c)
     gradients = draws or (plan.classes if mixed else plan.manifest.schema.c)
-    features = torch.zeros(*shape, projection.dim - first_k, device=logits.device)
+    features = _zeros((*shape, projection.dim - first_k), logits.device)
     sq_norm = torch.zeros(shape, dtype=torch.float64, device=logits.device)
     audit = gradient = None
     if audited:
@@ -349,6 +350,13 @@ def _project(
     absent = None if bad_rows is None else bad_rows.reasons(rows, logits, sq_norm, groups, spans)
     found = (features, sq_norm, added_up, parts, logits, comparison, gradient)
     return _Sums(rows, *found, Handover(logits.device), absent)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Float32 zeros, which another thread will drop."""
+    if device.type == "cpu":
+        return torch.from_numpy(mapped_zeros(shape, np.float32))
+    return torch.zeros(shape, device=device)
 
 
 def _joined(

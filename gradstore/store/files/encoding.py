@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradstore.machine.cuda_streams import to_host
+from gradstore.machine.mapped_memory import mapped_zeros
 
 # float16 rows peak in [2^14, 2^15): below its largest value, 65504, and as far from its smallest as can be.
 _PEAK_EXPONENT = {"float16": 15, "float32": 0}
@@ -43,7 +44,7 @@ def encode(features: Tensor, dtype: str, factor: float = 1.0) -> Encoded:
         The rounded features on the CPU. Holds them and a few megabytes.
     """
     n, c, K = features.shape
-    out = Encoded(np.empty((n, c, K), np.dtype(dtype)), np.empty((n, c), np.float32), np.empty((n, c), np.float64))
+    out = Encoded(mapped_zeros((n, c, K), dtype), np.empty((n, c), np.float32), np.empty((n, c), np.float64))
     wholes = [whole.reshape(n * c, *whole.shape[2:]) for whole in (out.features, out.scale, out.norm)]
     step = max(1, _CACHED // K if features.device.type == "cpu" else n * c)
     flat = features.flatten(0, 1)
