@@ -334,6 +334,9 @@ class EmbeddingBlock(JacobianBlock):
     def _scattered(self, merged: Tensor, first: int, last: int) -> Tensor:
         # Tokens of one row carry equal sums, so plain assignment is enough and no atomic addition makes bits vary.
         n, c, _, width = self.deltas.shape
+        if last - first == self.num_embeddings:
+            whole = reused((n, c, last, width), merged).zero_()
+            return whole.scatter_(2, self.indices[:, None, :, None].expand_as(merged), merged).flatten(2)
         out = merged.new_zeros(n, c, last - first + 1, width)
         inside = (self.indices >= first) & (self.indices < last)
         target = torch.where(inside, self.indices - first, last - first)  # the extra row collects all others

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,36 @@ def by_torch_func(subject: Subject, names: list[str], inputs: Inputs, cotangents
 def dense(gradient: Tensor) -> Tensor:
     """A gradient as values, where autograd gives only those of the rows that occur."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def vectorised_grad(output: Tensor, inputs: Sequence[Any], cotangents: Tensor) -> list[Tensor | None]:
+    """Several backward passes in one, each operation of which takes all cotangents; the graph is kept.
+
+    `torch.autograd.grad(…, is_grads_batched=True)` would run softmaxes and activations, among others, one cotangent at
+    a time (torch 2.13); `torch.func.vmap` does not.
+
+    Args:
+        output: […], with its graph.
+        inputs: tensors or graph edges to differentiate with respect to.
+        cotangents: [k, …].
+
+    Returns:
+        [k, …] for each input; None where the output does not depend on it.
+
+    Raises:
+        RuntimeError: of a backward pass that cannot be vectorised; one of the user's own raises what it likes.
+    """
+    reached: list[int] = []
+
+    def pull_back(cotangent: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+        reached[:] = [place for place, gradient in enumerate(found) if gradient is not None]
+        return [gradient for gradient in found if gradient is not None]
+
+    with quiet_vmap():
+        several = vmap(pull_back)(cotangents)
+    gradients = dict(zip(reached, several, strict=True))
+    return [gradients.get(place) for place in range(len(inputs))]
 
 
 @contextmanager

@@ -176,3 +176,6 @@ CONTRACTIONS: dict[Any, Callable[..., Use | None]] = {
     torch.sparse.mm: sparse_times,
 }
 """The rule of each function that is a product over shared axes."""
+
+MATRIX_PRODUCTS = {function for function, rule in CONTRACTIONS.items() if rule in (matmul, matrix_times)}
+"""Those of two operands."""

@@ -7,7 +7,7 @@ be pulled back to the parameter afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,14 @@ class Made:
         version: of it when it was seen last; another one means that something else wrote to it.
         roots: the noted parameters that its gradient reaches.
         name: the parameter of which it is a view or a copy with the elements in the same order, if it is one.
+        transposed: the matrix of parameters of which it is the transpose, if it is one.
     """
 
     tensor: Tensor
     version: int
     roots: tuple[str, ...]
     name: str | None
+    transposed: Tensor | None = None
 
 
 class ExampleFree:
@@ -92,6 +94,11 @@ class ExampleFree:
         entry = self._entry(tensor)
         return None if entry is None else entry.name
 
+    def transposed(self, tensor: Any) -> Tensor | None:
+        """The parameter, or matrix with the elements of one in order, of which a tensor is the transpose."""
+        entry = self._entry(tensor) if isinstance(tensor, Tensor) else None
+        return None if entry is None else entry.transposed
+
     def follow(
         self, func: Any, args: tuple[Any, ...], given: list[Tensor], output: Any, roots: tuple[str, ...] | None
     ) -> None:
@@ -122,7 +129,8 @@ class ExampleFree:
                 continue
             own = tuple(roots) if tensor.requires_grad else ()
             same = own and _keeps_order(func, args) and tensor.numel() == args[0].numel()
-            self._keep(tensor, own, self.name(args[0]) if same else None)
+            turned = own and func in _TRANSPOSES and self.name(args[0]) and _is_transpose(tensor, args[0])
+            self._keep(tensor, own, self.name(args[0]) if same else None, args[0] if turned else None)
 
     def _for_each_example(self, once: Tensor, repeated: Tensor) -> bool:
         """Whether a constant was repeated for each example; where that cannot be told, the first pass decides."""
@@ -134,8 +142,8 @@ class ExampleFree:
         self.repeats.append(found)
         return found
 
-    def _keep(self, tensor: Tensor, roots: tuple[str, ...], name: str | None) -> None:
-        self._made[id(tensor)] = Made(tensor, _version(tensor), roots, name)
+    def _keep(self, tensor: Tensor, roots: tuple[str, ...], name: str | None, transposed: Tensor | None = None) -> None:
+        self._made[id(tensor)] = Made(tensor, _version(tensor), roots, name, transposed)
 
     def _entry(self, tensor: Tensor) -> Made | None:
         entry = self._made.get(id(tensor))
@@ -145,15 +153,17 @@ class ExampleFree:
 _SEEN = "_gradstore_seen"
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     """The tensors of nested lists, tuples and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict) and value:
+            found += tensors_in(*value.values())
+    return found
 
 
 def _version(tensor: Tensor) -> int:
@@ -166,6 +176,8 @@ def _functions(names: Iterable[str]) -> set[Any]:
 
 _REPEATS = _functions(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 _SHAPES = _functions(("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"))
+_TRANSPOSES = _functions(("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"))
+_TRANSPOSES |= {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 _COPIES = _functions(("contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type_as"))
 
 
@@ -177,6 +189,11 @@ def _keeps_order(func: Any, args: tuple[Any, ...]) -> bool:
     if func is Tensor.view and isinstance(args[1], torch.dtype):
         return False
     return bool(args) and (func in _SHAPES or func in _COPIES)
+
+
+def _is_transpose(tensor: Tensor, of: Tensor) -> bool:
+    """Whether a view of a matrix, of all of its elements, is its transpose."""
+    return tensor.ndim == of.ndim == 2 and tensor.stride() == of.stride()[::-1] and tensor.shape == of.shape[::-1]
 
 
 def _is_whole(part: Any) -> bool:

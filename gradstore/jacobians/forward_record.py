@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from gradstore.jacobians.arithmetic_rules import ARITHMETIC
+from gradstore.jacobians.contraction_rules import MATRIX_PRODUCTS
 from gradstore.jacobians.example_free import ExampleFree, tensors_in
 from gradstore.jacobians.last_call import LastCall, last_call
 from gradstore.jacobians.row_owners import candidates
@@ -155,7 +156,8 @@ class _Recorder(TorchFunctionMode):
         if steps is not None:
             with self:
                 return steps(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
+        func, args = self._linear(func, args)
+        given = tensors_in(*args, kwargs)
         free = all(self._free.holds(tensor) for tensor in given)
         roots = self._free.roots_of(given)
         if torch.is_grad_enabled() and func in RULES and roots:
@@ -165,6 +167,13 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         self._free.follow(func, args, given, output, roots if free else None)
         return output
+
+    def _linear(self, func: Any, args: Any) -> tuple[Any, Any]:
+        """The call, as a linear layer where it is a product `x Wᵀ` with the transpose of a parameter."""
+        if func not in MATRIX_PRODUCTS or len(args) != 2 or args[0].layout != torch.strided:
+            return func, args
+        matrix = self._free.transposed(args[1])
+        return (func, args) if matrix is None else (F.linear, (args[0], matrix))
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
         """The call's output where it is noted; None, and nothing was called, where it is not."""

@@ -42,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | N
     def activations(arrangement: str, inputs: Tensor, n: int, channels: slice) -> Tensor:
         return positions_of(channels_last, inputs[..., channels], n, arrangement).transpose(1, 2)[:, None]
 
-    terms = {"weight": outer(weight, activations, x), "bias": positions_summed(weight.shape[0])}
+    terms = {"weight": outer(weight, activations, x, by_position=True), "bias": positions_summed(weight.shape[0])}
     return Use("linear", channels_last, ANY, terms, (x,), multiplies=True)
 
 
@@ -222,8 +222,8 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
         theirs = positions_of(channels_last, y, n, arrangement).transpose(1, 2)
         return (ours[..., None] * theirs[..., None, :]).flatten(2)[:, None]
 
-    terms = {"weight": outer(weight, activations, x, apart=False), "bias": positions_summed(weight.shape[0])}
-    return Use("bilinear", channels_last, ANY, terms, (x, y))
+    made = outer(weight, activations, x, apart=False, by_position=True)
+    return Use("bilinear", channels_last, ANY, {"weight": made, "bias": positions_summed(weight.shape[0])}, (x, y))
 
 
 def batch_norm(
@@ -326,6 +326,7 @@ def outer(
     groups: int = 1,
     *,
     apart: bool = True,
+    by_position: bool = False,
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Batch], Term]:
     """The maker of the term of a weight [o, …] that is used at many positions.
@@ -336,6 +337,7 @@ def outer(
         x: the inputs.
         groups: g.
         apart: whether the inputs of several batches can be joined.
+        by_position: whether the layer's output has all channels of a position together.
         summed: a faster way from deltas [n, f, o, T] to the gradient [n, f, o, …], where rows are examples.
 
     Returns:
@@ -349,7 +351,7 @@ def outer(
         if positions < SHRINKS * width:
             make, joins = functools.partial(activations, batch.arrangement), batch.arrangement in (FIRST, FOLDED)
             unread = Unread(x, batch.n, math.prod(shape[2:]), make, groups, apart and joins)
-            return OuterTerm(batch.classes, shape[0], width, unread)
+            return OuterTerm(batch.classes, shape[0], width, unread, by_position=by_position)
         if summed is not None and batch.arrangement == FIRST:
             return ReducedTerm(batch.n, batch.classes, shape, summed)
         made = activations(batch.arrangement, x, batch.n, ALL)

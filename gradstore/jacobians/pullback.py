@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.by_autograd import quiet_vmap
+from gradstore.jacobians.by_autograd import vectorised_grad
 from gradstore.jacobians.forward_record import Recording, Tap
-from gradstore.jacobians.row_owners import candidates, fits, owned, weights
+from gradstore.jacobians.row_owners import candidates, fits, owned, row_errors, weights
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 from gradstore.jacobians.terms import Term, ViewedTerm
-from gradstore.jacobians.uses import Batch
+from gradstore.jacobians.uses import Batch, wide
 from gradstore.jacobians.weight_functions import PulledBack, RootTerm
 from gradstore.machine.out_of_memory import is_out_of_memory
 
@@ -132,58 +132,59 @@ def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[s
     Returns:
         An arrangement for each tap; None where none passes the audit.
     """
-    n = len(recording.logits)
+    n, factors = len(recording.logits), weights(len(recording.logits), cotangent)
     totals = [delta[0] for delta in _deltas(recording, cotangent[None])]
-    weighted = _of_examples(recording, weights(n, cotangent)[:, None] * cotangent)
-    return [
-        next((how for how in _candidates(tap, n) if owned(weighed, total, n, how, tolerance, whole)), None)
-        for tap, total, weighed, whole in zip(
-            recording.taps, totals, weighted, _wholes(recording.taps, totals), strict=True
-        )
-    ]
+    weighted = _of_examples(recording, factors[:, None] * cotangent)
+    wholes, possible = _wholes(recording.taps, totals), [_candidates(tap, n) for tap in recording.taps]
+    found: list[str | None] = [None] * len(totals)
+    for turn in range(max(map(len, possible), default=0)):
+        left = [place for place, how in enumerate(found) if how is None and turn < len(possible[place])]
+        tried = [(totals[place], weighted[place], possible[place][turn]) for place in left]
+        for place, (*_, how), right in zip(left, tried, _proved(tried, factors, tolerance, wholes[left]), strict=True):
+            found[place] = how if right else None
+    return found
 
 
 def _added(totals: list[Tensor], deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
     """Totals with Σ_f factor_f · delta_f added in place; empty totals begin."""
     several = len(factors) > 1 or factors.device.type != "cpu"  # a GPU would have to be waited for to have a number
     for place, delta in enumerate(deltas):
-        more = torch.tensordot(factors.to(delta), delta, dims=1) if several else delta[0]
+        more = (factors.to(delta) @ delta.flatten(1)).view(delta.shape[1:]) if several else delta[0]
         factor = 1 if several else float(factors)
         if place < len(totals):
             totals[place].add_(more, alpha=factor)
         else:
-            totals.append(more * factor)
+            totals.append(more if several else more * factor)
     return totals
 
 
-def _wholes(taps: Sequence[Tap], totals: Sequence[Tensor]) -> list[Tensor]:
+def _wholes(taps: Sequence[Tap], totals: Sequence[Tensor]) -> Tensor:
     """For each tap, the norm of a delta that would make its parameters' gradient that of the model's largest.
 
-    A weight's gradient is a product of deltas and activations, so deltas count by the size of the activations: one
-    layer's may be a million times another's where its inputs are a millionth.
+    A weight's gradient is a product of deltas and activations, so deltas count by the size of the activations, which is
+    1 where a parameter is added or what it multiplies is normal: one layer's may be a million times another's where its
+    inputs are a millionth.
 
     Returns:
-        float64 [] each, on the device.
+        float64 [taps], on the device.
     """
     if not taps:
-        return []
-    sizes = [_size_of_activations(tap, total) for tap, total in zip(taps, totals, strict=True)]
-    norms = [_finite_norm(total) for total in totals]
-    largest = torch.stack([norm * size for norm, size in zip(norms, sizes, strict=True)]).max()
-    return [largest / size for size in sizes]
+        return torch.zeros(0, dtype=torch.float64)
+    read = [tap.use.saved[0] if tap.use.multiplies else None for tap in taps]
+    norms = _finite_norms([*totals, *(x for x in read if x is not None)])
+    activations = iter(norms[len(totals) :])
+    one = norms.new_ones(())
+    sizes = torch.stack([one if x is None else next(activations) / max(1, x.numel()) ** 0.5 for x in read])
+    sizes.clamp_(min=1e-100)
+    return (norms[: len(totals)] * sizes).max() / sizes
 
 
-def _size_of_activations(tap: Tap, like: Tensor) -> Tensor:
-    """Root mean square of what a weight is multiplied by, float64 []; 1 of what a parameter is added to or normal."""
-    if not tap.use.multiplies:
-        return torch.ones((), dtype=torch.float64, device=like.device)
-    x = tap.use.saved[0]
-    return (_finite_norm(x) / max(1, x.numel()) ** 0.5).clamp_(min=1e-100)
-
-
-def _finite_norm(values: Tensor) -> Tensor:
-    """Norm of what is finite: an example that is not must not change how its neighbours are computed."""
-    return torch.linalg.vector_norm(values.nan_to_num(0, 0, 0), dtype=torch.float64)
+def _finite_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Norms of what is finite, float64: an example that is not must not change how its neighbours are computed."""
+    norms = torch.stack([torch.linalg.vector_norm(wide(one)).double() for one in tensors])
+    for place in (~norms.isfinite()).nonzero().flatten().tolist():  # or larger than a float32
+        norms[place] = torch.linalg.vector_norm(tensors[place].nan_to_num(0, 0, 0), dtype=torch.float64)
+    return norms
 
 
 def _candidates(tap: Tap, n: int) -> list[str]:
@@ -264,31 +265,52 @@ def audit(
         pulled: is told of what must not be used.
     """
     n, names = len(recording.logits), list(parameters)
+    factors = weights(n, cotangent)
     if not parameters:
         return
     asked: list[Any] = [*(tap.edge for tap in recording.taps), *parameters.values()]
     found = torch.autograd.grad(
         recording.logits,
         asked,
-        weights(n, cotangent)[:, None] * cotangent,
+        factors[:, None] * cotangent,
         allow_unused=True,
     )
     count = len(recording.taps)
     for name, gradient in zip(names, found[count:], strict=True):
         if gradient is not None:
             pulled.unsafe[name] = "used outside a known layer"
-    verdicts = [
-        (tap, owned(weighted, total, n, how, tolerance, whole))
-        for tap, how, total, weighted, whole in zip(
-            recording.taps, arrangements, totals, found[:count], _wholes(recording.taps, totals), strict=True
-        )
-        if weighted is not None and fits(tap.shape, n, how)
+    asked_of = [
+        place
+        for place, (tap, how) in enumerate(zip(recording.taps, arrangements, strict=True))
+        if found[place] is not None and fits(tap.shape, n, how)
     ]
-    # One look at all of them, since a GPU has to be waited for each time.
-    right = torch.stack([verdict for _, verdict in verdicts]).tolist() if verdicts else []
-    for (tap, _), passed in zip(verdicts, right, strict=True):
-        if not passed:
-            pulled.distrust(tap, "rows not by example")
+    tried = [(totals[place], found[place], arrangements[place]) for place in asked_of]
+    wholes = _wholes(recording.taps, totals)
+    for place, right in zip(asked_of, _proved(tried, factors, tolerance, wholes[asked_of]), strict=True):
+        if not right:
+            pulled.distrust(recording.taps[place], "rows not by example")
+
+
+def _proved(
+    tried: Sequence[tuple[Tensor, Tensor, str]], factors: Tensor, tolerance: float, wholes: Tensor
+) -> list[bool]:
+    """Whether the rows of taps belong to examples as is guessed; see `row_owners`.
+
+    Args:
+        tried: of each, its total and its weighted gradient, and the arrangement.
+        factors: the examples' weights, [n].
+        tolerance: relative difference that rounding may make.
+        wholes: see `owned`.
+
+    Returns:
+        The verdicts, after one look at all of them, since a GPU has to be waited for each time.
+    """
+    if not tried:
+        return []
+    pairs = [row_errors(weighted, total, factors.to(total), how) for total, weighted, how in tried]
+    scales, errors = (torch.stack(several).double() for several in zip(*pairs, strict=True))
+    right: list[bool] = owned(scales, errors, tolerance, wholes).tolist()
+    return right
 
 
 def _deltas(recording: Recording, cotangents: Tensor) -> list[Tensor]:
@@ -299,8 +321,7 @@ def _deltas(recording: Recording, cotangents: Tensor) -> list[Tensor]:
     if not recording.taps:
         return []
     edges, rows = [tap.edge for tap in recording.taps], cotangents[:, None].expand(f, *logits.shape)
-    with quiet_vmap():
-        found = torch.autograd.grad(logits, edges, rows, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    found = vectorised_grad(logits, edges, rows)
     return [
         cotangents.new_zeros(f, *tap.shape) if delta is None else delta
         for tap, delta in zip(recording.taps, found, strict=True)

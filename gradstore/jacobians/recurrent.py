@@ -57,7 +57,8 @@ def hidden_rule(gates: Tensor, weight: Tensor, bias: Tensor | None, states: Stat
     def activations(arrangement: str, inputs: Any, n: int, channels: slice) -> Tensor:
         return positions_of(channels_last, states.before[..., channels], n, arrangement).transpose(1, 2)[:, None]
 
-    terms = {"weight": outer(weight, activations, gates.detach(), apart=False), "bias": positions_summed(len(weight))}
+    made = outer(weight, activations, gates.detach(), apart=False, by_position=True)
+    terms = {"weight": made, "bias": positions_summed(len(weight))}
     return Use("recurrent", view, ANY, terms)
 
 

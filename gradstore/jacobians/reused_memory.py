@@ -1,8 +1,8 @@
 """New memory for blocks and deltas without paying for page faults each time.
 
-A block is tens to hundreds of megabytes, made, read once and dropped. Handing such memory back to the system and
-faulting it in again for the next block takes longer than writing the values, and threads that fault at once wait for
-each other.
+A block is up to hundreds of megabytes, made, read once and dropped, and deltas are kept for a batch. Handing such
+memory back to the system and faulting it in again for the next takes longer than writing the values, and threads that
+fault at once wait for each other.
 """
 
 from __future__ import annotations
@@ -10,68 +10,79 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _NOTHING = np.empty(0, np.uint8)
+_SMALL = 1 << 16  # bytes; smaller pieces are the allocator's
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Spare:
-    """The largest piece of memory that a dropped block had, for the next block."""
+    """Memory that dropped blocks had, for the next ones: together with what is in use never more than was in use once.
+
+    A piece serves a block that is smaller, but not by half: what is asked for comes again, batch after batch.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._memory = _NOTHING
+        self._returned: deque[np.ndarray] = deque()  # by whoever collects garbage, within a call too
+        self._held: list[np.ndarray] = []
+        self._used = self._most = 0
 
     def take(self, size: int) -> np.ndarray:
-        """Uninitialised bytes, at least `size` of them; nothing is held any more."""
+        """Uninitialised bytes, at least `size` of them, and not twice as many where others had them before."""
         with self._lock:
-            kept, self._memory = self._memory, _NOTHING
-        return kept if kept.nbytes >= size else np.empty(size, np.uint8)
+            self._collect()
+            fitting = [piece for piece in self._held if size <= piece.nbytes < 2 * size]
+            memory = min(fitting, key=len, default=_NOTHING)
+            self._held = [piece for piece in self._held if piece is not memory]
+            if memory is _NOTHING:
+                memory = np.empty(size, np.uint8)
+            self._used += memory.nbytes
+            self._most = max(self._most, self._used)
+            excess = self._used + sum(map(len, self._held)) - self._most
+            while excess > 0:  # what was dropped first goes first
+                excess -= len(self._held.pop(0))
+        return memory
 
     def keep(self, memory: np.ndarray) -> None:
-        """Hold these bytes, unless more are held."""
-        with self._lock:
-            self._memory = max(self._memory, memory, key=len)
+        """Hold these bytes, which are in use no longer."""
+        self._returned.append(memory)
 
     def drop(self) -> None:
         """Hold nothing."""
         with self._lock:
-            self._memory = _NOTHING
+            self._collect()
+            self._held.clear()
+            self._most = self._used
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._held.append(self._returned.popleft())
+            self._used -= len(self._held[-1])
 
 
 _spare = _Spare()
 
 
-def fresh(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Allocate a tensor of `like`'s dtype and device, in huge pages where there are any.
-
-    NumPy asks Linux for them, torch does not; faulting in 4 KB pages takes half of the time of writing them.
-
-    Returns:
-        It, uninitialised.
-    """
-    if like.device.type != "cpu" or like.dtype not in _NUMPY:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return torch.from_numpy(np.empty(shape, _NUMPY[like.dtype]))
-
-
 def reused(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Allocate the same, in the memory of a block that was dropped where there is one.
+    """Allocate a tensor of `like`'s dtype and device, in memory that others were dropped from where there is some.
 
-    Memory returns when the last tensor that shares it is gone. Beside the tensors in use at most one piece is held, of
-    the size of the largest block, until `drop_spare`.
+    Memory returns when the last tensor that shares it is gone, and is held until `drop_spare`: with what is in use
+    never more than was in use at one time. New memory is in huge pages where there are any: NumPy asks Linux for them,
+    torch does not.
 
     Returns:
         It, uninitialised.
     """
-    if like.device.type != "cpu" or like.dtype not in _NUMPY:
+    size = math.prod(shape) * like.element_size()
+    if size < _SMALL or like.device.type != "cpu" or like.dtype not in _NUMPY:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     dtype = np.dtype(_NUMPY[like.dtype])
-    size = math.prod(shape) * dtype.itemsize
     memory = _spare.take(size)
     array: np.ndarray = np.ndarray(shape, dtype, buffer=memory.data[:size])
     weakref.finalize(array, _spare.keep, memory).atexit = False
@@ -79,5 +90,5 @@ def reused(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def drop_spare() -> None:
-    """Give the held piece back to the system."""
+    """Give what is held back to the system."""
     _spare.drop()

@@ -65,27 +65,43 @@ def weights(count: int, like: Tensor) -> Tensor:
     return values.to(like.dtype).to(like.device)
 
 
-def owned(weighted: Tensor, total: Tensor, n: int, arrangement: str, tolerance: float, whole: Tensor) -> Tensor:
-    """The audit: whether `weighted` is `total` with each example's rows scaled by that example's weight.
+def row_errors(weighted: Tensor, total: Tensor, factors: Tensor, arrangement: str) -> tuple[Tensor, Tensor]:
+    """How far `weighted` is from `total` with each example's rows scaled by that example's weight.
+
+    Args:
+        weighted: gradient of `Σ_i w_i Σ_c u_c logits[i, c]` with respect to a layer's output.
+        total: gradient of `Σ_i Σ_c u_c logits[i, c]`, the same shape.
+        factors: w [n], in the gradients' dtype.
+        arrangement: the assignment of rows to be proved.
+
+    Returns:
+        Of each example's rows, the norms of `total` and of the difference, [n] in float32 or wider, on the device.
+    """
+    n = len(factors)
+    ours = by_example(total, n, arrangement).flatten(1)
+    theirs = by_example(weighted, n, arrangement).flatten(1)
+    difference = torch.addcmul(theirs, factors[:, None], ours, value=-1)
+    dtype = torch.promote_types(ours.dtype, torch.float32)
+    scale, error = (torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in (ours, difference))
+    return scale, error
+
+
+def owned(scales: Tensor, errors: Tensor, tolerance: float, wholes: Tensor) -> Tensor:
+    """The audit: of which layers each row belongs to its example.
 
     Of an example whose rows hold NaN or infinity nothing is asked: it is refused or left out by itself, and must not
     change how its neighbours are computed.
 
     Args:
-        weighted: gradient of `Σ_i w_i Σ_c u_c logits[i, c]` with respect to a layer's output.
-        total: gradient of `Σ_i Σ_c u_c logits[i, c]`, the same shape.
-        n: examples in the batch.
-        arrangement: the assignment of rows to be proved.
+        scales: norms of each example's rows, [layers, n].
+        errors: how far they are from what they have to be, the same shape.
         tolerance: relative difference that rounding may make.
-        whole: norm of a layer's gradient that would make its parameters' that of the model's largest. What is below a
-            hundredth of it is rounding, as a query's weight may be, where attention is all but uniform.
+        wholes: [layers], the norm of a layer's gradient that would make its parameters' that of the model's largest.
+            What is below a hundredth of it is rounding, as a query's weight may be, where attention is all but uniform.
 
     Returns:
-        bool [], on the device.
+        bool [layers], on the device.
     """
-    ours = by_example(total, n, arrangement).flatten(1)
-    theirs = by_example(weighted, n, arrangement).flatten(1)
-    scale = torch.linalg.vector_norm(ours, dim=1)
-    error = torch.linalg.vector_norm(theirs - weights(n, ours)[:, None] * ours, dim=1)
-    typical = scale.nan_to_num(0, 0, 0).max()
-    return ((error <= tolerance * (scale + 1e-2 * torch.maximum(typical, whole.to(typical)))) | ~scale.isfinite()).all()
+    typical = scales.nan_to_num(0, 0, 0).amax(1)
+    allowed = tolerance * (scales + 1e-2 * torch.maximum(typical, wholes)[:, None])
+    return ((errors <= allowed) | ~scales.isfinite()).all(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradstore.jacobians.blocks import EmbeddingBlock, JacobianBlock, LazyBlock, LinearBlock, Unread, gram_of, outer_sum
-from gradstore.jacobians.reused_memory import fresh
+from gradstore.jacobians.reused_memory import reused
 
 # A gradient this many times smaller than its delta is formed per class and the delta dropped.
 SHRINKS = 4
@@ -52,7 +52,7 @@ class Term:
         """Where all classes are kept, allocated by whoever comes first."""
         with self._allocating:
             if self._kept is None:
-                self._kept = fresh(shape, like)
+                self._kept = reused(shape, like)
             return self._kept
 
     def _keep(self, classes: int, first: int, deltas: Tensor) -> None:
@@ -113,17 +113,24 @@ class OuterTerm(Term):
         outputs: o.
         width: i.
         unread: makes the activations, [n, g, T, i]; called when the first block is asked for.
+        by_position: the layer's output has all channels of a position together, and so are the deltas kept: transposing
+            them takes longer than differentiating the layer.
     """
 
-    def __init__(self, c: int, outputs: int, width: int, unread: Unread) -> None:
-        self.rows, self.width, self._classes = outputs, width, c
+    def __init__(self, c: int, outputs: int, width: int, unread: Unread, *, by_position: bool) -> None:
+        self.rows, self.width, self._classes, self._by_position = outputs, width, c, by_position
         self._unread = unread
         self._made: Tensor | None = None
         self._gram: Tensor | None = None
 
     def absorb(self, first: int, deltas: Tensor) -> None:
         """Keep the deltas, [n, f, o, T]."""
-        self._keep(self._classes, first, deltas)
+        if not self._by_position:
+            self._keep(self._classes, first, deltas)
+            return
+        n, f, o, positions = deltas.shape
+        room = self._room((n, positions, self._classes, o), deltas)
+        room[:, :, first : first + f] = deltas.permute(0, 3, 1, 2)
 
     @property
     def grouped(self) -> bool:
@@ -141,7 +148,7 @@ class OuterTerm(Term):
     def deltas(self) -> Tensor:
         """[n, c, o, T]."""
         assert self._kept is not None
-        return self._kept
+        return self._kept.permute(0, 2, 3, 1) if self._by_position else self._kept
 
     @property
     def few_positions(self) -> bool:
@@ -270,7 +277,9 @@ def _products_for_a_value(device: torch.device) -> int:
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:
-    """Elementwise sum in the given order."""
+    """Elementwise sum in the given order; one part alone is returned itself."""
+    if len(parts) == 1:
+        return parts[0]
     total = parts[0].clone()
     for part in parts[1:]:
         total += part

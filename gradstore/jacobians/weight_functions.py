@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstore.jacobians.by_autograd import quiet_vmap
+from gradstore.jacobians.by_autograd import vectorised_grad
+from gradstore.jacobians.reused_memory import reused
 from gradstore.jacobians.terms import Term, sum_of
+from gradstore.machine.out_of_memory import is_out_of_memory
 
-_AT_ONCE = 1 << 22  # values that are pulled back together, unless one row has more
+_AT_ONCE = 1 << 20  # values that are pulled back together, unless one row has more; a processor's cache holds them
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,31 @@ class WeightFunction:
         """
         roots = [parameters[name] for name in self.roots]
         largest = max(self.value.numel(), *(root.numel() for root in roots))
-        parts = [self._some(part, roots) for part in rows.split(max(1, _AT_ONCE // max(1, largest)))]
-        return {name: torch.cat(found) for name, found in zip(self.roots, zip(*parts, strict=True), strict=True)}
+        out = [reused((len(rows), root.numel()), self.value) for root in roots]
+        step = max(1, _AT_ONCE // max(1, largest))
+        for first in range(0, len(rows), step):
+            for whole, part in zip(out, self._some(rows[first : first + step], roots), strict=True):
+                whole[first : first + step] = part
+        return dict(zip(self.roots, out, strict=True))
 
     def _some(self, rows: Tensor, roots: list[Tensor]) -> list[Tensor]:
         cotangents = rows.to(self.value.dtype).view(-1, *self.value.shape)
-        options = {"retain_graph": True, "materialize_grads": True}
         try:
-            with quiet_vmap():
-                found = torch.autograd.grad(self.value, roots, cotangents, is_grads_batched=True, **options)
-        except RuntimeError:  # of a function that vmap refuses
-            each = [torch.autograd.grad(self.value, roots, row, **options) for row in cotangents]
-            found = tuple(torch.stack(several) for several in zip(*each, strict=True))
-        return [gradient.reshape(len(rows), -1) for gradient in found]
+            found = vectorised_grad(self.value, roots, cotangents)
+        except Exception as error:  # a backward pass of the user's own may refuse vmap in any way
+            if is_out_of_memory(error):
+                raise
+            found = self._each(roots, cotangents)
+        zeros = [rows.new_zeros(()).expand(len(rows), root.numel()) for root in roots]
+        return [
+            zero if gradient is None else gradient.reshape(len(rows), -1)
+            for gradient, zero in zip(found, zeros, strict=True)
+        ]
+
+    def _each(self, roots: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+        options = {"retain_graph": True, "materialize_grads": True}
+        each = [torch.autograd.grad(self.value, roots, row, **options) for row in cotangents]
+        return [torch.stack(several) for several in zip(*each, strict=True)]
 
 
 class PulledBack:

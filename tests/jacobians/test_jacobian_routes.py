@@ -438,19 +438,21 @@ def test_classes_that_arrive_together_share_one_memory(monkeypatch: pytest.Monke
         time.sleep(0.05)
         return torch.full(args[0], torch.nan)
 
-    monkeypatch.setattr(terms, "fresh", slowly)
+    monkeypatch.setattr(terms, "reused", slowly)
     made = [
         terms.ReducedTerm(2, 4, (3,), lambda delta: delta),
-        terms.OuterTerm(4, 3, 5, lambda: torch.ones(2, 1, 1, 5)),
+        terms.OuterTerm(4, 3, 5, lambda: torch.ones(2, 1, 1, 5), by_position=False),
+        terms.OuterTerm(4, 3, 5, lambda: torch.ones(2, 1, 1, 5), by_position=True),
         terms.IndexTerm(4, torch.zeros(2, 3).long(), 7, 1, None),
     ]
     deltas = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
-    shapes = [(2, 1, 3), (2, 1, 3, 1), (2, 1, 1, 3)]
+    shapes = [(2, 1, 3), (2, 1, 3, 1), (2, 1, 3, 1), (2, 1, 1, 3)]
     with threads(4):
         for term, shape in zip(made, shapes, strict=True):
             side_by_side(lambda share: [term.absorb(c, deltas[c].view(shape)) for c in share], 4, deltas.device)  # noqa: B023
             assert term._kept is not None
-            assert torch.equal(term._kept.flatten(2), deltas.transpose(0, 1)), type(term).__name__
+            kept = term.deltas if isinstance(term, terms.OuterTerm) else term._kept
+            assert torch.equal(kept.flatten(2), deltas.transpose(0, 1)), type(term).__name__
 
 
 def test_an_error_in_one_share_is_raised_after_all_have_ended():
