@@ -18,7 +18,7 @@ from gradstore.model.parameters import parameter_blocks
 from .entry import CLASSES, Entry
 
 CHUNKS = (32, 8, 2, 1)
-HELD = 1.5e9  # bytes of Jacobian that a chunk of the rival may hold: it forms all values of a chunk at once
+HELD = 1.5e9  # bytes that a chunk may hold: the rival forms all values of a chunk at once, the engine what it estimates
 MOST = 50  # repeats
 SIDES = ("gradstore", "jacrev")
 
@@ -67,26 +67,27 @@ def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in values.items()}
 
 
-def side(entry: Entry, which: str, model: nn.Module, inputs: Any) -> Callable[[int], None]:
-    """One of the two, to be called with a number of examples to take at a time."""
+def side(
+    entry: Entry, which: str, model: nn.Module, inputs: Any
+) -> tuple[Callable[[int], None], Callable[[int], float]]:
+    """One of the two, to be called with a number of examples to take at a time, and the bytes that so many take."""
     if which == "jacrev":
-        return partial(functional, entry, model, inputs)
+        size = sum(p.numel() for p in model.parameters())
+        return partial(functional, entry, model, inputs), lambda step: 4.0 * CLASSES * size * step
     engine = JacobianEngine(model, parameter_blocks(model), forward=entry.forward, example=inputs)
-    return partial(stream, engine, inputs)
+    return partial(stream, engine, inputs), engine.bytes_needed
 
 
-def steps(model: nn.Module, n: int) -> list[int]:
-    """Chunks whose Jacobian can be held, with all that a model takes beside it."""
-    size = sum(p.numel() for p in model.parameters())
-    steps = dict.fromkeys(min(step, n) for step in CHUNKS)
-    return [step for step in steps if 4 * CLASSES * size * step <= HELD] or [1]
+def steps(n: int, held: Callable[[int], float]) -> list[int]:
+    """Chunks that fit."""
+    return [step for step in dict.fromkeys(min(step, n) for step in CHUNKS) if held(step) <= HELD] or [1]
 
 
 def peak(entry: Entry, which: str, n: int, step: int) -> int:
     """Bytes that one batch, and what comes before it, take beside model and inputs, of this fresh process (Linux)."""
     model, inputs = entry.model(), entry.batch(n)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    side(entry, which, model, inputs)(step)
+    side(entry, which, model, inputs)[0](step)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 
 
@@ -102,9 +103,9 @@ def speed(entry: Entry, n: int, repeats: int) -> dict[str, Any]:
     for which in SIDES:
         model, inputs = entry.model(), entry.batch(n)
         try:
-            work = side(entry, which, model, inputs)
+            work, held = side(entry, which, model, inputs)
             work(1)  # whatever is done once
-            tried = {step: _seconds(partial(work, step)) for step in steps(model, n)}
+            tried = {step: _seconds(partial(work, step)) for step in steps(n, held)}
         except Exception as error:
             row[f"{which}_why"] = f"cannot: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue

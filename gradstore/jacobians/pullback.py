@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -100,18 +101,20 @@ def absorb(
         _terms(tap, how, n, len(cotangents), parameters, pulled)
         for tap, how in zip(recording.taps, arrangements, strict=True)
     ]
-    parts = cotangents.split(at_once)
+    parts = class_parts(len(cotangents), at_once)
+
+    def pull_part(part: range, totals: list[Tensor]) -> list[Tensor]:
+        """Absorb some classes, whose deltas are gone when the next ones' are made, and add to their weighted sum."""
+        deltas = _deltas(recording, cotangents[part.start : part.stop])
+        for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
+            _absorb(tap, terms, part.start, delta, n, how, pulled)
+        return totals if factors is None else _added(totals, deltas, factors[part.start : part.stop])
 
     def pull(numbers: range) -> list[Tensor]:
         """Absorb some parts of the classes; their deltas' weighted sum where it is audited."""
         totals: list[Tensor] = []
         for number in numbers:
-            first, some = number * at_once, parts[number]
-            deltas = _deltas(recording, some)
-            for tap, how, terms, delta in zip(recording.taps, arrangements, makers, deltas, strict=True):
-                _absorb(tap, terms, first, delta, n, how, pulled)
-            if factors is not None:
-                totals = _added(totals, deltas, factors[first : first + len(some)])
+            totals = pull_part(parts[number], totals)
         return totals
 
     totals: list[Tensor] = []
@@ -119,6 +122,23 @@ def absorb(
         totals = [total.add_(more) for total, more in zip(totals, part, strict=True)] if totals else part
     _pull_to_roots(recording, parameters, pulled)
     return pulled, totals
+
+
+def class_parts(classes: int, at_once: int) -> list[range]:
+    """Cut the classes into parts of at most so many, of which every other one makes a half of the work, for a thread.
+
+    Returns:
+        The parts, which depend on no number of threads, since bits depend on them.
+    """
+    if at_once >= classes:
+        return [range(classes)]
+    middle = -(-classes // 2)
+    halves = []
+    for first, last in ((0, middle), (middle, classes)):
+        count = -(-(last - first) // at_once)
+        cuts = [first + (last - first) * k // count for k in range(count + 1)]
+        halves.append([range(*pair) for pair in pairwise(cuts)])
+    return [part for pair in zip_longest(*halves) for part in pair if part is not None]
 
 
 def arrange(recording: Recording, cotangent: Tensor, tolerance: float) -> list[str | None]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.machine.mapped_memory import mapped_zeros
+
 _NOTHING = np.empty(0, np.uint8)
 _SMALL = 1 << 16  # bytes; smaller pieces are the allocator's
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -24,7 +26,7 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 class _Spare:
     """Memory that dropped blocks had, for the next ones: together with what is in use never more than was in use once.
 
-    A piece serves a block that is smaller, but not by half: what is asked for comes again, batch after batch.
+    A piece serves a block that is little smaller: what is asked for comes again, batch after batch.
     """
 
     def __init__(self) -> None:
@@ -34,14 +36,14 @@ class _Spare:
         self._used = self._most = 0
 
     def take(self, size: int) -> np.ndarray:
-        """Uninitialised bytes, at least `size` of them, and not twice as many where others had them before."""
+        """Uninitialised bytes, at least `size` of them, and a quarter more at most where others had them before."""
         with self._lock:
             self._collect()
-            fitting = [piece for piece in self._held if size <= piece.nbytes < 2 * size]
+            fitting = [piece for piece in self._held if size <= piece.nbytes <= 1.25 * size]
             memory = min(fitting, key=len, default=_NOTHING)
             self._held = [piece for piece in self._held if piece is not memory]
             if memory is _NOTHING:
-                memory = np.empty(size, np.uint8)
+                memory = mapped_zeros((size,), np.uint8)
             self._used += memory.nbytes
             self._most = max(self._most, self._used)
             excess = self._used + sum(map(len, self._held)) - self._most
@@ -73,8 +75,7 @@ def reused(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Allocate a tensor of `like`'s dtype and device, in memory that others were dropped from where there is some.
 
     Memory returns when the last tensor that shares it is gone, and is held until `drop_spare`: with what is in use
-    never more than was in use at one time. New memory is in huge pages where there are any: NumPy asks Linux for them,
-    torch does not.
+    never more than was in use at one time.
 
     Returns:
         It, uninitialised.
