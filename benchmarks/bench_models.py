@@ -4,6 +4,7 @@
     python benchmarks/bench_models.py --source hand --no-time
     python benchmarks/bench_models.py --only BERT "GPT-2"
     python benchmarks/bench_models.py --timed                # times of those that the table says are right
+    python benchmarks/bench_models.py --timed --every 5      # of every fifth, in the order of the zoo
     python benchmarks/bench_models.py --write                # docs/models.md from benchmarks/results/models.csv
 
 Every model runs in a process of its own, so a crash is an outcome. The engine's per-example, per-class gradients of a
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--timed", action="store_true", help="time only; what was found right stays as the table has it"
     )
+    parser.add_argument("--every", type=int, default=1, help="every so many, of those asked for")
     parser.add_argument("--n", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -85,7 +87,7 @@ def chosen(options: argparse.Namespace) -> list[Entry]:
     """The models asked for."""
     found = [entry for source in SOURCES if options.source in (None, source) for entry in entries(source)]
     if options.only is None:
-        return found
+        return found[:: options.every]
     if unknown := set(options.only) - {entry.name for entry in found}:
         sys.exit(f"not in the zoo, or its library is not installed: {', '.join(sorted(unknown))}")
     return [entry for entry in found if entry.name in options.only]

@@ -20,6 +20,7 @@ from .entry import CLASSES, Entry
 CHUNKS = (32, 8, 2, 1)
 HELD = 1.5e9  # bytes that a chunk may hold: the rival forms all values of a chunk at once, the engine what it estimates
 MOST = 50  # repeats
+FEW = 8  # examples on which chunks of so many or fewer are tried
 SIDES = ("gradstore", "jacrev")
 
 
@@ -28,16 +29,15 @@ def rows(inputs: Any, first: int, last: int) -> Any:
     return inputs[first:last] if isinstance(inputs, Tensor) else {key: v[first:last] for key, v in inputs.items()}
 
 
-def stream(engine: JacobianEngine, inputs: Any, step: int) -> None:
-    """Form every block of the batch, `step` examples at a time."""
-    count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+def stream(engine: JacobianEngine, inputs: Any, step: int, count: int) -> None:
+    """Form every block of the first `count` examples, `step` of them at a time."""
     for first in range(0, count, step):
         for block in engine(rows(inputs, first, first + step)):
             block.dense()
 
 
-def functional(entry: Entry, model: nn.Module, inputs: Any, step: int) -> None:
-    """`vmap(jacrev)` over `step` examples at a time; each chunk's Jacobian is dropped, as the stream's blocks are."""
+def functional(entry: Entry, model: nn.Module, inputs: Any, step: int, count: int) -> None:
+    """`vmap(jacrev)` of the first `count` examples, `step` at a time; Jacobians are dropped, as the stream's blocks."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     call = entry.forward or (lambda module, x: module(x))
@@ -47,7 +47,6 @@ def functional(entry: Entry, model: nn.Module, inputs: Any, step: int) -> None:
         return functional_call(_Called(model, call), _prefixed(values | buffers), (one,))[0]
 
     of_batch = vmap(jacrev(logits), in_dims=(None, 0), randomness="same")
-    count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
     for first in range(0, count, step):
         of_batch(parameters, rows(inputs, first, first + step))
 
@@ -69,8 +68,8 @@ def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def side(
     entry: Entry, which: str, model: nn.Module, inputs: Any
-) -> tuple[Callable[[int], None], Callable[[int], float]]:
-    """One of the two, to be called with a number of examples to take at a time, and the bytes that so many take."""
+) -> tuple[Callable[[int, int], None], Callable[[int], float]]:
+    """One of the two, called with how many examples to take at a time and in all; and the bytes that some take."""
     if which == "jacrev":
         size = sum(p.numel() for p in model.parameters())
         return partial(functional, entry, model, inputs), lambda step: 4.0 * CLASSES * size * step
@@ -87,7 +86,7 @@ def peak(entry: Entry, which: str, n: int, step: int) -> int:
     """Bytes that one batch, and what comes before it, take beside model and inputs, of this fresh process (Linux)."""
     model, inputs = entry.model(), entry.batch(n)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    side(entry, which, model, inputs)[0](step)
+    side(entry, which, model, inputs)[0](step, n)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 
 
@@ -99,19 +98,19 @@ def speed(entry: Entry, n: int, repeats: int) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"n": n}
     chosen: dict[str, Callable[[], None]] = {}
-    slowest = 0.0
+    slowest = 0.0  # of the two, as tried
     for which in SIDES:
         model, inputs = entry.model(), entry.batch(n)
         try:
             work, held = side(entry, which, model, inputs)
-            work(1)  # whatever is done once
-            tried = {step: _seconds(partial(work, step)) for step in steps(n, held)}
+            work(1, 1)  # whatever is done once
+            tried = {step: _tried(work, step, n) for step in steps(n, held)}
         except Exception as error:
             row[f"{which}_why"] = f"cannot: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue
         best = min(tried, key=lambda step: tried[step])
         row |= {f"{which}_chunk": best, f"{which}_why": ""}
-        chosen[which] = partial(work, best)
+        chosen[which] = partial(work, best, n)
         slowest = max(slowest, tried[best])
     times = max(repeats, min(MOST, int(1 / slowest))) if chosen else 0
     runs = [{which: _seconds(work) for which, work in chosen.items()} for _ in range(times)]
@@ -123,6 +122,13 @@ def speed(entry: Entry, n: int, repeats: int) -> dict[str, Any]:
     if len(chosen) == len(SIDES):
         row["speedup"] = round(median(run["jacrev"] / run["gradstore"] for run in runs), 2)
     return row
+
+
+def _tried(work: Callable[[int, int], None], step: int, n: int) -> float:
+    """Seconds that a batch takes in such chunks; where they are many, by those of some examples."""
+    count = min(n, max(step, FEW))
+    seconds = _seconds(partial(work, step, count)) * n / count
+    return seconds if seconds > 1 else min(_seconds(partial(work, step, n)) for _ in range(3))
 
 
 def _seconds(work: Callable[[], None]) -> float:

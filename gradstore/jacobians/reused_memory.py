@@ -20,11 +20,13 @@ from gradstore.machine.mapped_memory import mapped_zeros
 
 _NOTHING = np.empty(0, np.uint8)
 _SMALL = 1 << 16  # bytes; smaller pieces are the allocator's
+_MORE = 1.25  # a piece may serve what is so much smaller, and so much more is held than was in use: sizes differ
+_LITTLE = 1 << 25  # bytes that are held in any case: the pieces of a small model, of many sizes
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Spare:
-    """Memory that dropped blocks had, for the next ones: together with what is in use never more than was in use once.
+    """Memory that dropped blocks had, for the next ones: with what is in use little more than was in use at one time.
 
     A piece serves a block that is little smaller: what is asked for comes again, batch after batch.
     """
@@ -39,16 +41,17 @@ class _Spare:
         """Uninitialised bytes, at least `size` of them, and a quarter more at most where others had them before."""
         with self._lock:
             self._collect()
-            fitting = [piece for piece in self._held if size <= piece.nbytes <= 1.25 * size]
+            fitting = [piece for piece in self._held if size <= piece.nbytes <= _MORE * size]
             memory = min(fitting, key=len, default=_NOTHING)
             self._held = [piece for piece in self._held if piece is not memory]
             if memory is _NOTHING:
                 memory = mapped_zeros((size,), np.uint8)
             self._used += memory.nbytes
             self._most = max(self._most, self._used)
-            excess = self._used + sum(map(len, self._held)) - self._most
-            while excess > 0:  # what was dropped first goes first
-                excess -= len(self._held.pop(0))
+            excess = self._used + sum(map(len, self._held)) - max(_MORE * self._most, _LITTLE)
+            self._held.sort(key=len, reverse=True)
+            while excess > 0:  # the smallest goes first: pieces come round once a batch, so each is as likely needed
+                excess -= len(self._held.pop())
         return memory
 
     def keep(self, memory: np.ndarray) -> None:
@@ -75,7 +78,7 @@ def reused(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Allocate a tensor of `like`'s dtype and device, in memory that others were dropped from where there is some.
 
     Memory returns when the last tensor that shares it is gone, and is held until `drop_spare`: with what is in use
-    never more than was in use at one time.
+    never more than 1.25 times what was in use at one time, or than 32 MB.
 
     Returns:
         It, uninitialised.
