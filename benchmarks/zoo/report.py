@@ -23,9 +23,8 @@ on the same batch of {n} examples, both by chunks of examples that suit them bes
 of that batch over jacrev's. An empty cell was not measured. Of a model with a star the last table says why.
 
 Below 1 the engine is the slower one. Each batch is checked as well: the forward pass is watched call by call, one more
-backward pass proves that every row belongs to its example, and the model is put back as it was. That is 2 to 3 ms for
-a few layers and 15 ms for a small transformer, which is most of the time of models as small as these; large ones are
-bound by writing the Jacobian, on both sides.
+backward pass proves that every row belongs to its example, and the model is put back as it was. That takes much of the
+time of models as small as most of these.
 """
 
 

@@ -129,7 +129,7 @@ class ExampleFree:
                 continue
             own = tuple(roots) if tensor.requires_grad else ()
             same = own and _keeps_order(func, args) and tensor.numel() == args[0].numel()
-            turned = own and func in _TRANSPOSES and self.name(args[0]) and _is_transpose(tensor, args[0])
+            turned = own and func in _TRANSPOSES and args and self.name(args[0]) and _is_transpose(tensor, args[0])
             self._keep(tensor, own, self.name(args[0]) if same else None, args[0] if turned else None)
 
     def _for_each_example(self, once: Tensor, repeated: Tensor) -> bool:

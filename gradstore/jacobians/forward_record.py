@@ -170,10 +170,9 @@ class _Recorder(TorchFunctionMode):
 
     def _linear(self, func: Any, args: Any) -> tuple[Any, Any]:
         """The call, as a linear layer where it is a product `x Wᵀ` with the transpose of a parameter."""
-        if func not in MATRIX_PRODUCTS or len(args) != 2 or args[0].layout != torch.strided:
-            return func, args
-        matrix = self._free.transposed(args[1])
-        return (func, args) if matrix is None else (F.linear, (args[0], matrix))
+        matrix = self._free.transposed(args[1]) if func in MATRIX_PRODUCTS and len(args) == 2 else None
+        dense = matrix is not None and args[0].layout == torch.strided
+        return (F.linear, (args[0], matrix)) if dense else (func, args)
 
     def _noted(self, func: Any, args: Any, kwargs: Any, free: bool) -> Any:
         """The call's output where it is noted; None, and nothing was called, where it is not."""

@@ -376,6 +376,7 @@ PRODUCTS = [
     form("torch.mm, w.mT", lambda x, w: torch.mm(x, w.mT), "linear", (5,), w=(3, 5)),
     form("x.matmul, transposed", lambda x, w: x.matmul(w.transpose(-1, -2)), "linear", w=(3, 5)),
     form("a view, permuted", lambda x, w: x @ w.view(3, 5).permute(1, 0), "linear", w=(15,)),
+    form("transposed by name", lambda x, w: x @ torch.t(input=w), "matrix product of a function", w=(3, 5)),
     form("transposed twice", lambda x, w: x @ w.T.T, "matrix product of a function", w=(5, 3)),
     form("transposed, flipped", lambda x, w: x @ w.T.flip(0), "matrix product of a function", w=(3, 5)),
     form("transposed nothing", lambda x, w: x @ w.transpose(0, 0), "matrix product of a function", w=(5, 5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -96,7 +97,6 @@ def _pooled(side: int, width: int) -> tuple[nn.Module, ...]:
     return nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(width, 10)
 
 
-_TRIES = 3  # what the C library keeps of freed memory varies from run to run, seldom by a half beside other processes
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
 NETWORKS: dict[str, Callable[[], Network]] = {
     "wide": _wide,
@@ -114,20 +114,20 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 def taken(network: str, megabytes: int) -> float:
     """Megabytes that the kernel takes at its peak, beside its result."""
     command = [sys.executable, "-c", textwrap.dedent(CHILD), network, str(megabytes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    # A command that another test ran in this process has switched on torch's huge pages, which take memory otherwise.
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    folder = Path(__file__).parent
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
     return int(done.stdout) / 1e6
 
 
 @needs_linux
 @pytest.mark.parametrize("network", NETWORKS)
 def test_any_network_keeps_the_budget(network: str) -> None:
-    peaks: list[float] = []
-    while len(peaks) < _TRIES and not (peaks and peaks[-1] < 256):
-        peaks.append(taken(network, 256))
-    assert peaks[-1] < 256, peaks
+    assert taken(network, 256) < 256
 
 
 @needs_linux
 def test_with_a_larger_budget_more_is_taken() -> None:
     """So the budget above is what holds it back, and the peak is seen."""
-    assert any(taken(network, 2000) > 256 for network in ("convolution", "many", "convolution"))
+    assert taken("convolution", 2000) > 256
