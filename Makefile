@@ -51,7 +51,7 @@ test-avx2 test-plain test-uncompiled: test-%: $(STAMP)
 # The long fault and property tests; every test as on other processors; and another Python, SOAK_PYTHON or the newest
 # that is here, installed whole (up to 3 GB to download, which is said before) and tested.
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak --timeout=0 -p no:xdist
+	$(BIN)/python -m pytest -m soak --timeout=0 -o faulthandler_timeout=0 -p no:xdist
 	for level in avx2 plain uncompiled; do $(BIN)/python .ci/levels.py $$level -n 2 || exit 1; done
 	$(BIN)/python .ci/whole.py "$(SOAK_PYTHON)"
 

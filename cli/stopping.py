@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,9 @@ class Stopped(Exception):  # noqa: N818 - no error
         self.exit_code = 143 if isinstance(cause, Terminated) else 130
 
 
+# A condition's lock is taken for good by an exception on the way into or out of its context.
+_LOCKING = {threading.Condition.__enter__.__code__, threading.Condition.__exit__.__code__}
+_MOMENT = 0.001  # seconds in which it is left
 _arrived: list[KeyboardInterrupt] = []
 
 
@@ -71,8 +76,16 @@ class _Silent:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    if frame is not None and frame.f_code in _LOCKING:
+        threading.Thread(target=_send_again, args=(number,), daemon=True).start()
+        return
     _arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
     raise _arrived[-1]
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_MOMENT)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def stop_if_asked() -> None:

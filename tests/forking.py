@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+PATIENCE = 10.0  # seconds for the jobs to end
 
 
 class Forks:
@@ -16,7 +19,7 @@ class Forks:
     def __init__(self, *warm: str, **environment: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name("killed_writer.py")), *warm]
         pipe, env = subprocess.PIPE, {**os.environ, **environment}
-        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
         assert self._answer()["ready"]
 
     def __enter__(self) -> Forks:
@@ -37,10 +40,15 @@ class Forks:
         return self._answer()["statuses"]
 
     def close(self) -> None:
+        """End the server; jobs that go on, as those of a test that failed meanwhile, are killed with it."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait()
+        try:
+            self._server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
         self._server.stdout.close()
 
     def _answer(self) -> dict[str, Any]:

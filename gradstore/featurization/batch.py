@@ -221,10 +221,11 @@ class _Sums:
             features, sq_norm, added_up = features[at], sq_norm[at], added_up[at]
             parts = {name: part[at] for name, part in parts.items()}
         require_finite(sq_norm, parts, rows, plan.split)
+        kind = plan.settings.projection
         if (draws := plan.settings.draws) and len(rows):
-            require_draws_preserved(features, parts, rows, plan.split, draws)
+            require_draws_preserved(features, parts, rows, plan.split, draws, kind=kind)
         else:
-            require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up)
+            require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up, kind=kind)
         if self.comparison is not None and self.has(self.comparison.i):
             by_draw = torch.stack([*self.parts.values()]).sum(0) if plan.settings.draws else self.sq_norm
             self.comparison.require(by_draw, plan.split)

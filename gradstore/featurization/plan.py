@@ -23,6 +23,7 @@ from gradstore.model.examples import Examples, Inputs, sample_rows
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
 from gradstore.projection.class_signs import class_signs
+from gradstore.projection.kinds import kind_of
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import ONE_ROW, Schema
@@ -51,7 +52,8 @@ class Plan:
     Attributes:
         manifest: of the finished store, without shards.
         combinations: signs [r, classes] of the layout "sketched"; else None.
-        flops: the projection's work, 2 · n · c · p · K; less where the last call has few inputs.
+        flops: the projection's work, 2 · n · c · p · K, of a sparse P the 1024th part; less where the last call has few
+            inputs.
         bytes: of the finished store's rows.
         alone: whether each example is computed by itself.
         notes: what a user should know of the model.
@@ -103,6 +105,7 @@ class Plan:
             combinations=self.combinations,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
+        self.notes += tuple(filter(None, [kind_of(settings.projection).warning(settings.proj_dim)]))
         self.manifest = self._make_manifest(inputs)
         n, schema = self.manifest.n, self.manifest.schema
         self.flops = n * self._row_flops(schema)
@@ -185,17 +188,21 @@ class Plan:
 
     def _is_light(self, schema: Schema, group: int) -> bool:
         """Whether a group leaves room for another beside it, in the memory and in a shard."""
-        shard = min(self._shard_flops() / self._row_flops(schema), SHARD_BYTES / schema.row_bytes)
+        shard = min(self._shard_flops() / self._row_work(schema), SHARD_BYTES / schema.row_bytes)
         return 2 * self.bytes_needed(schema, group) <= self.memory and 2 * group <= shard
 
     def _shard_rows(self, schema: Schema, group: int) -> int:
-        by_work = self._shard_flops() / self._row_flops(schema)
+        by_work = self._shard_flops() / self._row_work(schema)
         rows = min(by_work, SHARD_BYTES / schema.row_bytes)
         least = -(-len(self.examples) // (MOST_SHARDS * group))  # groups, however much work they are
         return max(1, int(rows) // group, least) * group
 
     def _shard_flops(self) -> float:
         return _SHARD_FLOPS.get(self.device.type, 4e12)
+
+    def _row_work(self, schema: Schema) -> float:
+        """Flops of a row, at the pace of signs."""
+        return self._row_flops(schema) * kind_of(self.settings.projection).pace
 
     def _row_flops(self, schema: Schema) -> float:
         projected = self.classes if self.settings.layout == "mixed" else schema.c
@@ -207,7 +214,7 @@ class Plan:
             values = below * values + own + schema.c * below  # the last: by the weight of the last call
         else:
             values = projected * (values + own)
-        return 2.0 * schema.K * values
+        return 2.0 * kind_of(self.settings.projection).nonzeros(schema.K) * values
 
 
 def _notes(own: Tensor, differentiated: Tensor, rounding: float) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,24 +9,10 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import NonFiniteError, ProjectError
+from gradstore.projection.kinds import DEFAULT, kind_of
 
-# Chance that one correct row is refused; a store of 10^9 rows and classes is refused wrongly once in a thousand.
-_FALSE_ALARM = 1e-12
 _WIDENED = 1 << 19  # values that are held in float64 at once
 _ROUNDED_AWAY = 1e-10  # of a squared norm, by sums in float32: a hundred times what is usual, squared
-
-
-def norm_band(K: int) -> tuple[float, float]:
-    """Bound ‖P g‖² / (K ‖g‖²) of a correct projection, up to a chance of 1e-12 a row.
-
-    For a Gaussian P the ratio is a chi-squared variable with K degrees of freedom over K, bounded by Laurent and
-    Massart (2000), lemma 1; a Rademacher P is concentrated at least as well (Achlioptas 2003).
-
-    Returns:
-        Least and greatest, near 1 ± 7.4 sqrt(2/K).
-    """
-    t = math.log(1 / _FALSE_ALARM)
-    return max(0.0, 1 - 2 * math.sqrt(t / K)), 1 + 2 * math.sqrt(t / K) + 2 * t / K
 
 
 def require_finite_block(sq_norm: Tensor, rows: Sequence[int], parameter: str, split: str) -> None:
@@ -73,12 +58,14 @@ def require_preserved(
     split: str,
     scale: float = 1.0,
     added_up: Tensor | None = None,
+    *,
+    kind: str = DEFAULT,
 ) -> None:
-    """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within `norm_band`.
+    """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within the kind's band.
 
-    A class may have no gradient where others have one, as in a net that ends in ReLU: its features are zeros. Where
-    features are sums of others (`LoweredFeatures`), of squared norms `added_up` [n, c], a class may be so much smaller
-    than these that its features and its norm are their rounding errors, and different ones.
+    See `norm_bands`. A class may have no gradient where others have one, as in a net that ends in ReLU: its features
+    are zeros. Where features are sums of others (`LoweredFeatures`), of squared norms `added_up` [n, c], a class may be
+    so much smaller than these that its features and its norm are their rounding errors, and different ones.
 
     Raises:
         NonFiniteError: names the first row whose gradient is zero for all classes, or whose norm was not kept.
@@ -94,7 +81,7 @@ def require_preserved(
             "if some classes have a gradient; otherwise widen parameters=; featurize --on-bad-row skip leaves such "
             "rows out",
         )
-    low, high = norm_band(features.shape[-1])
+    low, high = kind_of(kind).norm_band(features.shape[-1])
     norm = _norms(features).cpu() * scale
     exact = sq_norm.cpu().double()
     ratio = torch.where((exact == 0) & (norm == 0), 1.0, norm.square() / exact)
@@ -114,7 +101,7 @@ def require_preserved(
 
 
 def require_draws_preserved(
-    features: Tensor, parts: Mapping[str, Tensor], rows: Sequence[int], split: str, draws: int
+    features: Tensor, parts: Mapping[str, Tensor], rows: Sequence[int], split: str, draws: int, *, kind: str = DEFAULT
 ) -> None:
     """Refuse features [n, 1, K] of the layout "sketched" of which a draw did not keep its norm, as `require_preserved`.
 
@@ -124,13 +111,14 @@ def require_draws_preserved(
         rows: which rows they are.
         split: their split.
         draws: r.
+        kind: of the projection.
 
     Raises:
         NonFiniteError: names the first row and its draw, as a class.
     """
     each = features.reshape(len(rows), draws, -1)
     squares = torch.stack([*parts.values()]).sum(0)
-    require_preserved(each, squares, rows, split, each.shape[2] ** -0.5)
+    require_preserved(each, squares, rows, split, each.shape[2] ** -0.5, kind=kind)
 
 
 def _norms(features: Tensor) -> Tensor:

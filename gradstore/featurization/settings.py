@@ -16,7 +16,7 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.projection import Projection
-from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.projection.kinds import DEFAULT, KINDS, kind_of
 from gradstore.store.identity import put, require_featurized, take
 from gradstore.store.schema import CLASS_DRAWS, DTYPES, LAYOUTS
 
@@ -124,6 +124,16 @@ class Settings:
                 got=f"--layout {self.layout}",
                 hint="Leave it out, or name that layout",
             )
+        kind = kind_of(self.projection)
+        if self.proj_dim % kind.multiple and self.proj_dim > 0:
+            raise UsageError(
+                "bad projected dimension",
+                where="--proj-dim",
+                expected=f"a multiple of {kind.multiple} for {kind.name}",
+                got=self.proj_dim,
+                hint=f"The nearest are {' and '.join(map(str, sorted(set(kind.fitting(self.proj_dim)))))}; "
+                f"--projection {DEFAULT} takes any",
+            )
         if self.draws:
             self._part(Projection(self.projection, self.proj_dim, self.seed))
         return Projection(self.projection, self.proj_dim, self.seed, precision=self.precision)
@@ -138,6 +148,15 @@ class Settings:
         if not 2 <= self.class_draws <= self.proj_dim or self.proj_dim % self.class_draws:
             expected = f"at least 2, of which K = {self.proj_dim} is a multiple"
             raise UsageError("bad class draws", where="--class-draws", expected=expected, got=self.class_draws)
+        multiple = kind_of(self.projection).multiple
+        if self.proj_dim // self.class_draws % multiple:
+            raise UsageError(
+                "bad class draws",
+                where="--class-draws",
+                expected=f"a divisor of K / {multiple} = {self.proj_dim // multiple} for {self.projection}",
+                got=self.class_draws,
+                hint=f"Each draw has a projection of its own, here of a multiple of {multiple} columns",
+            )
         return replace(projection, dim=self.proj_dim // self.class_draws)
 
 

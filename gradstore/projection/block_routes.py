@@ -29,6 +29,8 @@ _PASS = 64  # parameters that the compiled product looks up for one k and 16 row
 _LOOK_UP = 15.0
 _TABLES = 1.0  # cycles a pass, k and 16 rows for making tables and gathering gradients, at a tile of about 1000 k
 _MULTIPLY_ADD = 3.0  # cycles for 16 rows, one k and one output
+_FEW_POSITIONS = 4  # of a layer whose outer products are formed without a matrix product
+_CACHED_INPUTS = 1 << 14  # activations of an example, of which 16 are side by side: 1 MB
 _FORM = 0.6  # cycles to form one dense value, write it and read it again
 
 
@@ -74,6 +76,8 @@ def route(projection: Projection, block: JacobianBlock, k: int) -> str:
     if isinstance(block, LinearBlock) and _can_share(projection, block):
         _, c, positions, outputs = block.deltas.shape
         shape = (c, positions, outputs, block.activations.shape[-1])
+        if kind_of(projection.kind).sparse is not None:
+            return "shared" if _fits_cache(*shape) else "dense"
         return "shared" if shared_cost(*shape) < dense_cost(*shape, k) else "dense"
     return "dense"
 
@@ -91,6 +95,11 @@ def shared_cost(c: int, positions: int, outputs: int, inputs: int) -> float:
         1 + (inputs - 1) / _PASS
     )  # the mean number of words that `inputs` consecutive bits touch, wherever they begin
     return positions * outputs / 16 * (passes * (_LOOK_UP + _TABLES) + c * _MULTIPLY_ADD)
+
+
+def _fits_cache(c: int, positions: int, outputs: int, inputs: int) -> bool:
+    """Whether a sparse P meets values that are formed as they are added, and not those of a product in memory."""
+    return positions <= _FEW_POSITIONS and positions * inputs <= _CACHED_INPUTS
 
 
 def _can_share(projection: Projection, block: LinearBlock) -> bool:

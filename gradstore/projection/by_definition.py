@@ -3,8 +3,9 @@
 Its result does not depend on the order in which a matrix product adds up, and so not on the rows beside a row, the
 number of threads, the device or the BLAS: gradients are rounded to integers on a power-of-two grid per (row, tile) so
 fine that it is invisible in float32, and every partial sum of the float64 product then is an integer below 2^53, hence
-exact. Signs take one such product a tile. Entries of any other size are rounded to multiples of 2^-23 (normals are
-below 8, so 26 bits), which leaves 17 bits for the gradient; a second product carries the next 17. `Kind.grid` says so.
+exact. Signs take one such product a tile, and a sparse P the sums alone. Entries of any other size are rounded to
+multiples of 2^-23 (normals are below 8, so 26 bits), which leaves 17 bits for the gradient; a second product carries
+the next 17. `Kind.grid` says so.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def accumulate(entries: Entries, out: Tensor, block: Tensor, start: int, first_k
         limbs, unit = _integers(block[:, begin - start : end - start].to(device), grid)
         for k in range(0, count, step):
             stop_k = min(k + step, count)
-            tile = entries.tile(first_k + k, first_k + stop_k, begin, end, device)
-            total[:, k:stop_k] += _exact_product(limbs, unit, tile, grid)
+            tile = range(first_k + k, first_k + stop_k), range(begin, end)
+            if entries.record.sparse is None:
+                total[:, k:stop_k] += _exact_product(limbs, unit, entries, *tile)
+            else:
+                total[:, k:stop_k] += _exact_sums(limbs, unit, entries, *tile)
     out += total.to(out)
 
 
@@ -66,8 +70,23 @@ def _integers(gradients: Tensor, grid: Grid) -> tuple[list[Tensor], Tensor]:
     return limbs, torch.ldexp(torch.ones_like(rest[:, :1]), exponent - grid.limb_bits)
 
 
-def _exact_product(limbs: list[Tensor], unit: Tensor, tile: Tensor, grid: Grid) -> Tensor:
-    """``gradients @ tile.T`` in float64 by products that are exact whatever their order of summation."""
+def _exact_sums(limbs: list[Tensor], unit: Tensor, entries: Entries, ks: range, ps: range) -> Tensor:
+    """``gradients @ P[ks, ps].T`` in float64 for a sparse P, by sums that are exact whatever their order."""
+    grid, (limb,) = entries.record.grid, limbs
+    k, value = entries.nonzeros(ks.start, ks.stop, torch.arange(ps.start, ps.stop, device=limb.device))
+    inside = (k >= ks.start) & (k < ks.stop)
+    value = torch.where(inside, value / grid.unit, 0.0)
+    place = (k - ks.start).clamp_(0, len(ks) - 1)
+    total = torch.zeros(len(ks), len(limb), dtype=torch.float64, device=limb.device)
+    for of_block, values in zip(place, value, strict=True):
+        total.index_add_(0, of_block, limb.T * values[:, None])
+    return total.T * (unit * grid.unit)
+
+
+def _exact_product(limbs: list[Tensor], unit: Tensor, entries: Entries, ks: range, ps: range) -> Tensor:
+    """``gradients @ P[ks, ps].T`` in float64 by products that are exact whatever their order of summation."""
+    grid = entries.record.grid
+    tile = entries.tile(ks.start, ks.stop, ps.start, ps.stop, limbs[0].device)
     if grid.unit != 1.0:
         tile, unit = torch.round(tile / grid.unit), unit * grid.unit
     total = limbs[0] @ tile.T

@@ -19,6 +19,7 @@ from gradstore.projection.entries import Entries
 from gradstore.projection.kinds import KINDS, kind_of
 
 _LANE_PADDING = 16  # a group of lanes may reach beyond the last
+_NO_MEMORY = 1  # a status of the library
 
 
 class _Job(ctypes.Structure):
@@ -68,8 +69,8 @@ def accumulate(
         return
     source, target = _adjacent(block.to(torch.float32)), _adjacent(out)
     job = _job(entries, target, source, start, first_k)
-    if call("accumulate", job, torch.get_num_threads(), simd=level):
-        raise MemoryError(f"projecting {list(source.shape)} gradients to {out.shape[1]} dimensions")
+    status = call("accumulate", job, torch.get_num_threads(), simd=level)
+    _require_done(status, entries, f"projecting {list(source.shape)} gradients to {out.shape[1]} dimensions")
     if target is not out:
         out.copy_(target)
 
@@ -88,10 +89,11 @@ def accumulate_shared(
 
     The gradient of example n and class c is ``sum_t deltas[n, c, t] (outer) activations[n, t]``. Its product with row k
     of P is ``sum_t sum_j deltas[n, c, t, j] * (P_k at the weight's row j . activations[n, t])``, and the bracket is
-    computed once for all classes. For T = 1 that is c times less work than the dense product.
+    computed once for all classes. For T = 1 that is c times less work than the dense product. A sparse P has a sum for
+    each value anyway; there the values are formed in the cache, and neither written nor read.
 
     Args:
-        entries: the matrix P, of signs.
+        entries: the matrix P, of signs or sparse.
         out: float32 [n, c, K'] on the CPU.
         activations: any float dtype [n, T, i].
         deltas: any float dtype [n, c, T, o].
@@ -105,21 +107,31 @@ def accumulate_shared(
     """
     if not entries.record.shares_layers:
         expected = ", ".join(name for name in KINDS if kind_of(name).shares_layers)
-        raise UsageError("sharing across classes is for signs only", where="kind", expected=expected, got=entries.kind)
+        raise UsageError(
+            "no product shares this kind's layers across classes", where="kind", expected=expected, got=entries.kind
+        )
     n, c, positions, outputs = deltas.shape
     if 0 in (*out.shape, *deltas.shape, *activations.shape):
         return
     source = activations.to(torch.float32).reshape(n * positions, -1).contiguous()
-    lanes = n * positions + _LANE_PADDING
-    factors = torch.zeros(outputs, c, lanes)
-    factors[:, :, : n * positions] = deltas.permute(3, 1, 0, 2).flatten(2)
+    sparse = entries.record.sparse is not None
+    lanes = n * (c if sparse else positions) + _LANE_PADDING
+    factors = torch.zeros(outputs, positions if sparse else c, lanes)
+    factors[:, :, :-_LANE_PADDING] = deltas.permute((3, 2, 0, 1) if sparse else (3, 1, 0, 2)).flatten(2)
     target = out.reshape(n * c, -1).contiguous()
     weight = _job(entries, target, source, start, first_k)
     job = _SharedJob(weight, factors.data_ptr(), n, c, positions, outputs, source.shape[1], lanes)
-    if call("accumulate_shared", job, torch.get_num_threads(), simd=level):
-        raise MemoryError(f"projecting {n} x {c} gradients of a {outputs} x {source.shape[1]} weight")
+    status = call("accumulate_shared", job, torch.get_num_threads(), simd=level)
+    _require_done(status, entries, f"projecting {n} x {c} gradients of a {outputs} x {source.shape[1]} weight")
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view_as(out))
+
+
+def _require_done(status: int, entries: Entries, what: str) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError(what)
+    if status:
+        raise UsageError("the compiled code does not know this kind", where="kind", got=entries.kind)
 
 
 def _job(entries: Entries, out: Tensor, block: Tensor, start: int, first_k: int) -> _Job:

@@ -80,6 +80,30 @@ class Entries:
         inside = (starts - first * self.period)[:, None] + torch.arange(width, device=k.device)
         return values.view(len(k), len(starts), -1).gather(2, inside.expand(len(k), -1, -1))
 
+    def nonzeros(self, first_k: int, stop_k: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The non-zeros of some columns in the blocks of rows that [first_k, stop_k) touches, of a sparse P.
+
+        Args:
+            first_k: the first row.
+            stop_k: behind the last one.
+            p: int64 [m], columns.
+
+        Returns:
+            Their rows k, int64 [blocks, m], some of which may be outside [first_k, stop_k), and values float64
+            [blocks, m]; holds about 60 bytes for each.
+        """
+        sparse = self.record.sparse
+        assert sparse is not None, f"{self.kind} is dense"
+        first, last = first_k // sparse.block, -(-stop_k // sparse.block)
+        of_counter = sparse.block * sparse.together
+        counters = torch.arange(first_k // of_counter, -(-stop_k // of_counter), device=p.device)
+        words = self._words(p, counters[:, None] * of_counter)
+        j = counters[:, None] * sparse.together + torch.arange(sparse.together, device=p.device)
+        row, value = sparse.nonzeros(words[:, None].expand(-1, sparse.together, -1, -1), j[:, :, None])
+        k = (j[:, :, None] * sparse.block + row).flatten(0, 1)
+        used = slice(first - first_k // of_counter * sparse.together, last - first_k // of_counter * sparse.together)
+        return k[used], value.flatten(0, 1)[used]
+
     def _values(self, b: Tensor, k: Tensor) -> Tensor:
         """All entries that the counters b [blocks] and k [m] make, [m, blocks * period]."""
         return self.record.entries(self._words(b, k[:, None]), k[:, None]).flatten(1)

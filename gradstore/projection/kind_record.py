@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gradstore.projection.norm_bands import dense_band
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -35,6 +37,22 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What is particular to a P whose columns have one non-zero in each block of rows.
+
+    Attributes:
+        block: rows of a block.
+        together: blocks whose non-zeros in a column come from one counter: neighbours, the first a multiple of it.
+        nonzeros: the words int64 [..., 4] of some columns' counters and blocks j, broadcastable to [...], to the row
+            within its block, int64 [...], and the value, float64 [...], of each non-zero.
+    """
+
+    block: int
+    together: int
+    nonzeros: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class AuditCost:
     """What it takes to make entries by their definition, for `projection_audit`.
 
@@ -44,11 +62,13 @@ class AuditCost:
             10^12 flops a second, or 40 ns beside 10^11. Twice what was measured on a CPU that had just projected (of
             two processors, the faster product).
         block: the same for one block, 0.8 ms.
+        rows: of P, spread over all, that an audit multiplies by; None for all.
     """
 
     columns: int
     entry: float
     block: float
+    rows: int | None = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,10 @@ def _itself(k: Tensor) -> Tensor:
     return k
 
 
+def _nothing(K: int) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of entries. What has a default need not be said: the reference then multiplies by P on every device.
@@ -84,8 +108,12 @@ class Kind:
             None to pick it from all of them.
         row: k to the third word of the counter, in [0, 2^32).
         multiple: what K must be a multiple of.
+        sparse: where the non-zeros stand, of a P that is nearly all zeros; None for a dense one.
         integers: entries are integers so small that a product with small integers is exact in float32 on every path.
         grid: of the reference; the default is for entries below 8 in size.
+        pace: how many times longer a flop of the fast path takes than one with signs.
+        norm_band: K to the least and the greatest ‖P g‖² / (K ‖g‖²) that a right projection has.
+        warning: K to what a user should know who chose it, or "".
         audit: what an audit costs.
         compiled: its KIND in ``projection_job.h`` of the compiled product; None where that has none.
         shares_layers: the compiled product can share a layer's projected activations among classes.
@@ -100,8 +128,12 @@ class Kind:
     entry: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     row: Callable[[Tensor], Tensor] = _itself
     multiple: int = 1
+    sparse: Sparse | None = None
     integers: bool = False
     grid: Grid = Grid(unit=2.0**-23, depth=512, limb_bits=17, limbs=2)
+    pace: float = 1.0
+    norm_band: Callable[[int], tuple[float, float]] = dense_band
+    warning: Callable[[int], str] = _nothing
     audit: AuditCost = AuditCost(columns=1 << 12, entry=4e3, block=8e7)
     compiled: int | None = None
     shares_layers: bool = False
@@ -111,6 +143,15 @@ class Kind:
     def domain(self, stream: int) -> int:
         """The fourth word of the counter, which says the stream, and with the third the kind."""
         return 2 * stream + self.code
+
+    def fitting(self, dim: int) -> tuple[int, int]:
+        """The largest K that is at most `dim` and the smallest that is at least that, of those that there are."""
+        multiple = self.multiple
+        return max(multiple, dim // multiple * multiple), max(multiple, -(-dim // multiple) * multiple)
+
+    def nonzeros(self, K: int) -> int:
+        """How many entries of a column are not zero."""
+        return K if self.sparse is None else K // self.sparse.block
 
     def at(self, words: Tensor, k: Tensor, place: Tensor) -> Tensor:
         """The entries in some places [...] of the counters that gave words [..., 4], float64 [...]."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KINDS = {  # by name: what the entries are, for people
     "rademacher": "+1 and -1",
     "gaussian": "standard normal",
+    "sjlt": "one ±32 in each column and 1024 rows, sparse",
 }
 DEFAULT = "rademacher"
 

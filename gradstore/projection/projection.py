@@ -69,7 +69,8 @@ class Projection:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_range("dim", self.dim, 1, 2**31 + 1)
         if self.dim % kind.multiple:
-            expected = f"a multiple of {kind.multiple} for {kind.name}"
+            nearest = " or ".join(map(str, sorted(set(kind.fitting(self.dim)))))
+            expected = f"a multiple of {kind.multiple} for {kind.name}, such as {nearest}"
             raise UsageError("bad dim", where="dim", expected=expected, got=self.dim)
         _check_range("seed", self.seed, 0, 2**64)
         _check_range("stream", self.stream, 0, 2**31)

@@ -37,8 +37,6 @@ from gradstore.projection import Projection
 from gradstore.projection.entries import Entries
 from gradstore.projection.kinds import kind_of
 
-ROWS_OF_P = 16
-
 _LARGER_ON_GPU = 32  # pieces of P that are made at once, as each launch has a price
 _TERMS = 1 << 17  # values of deltas or activations that are held in float64 at once
 
@@ -78,7 +76,8 @@ class AuditSchedule:
         entry, block = _GPU_COST if device.type == "cuda" else (audit.entry, audit.block)
         columns = max_columns(device, 1)
         blocks = sum(-(-size // columns) for size in sizes)
-        cost = streams * (min(ROWS_OF_P, projection.dim) * sum(sizes) * entry + blocks * block)
+        made = min(audit.rows or projection.dim, kind_of(projection.kind).nonzeros(projection.dim))
+        cost = streams * (made * sum(sizes) * entry + blocks * block)
         if device.type != "cuda":
             cost *= torch.get_num_threads()  # an audit uses one of them
         self._spacing, self._row_flops = cost / _SHARE, row_flops
@@ -134,7 +133,7 @@ class ProjectionAudit:
         self._under = [(c, Entries(kind, seed, stream)) for c, stream in zip(chosen, streams, strict=True)]
         rows = torch.ones(classes) if mixed else torch.zeros(classes).index_fill(0, torch.tensor(self._class), 1)
         self._rows = _on(rows, device)  # of the Jacobian, those that are added up
-        self._ks = _spread(draw, first_k, projection.dim)
+        self._ks = _spread(draw, first_k, projection.dim, kind_of(kind).audit.rows)
         self._k = _on(torch.from_numpy(self._ks), device)
         self._path = projection.path(device)
         self._piece = kind_of(kind).audit.columns * (1 if device.type == "cpu" else _LARGER_ON_GPU)
@@ -186,7 +185,10 @@ class ProjectionAudit:
     def _add_columns(self, entries: Entries, start: int, values: Tensor) -> None:
         """Add the product with neighbouring columns [size]."""
         for part in values.split(self._piece):
-            self._want += entries.columns(self._k, start, start + len(part)) @ part.double()
+            if entries.record.sparse is None:
+                self._want += entries.columns(self._k, start, start + len(part)) @ part.double()
+            else:
+                self._add_nonzeros(entries, start + torch.arange(len(part), device=part.device), part)
             self._additions += 1
             start += len(part)
 
@@ -195,9 +197,22 @@ class ProjectionAudit:
         width = shares.shape[1]
         some = max(1, self._piece // (width + 2 * entries.period))
         for rows, values in zip(indices.split(some), shares.split(some), strict=True):
-            strips = entries.strips(self._k, start + rows * width, width)
-            self._want += strips.flatten(1) @ values.double().flatten()
+            starts = start + rows * width
+            if entries.record.sparse is None:
+                self._want += entries.strips(self._k, starts, width).flatten(1) @ values.double().flatten()
+            else:
+                self._add_nonzeros(
+                    entries, (starts[:, None] + torch.arange(width, device=starts.device)).flatten(), values.flatten()
+                )
         self._additions += len(indices)
+
+    def _add_nonzeros(self, entries: Entries, p: Tensor, values: Tensor) -> None:
+        """Add the product of a sparse P, at all k, with columns p [m] whose values are [m]."""
+        first = int(self._ks[0])
+        for of_block, value in zip(*entries.nonzeros(first, first + len(self._ks), p), strict=True):
+            inside = (of_block >= first) & (of_block < first + len(self._ks))
+            place = (of_block - first).clamp_(0, len(self._ks) - 1)
+            self._want.index_add_(0, place, torch.where(inside, value * values.double(), 0.0))
 
 
 @dataclass(frozen=True)
@@ -257,9 +272,9 @@ class Comparison:
         )
 
 
-def _spread(draw: np.random.Generator, first_k: int, K: int) -> np.ndarray:
-    """Up to 16 different k of [first_k, K), ascending, one from each of as many equal parts."""
-    count = min(ROWS_OF_P, K - first_k)
+def _spread(draw: np.random.Generator, first_k: int, K: int, rows: int | None) -> np.ndarray:
+    """Up to `rows` different k of [first_k, K), ascending, one from each of as many equal parts; None for all k."""
+    count = min(rows or K, K - first_k)
     edges = first_k + np.arange(count + 1) * (K - first_k) // count
     return draw.integers(edges[:-1], edges[1:])
 

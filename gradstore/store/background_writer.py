@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -15,6 +14,9 @@ from gradstore.store.files.manifest import Shard
 from gradstore.store.store_writer import StoreWriter
 
 Columns = Mapping[str, np.ndarray]
+Rows = tuple[Columns, np.ndarray]
+
+_Box = SimpleQueue["Rows | BaseException"]  # for one batch, once it is made
 
 AHEAD = 2  # batches that may be on their way besides the one being computed
 
@@ -25,6 +27,9 @@ class BackgroundWriter:
     One thread makes every call to the disk, in the order of a writer that waits for each. So a shard is published as
     ever: its rows synced, then its name, then the manifest; and while it is synced, rows of the next one are hashed.
 
+    Threads speak through `SimpleQueue` alone. A signal whose handler raises in the middle of `threading`'s other means,
+    or of a future's, leaves their lock taken for ever, and whoever asks for it next waits as long.
+
     Args:
         writer: of the store.
         stored: told of each shard when it counts, by that thread.
@@ -33,13 +38,20 @@ class BackgroundWriter:
     def __init__(self, writer: StoreWriter, stored: Callable[[Shard], None]) -> None:
         self._writer, self._stored = writer, stored
         self._schema, self._missing = writer.manifest.schema, writer.missing
-        self._rows: queue.SimpleQueue[Future[tuple[Columns, np.ndarray]] | BaseException | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(AHEAD)
-        self._given_up = False
+        self._tasks: SimpleQueue[tuple[Callable[[], Columns], _Box] | None] = SimpleQueue()
+        self._rows: SimpleQueue[_Box | BaseException | None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(AHEAD):
+            self._room.put(None)
+        self._given_up = self._over = False
         self._error: BaseException | None = None
-        self._ended = threading.Event()  # not `join`, which reports a thread as gone when a signal interrupts it
-        self._makers = ThreadPoolExecutor(min(THREADS, AHEAD), "gradstore-rows")
-        # A daemon, so that it cannot keep alive a process whose main thread is gone; being killed loses nothing stored.
+        # Not `join`, which reports a thread as gone when a signal interrupts it.
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        self._makers = min(THREADS, AHEAD)
+        self._running, self._counting = 1 + self._makers, threading.Lock()
+        # Daemons, so that they cannot keep alive a process whose main thread is gone; killed, they lose nothing stored.
+        for number in range(self._makers):
+            threading.Thread(target=self._make, name=f"gradstore-rows_{number}", daemon=True).start()
         threading.Thread(target=self._run, name="gradstore-writer", daemon=True).start()
 
     def write(self, make: Callable[[], Columns]) -> None:
@@ -51,9 +63,11 @@ class BackgroundWriter:
         Raises:
             BaseException: what went wrong with rows handed over before, just as it was raised there.
         """
-        self._room.acquire()
+        self._room.get()
         self._raise_error()
-        self._rows.put(self._makers.submit(self._made, make))
+        box: _Box = SimpleQueue()
+        self._tasks.put((make, box))
+        self._rows.put(box)
 
     def finish(self) -> None:
         """Return once every row handed over is stored.
@@ -71,14 +85,13 @@ class BackgroundWriter:
         self._wait(asked=isinstance(cause, KeyboardInterrupt))
 
     def _wait(self, asked: bool = False) -> None:
-        """Wait for the thread, which must not outlive the writer's lock; asked to stop twice, it stops early."""
+        """Wait for the threads, which must not outlive the writer's lock; asked to stop twice, they stop early."""
         interruption = None
-        while not self._ended.is_set():
+        while self._running:
             try:
-                self._ended.wait()
+                self._ended.get()
             except KeyboardInterrupt as error:
                 self._given_up, asked, interruption = asked, True, error
-        self._makers.shutdown(cancel_futures=True)
         if interruption is not None:
             raise interruption
 
@@ -88,18 +101,37 @@ class BackgroundWriter:
 
     # -- in the other threads ------------------------------------------------------------------------------------
 
-    def _made(self, make: Callable[[], Columns]) -> tuple[Columns, np.ndarray]:
-        columns = self._schema.completed(make())
-        return columns, row_digests(self._schema, columns, threads=1)
+    def _make(self) -> None:
+        """Make rows, until no more are asked for."""
+        while (task := self._tasks.get()) is not None:
+            make, box = task
+            if self._over:
+                continue
+            try:
+                columns = self._schema.completed(make())
+                box.put((columns, row_digests(self._schema, columns, threads=1)))
+            except BaseException as error:
+                box.put(error)
+            del task, make, box  # they may hold a batch
+        self._end()
 
     def _run(self) -> None:
         try:
             self._write_shards()
         except BaseException as error:
             self._error = error
-            self._room.release(AHEAD + 1)  # the owner may be waiting, and is to see the error
         finally:
-            self._ended.set()
+            for _ in range(AHEAD + 1):  # the owner may be waiting, and is to see the error
+                self._room.put(None)
+            self._over = True
+            for _ in range(self._makers):
+                self._tasks.put(None)
+            self._end()
+
+    def _end(self) -> None:
+        with self._counting:
+            self._running -= 1
+        self._ended.put(None)
 
     def _write_shards(self) -> None:
         for index in self._missing:
@@ -109,18 +141,19 @@ class BackgroundWriter:
             with self._writer.shard(index) as shard:
                 while made is not None:
                     shard.write(*made)
-                    self._room.release()
+                    self._room.put(None)
                     made = None if shard.full else self._next()
             self._stored(shard.shard)
 
-    def _next(self) -> tuple[Columns, np.ndarray] | None:
+    def _next(self) -> Rows | None:
         """The next rows; None where no more come. Raises what they, or their owner, raised."""
         item = self._rows.get()
         if self._given_up:
             raise KeyboardInterrupt
-        if isinstance(item, BaseException):
-            raise item
-        return None if item is None else item.result()
+        found = item.get() if isinstance(item, SimpleQueue) else item
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
 
 @contextmanager

@@ -15,18 +15,26 @@ from hypothesis import strategies as st
 
 from gradstore.errors import UsageError
 from gradstore.projection import Projection
+from gradstore.projection.kinds import kind_of
 from gradstore.projection.philox import philox4x32_10
 
 pytestmark = pytest.mark.numerical
 
-VECTORS = json.loads((Path(__file__).parents[1] / "data" / "projection.json").read_text())
-KINDS = ("rademacher", "gaussian")
+DATA = Path(__file__).parents[1] / "data"
+VECTORS, SPARSE = (json.loads((DATA / name).read_text()) for name in ("projection.json", "sjlt.json"))
+DENSE = ("rademacher", "gaussian")
+KINDS = (*DENSE, "sjlt")
 STARTS = (0, 128, 384, 2**32 - 128, 2**32 + 256, 2**45)
 
 
 def dense(projection: Projection, p: int, start: int = 0) -> torch.Tensor:
     """The whole P[:, start : start + p] in float64."""
     return projection.entries(torch.arange(projection.dim)[:, None], start + torch.arange(p))
+
+
+def least(kind: str, dim: int) -> int:
+    """`dim`, or the next larger that the kind takes."""
+    return kind_of(kind).fitting(dim)[1]
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -55,7 +63,7 @@ def test_normals_match_the_vectors():
         np.testing.assert_allclose(normals.numpy(), case["values"], rtol=1e-12, err_msg=str(case))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENSE)
 def test_projected_vector_matches_the_vectors(kind):
     case = VECTORS["projected"]
     i = torch.arange(1, case["P"] + 1, dtype=torch.float64)
@@ -64,21 +72,46 @@ def test_projected_vector_matches_the_vectors(kind):
     assert relative_error(features, torch.tensor(case[f"{kind}_over_sqrt_K"], dtype=torch.float64)) < 5e-7
 
 
+@pytest.mark.parametrize(
+    "case", [*SPARSE["columns"], *SPARSE["streams"]], ids=lambda case: f"{case['seed']}-{case['p']}"
+)
+def test_nonzeros_match_the_vectors(case):
+    rows = len(case["row_and_sign"])
+    projection = Projection("sjlt", dim=1024 * rows, seed=case["seed"], stream=case.get("stream", 0))
+    column = projection.entries(torch.arange(projection.dim), case["p"])
+    (k,) = column.nonzero(as_tuple=True)
+    want = [(1024 * j + row, 32 * sign) for j, (row, sign) in enumerate(case["row_and_sign"])]
+    assert list(zip(k.tolist(), column[k].tolist(), strict=True)) == want
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_sparsely_projected_vector_matches_the_vectors(backend):
+    case = SPARSE["projected"]
+    i = torch.arange(1, case["P"] + 1, dtype=torch.float64)
+    gradient = torch.sin(0.37 * i) * 10.0 ** (-(i % 5))
+    features = Projection("sjlt", dim=case["K"], seed=case["seed"], backend=backend).project(gradient[None])[0]
+    want = torch.zeros(case["K"], dtype=torch.float64)
+    want[[int(k) for k in case["nonzero"]]] = torch.tensor([*case["nonzero"].values()], dtype=torch.float64)
+    assert relative_error(features, want) < 1e-7
+    assert torch.equal(features != 0, want != 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_project_equals_the_dense_product(kind, start, dtype):
     generator = torch.Generator().manual_seed(start % 1000)
     block = torch.randn(5, 700, generator=generator).to(dtype)
-    projection = Projection(kind, dim=96, seed=3, backend="reference")
-    want = block.double() @ dense(projection, 700, start).T / math.sqrt(96)
+    projection = Projection(kind, dim=least(kind, 96), seed=3, backend="reference")
+    want = block.double() @ dense(projection, 700, start).T / math.sqrt(projection.dim)
     assert relative_error(projection.project(block, start), want) < 2e-7
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_of_p_and_of_k_add_up(kind):
     block = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
-    projection = Projection(kind, dim=1100 if kind == "rademacher" else 8300, seed=1, backend="reference")
+    dim = {"rademacher": 1100, "gaussian": 8300, "sjlt": 5120}[kind]
+    projection = Projection(kind, dim=dim, seed=1, backend="reference")
     rows = torch.tensor([0, 1, 1023, 1024, projection.dim - 1])
     want = block.double() @ projection.entries(rows[:, None], torch.arange(9001)).T
     got = torch.zeros(2, projection.dim)
@@ -95,7 +128,7 @@ def test_accumulate_takes_any_start_and_any_rows_of_p(kind, data):
     first_k = data.draw(st.integers(0, 40))
     k = data.draw(st.integers(0, 40 - first_k))
     projection = Projection(
-        kind, dim=40, seed=data.draw(st.integers(0, 2**64 - 1)), stream=data.draw(st.integers(0, 9))
+        kind, dim=least(kind, 40), seed=data.draw(st.integers(0, 2**64 - 1)), stream=data.draw(st.integers(0, 9))
     )
     block = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
     got = torch.ones(rows, k)
@@ -108,10 +141,11 @@ def test_accumulate_takes_any_start_and_any_rows_of_p(kind, data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_smaller_dim_is_a_prefix(kind):
     block = torch.randn(3, 400, generator=torch.Generator().manual_seed(2))
-    small, large = torch.zeros(3, 24), torch.zeros(3, 70)
-    Projection(kind, dim=24).accumulate(small, block, 0)
-    Projection(kind, dim=70).accumulate(large, block, 0)
-    assert torch.equal(small, large[:, :24])
+    few, many = least(kind, 24), 3 * least(kind, 24)
+    small, large = torch.zeros(3, few), torch.zeros(3, many)
+    Projection(kind, dim=few).accumulate(small, block, 0)
+    Projection(kind, dim=many).accumulate(large, block, 0)
+    assert torch.equal(small, large[:, :few])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +153,8 @@ def test_a_smaller_dim_is_a_prefix(kind):
 def test_bits_do_not_depend_on_neighbours_threads_or_splits_of_k(kind, backend):
     generator = torch.Generator().manual_seed(4)
     block = torch.randn(37, 1500, generator=generator) * torch.exp(3 * torch.randn(37, 1500, generator=generator))
-    projection = Projection(kind, dim=150, seed=9, backend=backend)
+    dim = least(kind, 150)
+    projection = Projection(kind, dim=dim, seed=9, backend=backend)
     whole = projection.project(block, 128)
     threads = torch.get_num_threads()
     try:
@@ -128,8 +163,8 @@ def test_bits_do_not_depend_on_neighbours_threads_or_splits_of_k(kind, backend):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(parts), whole)
-    out = torch.zeros(37, 150)
-    for k, stop in ((0, 1), (1, 18), (18, 150)):
+    out = torch.zeros(37, dim)
+    for k, stop in ((0, 1), (1, 18), (18, 150), (150, dim)):
         part = torch.zeros(37, stop - k)
         projection.accumulate(part, block, 128, first_k=k)
         out[:, k:stop] = part
@@ -142,7 +177,7 @@ def test_inner_products_are_unbiased_over_seeds(kind):
     a = torch.randn(300, generator=generator)
     pair = torch.stack((a, 0.5 * a + torch.randn(300, generator=generator)))
     exact = pair.double() @ pair.double().T
-    seeds, dim = 400, 32
+    seeds, dim = 400, least(kind, 32)
     grams = []
     for seed in range(seeds):
         features = Projection(kind, dim=dim, seed=seed).project(pair).double()
@@ -166,8 +201,8 @@ def test_streams_and_seeds_are_independent():
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_and_huge_gradients_keep_their_precision(kind, scale):
     block = torch.randn(2, 300, generator=torch.Generator().manual_seed(6)) * scale
-    projection = Projection(kind, dim=64)
-    got = torch.zeros(2, 64)
+    projection = Projection(kind, dim=least(kind, 64))
+    got = torch.zeros(2, projection.dim)
     projection.accumulate(got, block, 0)
     want = block.double() @ dense(projection, 300).T
     assert (got.double() - want).abs().max() <= 2e-6 * want.abs().max() + 300 * 2**-149
@@ -198,7 +233,10 @@ def test_pickle_and_repr_round_trip():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: Projection("sparse"), "kind: unknown kind (expected one of rademacher, gaussian, got 'sparse')."),
+        (
+            lambda: Projection("sparse"),
+            "kind: unknown kind (expected one of rademacher, gaussian, sjlt, got 'sparse').",
+        ),
         (
             lambda: Projection(backend="gpu"),
             "backend: unknown backend (expected one of auto, native, cuda, reference, got 'gpu').",

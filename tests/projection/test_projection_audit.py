@@ -33,12 +33,13 @@ from gradstore.native import library
 from gradstore.projection import Projection, compiled_product
 from gradstore.projection.block_routes import accumulate_block, route
 from gradstore.projection.entries import Entries
-from gradstore.projection.projection_audit import ROWS_OF_P, AuditSchedule, Comparison, ProjectionAudit
+from gradstore.projection.kinds import kind_of
+from gradstore.projection.projection_audit import AuditSchedule, Comparison, ProjectionAudit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 CPU = torch.device("cpu")
 LAYOUTS = ["per-class", "sum", "mixed"]
-KINDS = ["rademacher", "gaussian"]
+KINDS = ["rademacher", "gaussian", "sjlt"]
 
 
 @pytest.fixture
@@ -136,7 +137,8 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
     make: Callable[..., JacobianBlock], kind: str, sizes: list[int], c: int, mixed: bool, first_k: int, count: int,
     seed: int,
 ) -> None:  # fmt: skip
-    projection = Projection(kind, first_k + count, seed)
+    projection = Projection(kind, kind_of(kind).fitting(first_k + count)[1], seed)
+    count = projection.dim - first_k
     draw = torch.Generator().manual_seed(seed % 2**63)
     blocks = [make(n, c, draw) for n in sizes]
     ends = np.cumsum([1000, *sizes]).tolist()
@@ -157,7 +159,7 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
                 batch._accumulate(projection, features[places], block, first_k, mixed)
         lowered.raise_into(beside)
     found = audit.compare(torch.cat([torch.full((*features.shape[:2], first_k), torch.nan), features], dim=-1))
-    assert len(found.k) == min(ROWS_OF_P, count)
+    assert len(found.k) == (count if kind == "sjlt" else min(16, count))
     assert all(first_k <= k < projection.dim for k in found.k)
     assert len(set(found.k)) == len(found.k)
     sq_norm = sq_norm.sum(1, keepdim=True) if mixed else sq_norm
@@ -213,7 +215,7 @@ def test_terms_that_cancel_raise_no_false_alarm() -> None:
         replace(found, sq_terms=sq_norm[0, 0]).require(sq_norm, "train")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_gradients_in_half_precision_pass_as_those_of_a_card_and_of_nothing_else(kind: str) -> None:
     """What the fused kernels do to gradients, without a card: each row rounded to float16 below a power of two."""
     draw, projection = torch.Generator().manual_seed(0), Projection(kind, dim=4000)
@@ -255,14 +257,26 @@ def test_the_draw_is_reproducible_and_reaches_everything() -> None:
 @pytest.mark.parametrize("case", CASES + HARD_CASES, ids=lambda case: case.name)
 def test_right_stores_pass_with_room_to_spare(case: Case, kind: str, tmp_path: Path, margins: list[float]) -> None:
     for layout in LAYOUTS:
-        common = {"split": "train", "projection": kind, "layout": layout, "proj_dim": 96, "seed": 3}
+        common = {"split": "train", "projection": kind, "layout": layout, "seed": 3}
+        common["proj_dim"] = kind_of(kind).fitting(96)[1]
         gs.featurize(project_of(case), out=tmp_path / layout, **common)  # type: ignore[arg-type]
         assert finish(tmp_path / layout)["audited"] == 1
     assert len(margins) == 3
     assert max(margins) < 0.25
 
 
-@pytest.mark.parametrize("settings", [{}, {"projection": "gaussian"}, {"layout": "mixed"}, {"layout": "sum"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"projection": "gaussian"},
+        {"projection": "sjlt"},
+        {"projection": "sjlt", "layout": "mixed"},
+        {"layout": "mixed"},
+        {"layout": "sum"},
+    ],
+    ids=str,
+)
 def test_joined_groups_several_batches_and_grown_stores_pass(
     settings: dict[str, Any], tmp_path: Path, margins: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,9 +285,11 @@ def test_joined_groups_several_batches_and_grown_stores_pass(
     for precision in ("fast", "exact"):
         out = tmp_path / precision
         common = {"split": "train", "batch_size": 12, "precision": precision, **settings}
-        gs.featurize(digits(), out=out / "small", proj_dim=40, **common)
+        kind = kind_of(settings.get("projection", "rademacher"))
+        small, large = kind.fitting(40)[1], kind.fitting(1100)[1]
+        gs.featurize(digits(), out=out / "small", proj_dim=small, **common)
         assert finish(out / "small")["audited"] == 4  # 12 + 12 + 12 + 4 rows
-        gs.featurize(digits(), out=out / "grown", proj_dim=100, grow_from=out / "small", **common)
+        gs.featurize(digits(), out=out / "grown", proj_dim=large, grow_from=out / "small", **common)
         assert finish(out / "grown")["audited"] == 4
     assert len(margins) >= 16
     assert max(margins) < 0.25
@@ -431,7 +447,13 @@ def test_each_parameter_of_other_models_is_under_audit(
 
         monkeypatch.setattr(batch, "accumulate_block", accumulate)
         try:
-            gs.featurize(project, split="train", out=tmp_path / str(number), projection=kind, proj_dim=64)
+            gs.featurize(
+                project,
+                split="train",
+                out=tmp_path / str(number),
+                projection=kind,
+                proj_dim=kind_of(kind).fitting(64)[1],
+            )
         except NonFiniteError:
             continue
         passed.append(wrong)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradstore.native import library
-from gradstore.projection import Projection
+from gradstore.projection import Projection, by_definition
 from gradstore.projection.compiled_product import accumulate
 from gradstore.projection.entries import Entries
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.numerical
 
 needs_library = pytest.mark.skipif(not library.available(), reason=f"compiled code: {library.status().why}")
 LEVELS = library.levels()
+KINDS = ("rademacher", "gaussian", "sjlt")
 STARTS = (0, 1, 31, 37, 128, 4095, 2**32 - 77, 2**32, 2**33 + 5, 2**45 + 129)
 
 
@@ -37,8 +38,9 @@ def compiled(entries: Entries, block: torch.Tensor, k: int, start: int, first_k:
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("start", STARTS)
-def test_unit_vectors_read_the_signs(level, start):
-    entries = Entries("rademacher", seed=2**64 - 5 - start % 7, stream=start % 3)
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_unit_vectors_read_the_entries(kind, level, start):
+    entries = Entries(kind, seed=2**64 - 5 - start % 7, stream=start % 3)
     got = compiled(entries, torch.eye(200), 45, start, 2, level)
     want = entries.at(torch.arange(2, 47), start + torch.arange(200)[:, None])
     assert torch.equal(got.double(), want)
@@ -54,9 +56,10 @@ def test_unit_vectors_read_the_signs(level, start):
     k=st.integers(1, 300),
     first_k=st.integers(0, 2**20),
     level=st.sampled_from(LEVELS or ("",)),
+    kind=st.sampled_from(["rademacher", "sjlt"]),
 )
-def test_whole_numbers_give_exactly_the_reference(seed, start, rows, columns, k, first_k, level):
-    entries = Entries("rademacher", seed, stream=seed % 5)
+def test_whole_numbers_give_exactly_the_reference(seed, start, rows, columns, k, first_k, level, kind):
+    entries = Entries(kind, seed, stream=seed % 5)
     block = random_integers(rows, columns, seed % 1000)
     signs = entries.tile(first_k, first_k + k, start, start + columns, torch.device("cpu"))
     assert torch.equal(compiled(entries, block, k, start, first_k, level).double(), block.double() @ signs.T)
@@ -64,33 +67,39 @@ def test_whole_numbers_give_exactly_the_reference(seed, start, rows, columns, k,
 
 @needs_library
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 200, 300])
-@pytest.mark.parametrize("k", [1, 2561, 10240])
-def test_whole_numbers_over_many_tiles(rows, k):
-    start, block = 4096 - 70, random_integers(rows, 9000, rows)
-    got = compiled(Entries("rademacher", 11, 0), block, k, start, 0, LEVELS[0])
+@pytest.mark.parametrize("k", [1, 2561, 10240, 20480])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_whole_numbers_over_many_tiles(kind, rows, k):
+    start, block = 2**16 - 70, random_integers(rows, 9000, rows)
+    got = compiled(Entries(kind, 11, 0), block, k, start, 0, LEVELS[0])
     some = torch.tensor([0, k // 3, k - 1])
-    signs = Entries("rademacher", 11, 0).at(some[:, None], start + torch.arange(9000))
-    assert torch.equal(got[:, some].double(), block.double() @ signs.T)
+    entries = Entries(kind, 11, 0).at(some[:, None], start + torch.arange(9000))
+    assert torch.equal(got[:, some].double(), block.double() @ entries.T)
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_level_gives_the_same_bits(kind):
     """Those of a product with normals where there are fused multiply-adds."""
     block = torch.randn(21, 5000, generator=torch.Generator().manual_seed(1))
-    levels = [level for level in LEVELS if kind == "rademacher" or level != "plain"]
+    levels = [level for level in LEVELS if kind != "gaussian" or level != "plain"]
     found = [compiled(Entries(kind, 1, 0), block, 70, 33, 0, level) for level in levels]
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_error_against_float64_is_float32_rounding(kind, level):
     block = torch.randn(3, 300_000, generator=torch.Generator().manual_seed(2))
     entries = Entries(kind, 3, 0)
-    want = block.double() @ entries.tile(0, 8, 128, 300_128, torch.device("cpu")).T
-    got = compiled(entries, block, 8, 128, 0, level)
+    rows = 8 if kind != "sjlt" else 2048
+    if kind == "sjlt":
+        want = torch.zeros(3, rows)
+        by_definition.accumulate(entries, want, block, 128, 0)
+    else:
+        want = block.double() @ entries.tile(0, rows, 128, 300_128, torch.device("cpu")).T
+    got = compiled(entries, block, rows, 128, 0, level)
     assert (got.double() - want).norm() / want.norm() < 5e-7
 
 
@@ -166,7 +175,21 @@ def test_a_row_that_is_not_finite_is_the_only_one(level, bad):
 
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
+def test_a_value_that_is_not_finite_spoils_its_own_sums_alone(level):
+    block = torch.randn(20, 700, generator=torch.Generator().manual_seed(3))
+    entries = Entries("sjlt", 1, 0)
+    want = compiled(entries, block, 3072, 0, 0, level)
+    block[7, 300] = float("nan")
+    got = compiled(entries, block, 3072, 0, 0, level)
+    met = entries.at(torch.arange(3072), torch.tensor(300)) != 0
+    assert met.sum() == 3
+    assert torch.equal(got.isnan(), (torch.arange(20) == 7)[:, None] & met)
+    assert torch.equal(got.nan_to_num(), want.where(~got.isnan(), 0.0))
+
+
+@needs_library
 @pytest.mark.parametrize("start", [0, 3, 2**32 - 6, 2**41 + 1])
+@pytest.mark.parametrize("level", LEVELS)
 def test_unit_vectors_read_the_normals(level, start):
     entries = Entries("gaussian", seed=2**63 + 1, stream=1)
     got = compiled(entries, torch.eye(600), 200, start, 5, level).double()
@@ -175,7 +198,7 @@ def test_unit_vectors_read_the_normals(level, start):
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_bits_of_a_row_do_not_depend_on_its_neighbours(kind, level):
     block = torch.randn(23, 1000, generator=torch.Generator().manual_seed(4))
@@ -188,14 +211,14 @@ def test_bits_of_a_row_do_not_depend_on_its_neighbours(kind, level):
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_subnormals_survive_a_caller_that_flushes_them(kind, level):
-    block = torch.full((2, 128), 1e-42)
-    kept = compiled(Entries(kind, 0, 0), block, 64, 0, 0, level)
+    block, k = torch.full((2, 128), 1e-42), 1024 if kind == "sjlt" else 64
+    kept = compiled(Entries(kind, 0, 0), block, k, 0, 0, level)
     flushes = torch.set_flush_denormal(True)
     try:
-        got = compiled(Entries(kind, 0, 0), block, 64, 0, 0, level)
+        got = compiled(Entries(kind, 0, 0), block, k, 0, 0, level)
     finally:
         torch.set_flush_denormal(False)
     assert not flushes or torch.equal(got.view(torch.int32), kept.view(torch.int32))

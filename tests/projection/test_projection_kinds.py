@@ -75,7 +75,7 @@ def test_a_third_kind_is_projected_on_every_path(third: str, backend: str) -> No
 
 
 def test_a_third_kind_may_say_which_k_it_takes(third: str) -> None:
-    text = re.escape("dim: bad dim (expected a multiple of 4 for third, got 66)")
+    text = re.escape("dim: bad dim (expected a multiple of 4 for third, such as 64 or 68, got 66)")
     with pytest.raises(UsageError, match=text):
         Projection(third, 66)
 

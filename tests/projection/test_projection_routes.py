@@ -10,6 +10,7 @@ from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, Linea
 from gradstore.native import library
 from gradstore.projection import Projection, compiled_product
 from gradstore.projection.block_routes import accumulate_block, route
+from gradstore.projection.kinds import kind_of
 
 pytestmark = pytest.mark.numerical
 
@@ -24,6 +25,10 @@ LINEAR = [
     (33, 4, 2, 70, 1, 128),
     (2, 6, 1, 2, 9000, 0),
 ]
+
+
+KINDS = ("rademacher", "gaussian", "sjlt")
+SHARED = ("rademacher", "sjlt")
 
 
 def linear(n: int, c: int, positions: int, outputs: int, inputs: int, start: int) -> LinearBlock:
@@ -56,8 +61,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 @needs_library
 @pytest.mark.parametrize("shape", LINEAR)
 @pytest.mark.parametrize("level", library.levels())
-def test_sharing_across_classes_equals_the_dense_product(shape, level):
-    block, projection = linear(*shape), Projection(dim=70, seed=3, stream=1)
+@pytest.mark.parametrize("kind", SHARED)
+def test_sharing_across_classes_equals_the_dense_product(kind, shape, level):
+    block, projection = linear(*shape), Projection(kind, dim=kind_of(kind).fitting(70)[1], seed=3, stream=1)
     got = torch.zeros(shape[0], shape[1], 61)
     compiled_product.accumulate_shared(
         projection._entries, got, block.activations, block.deltas, block.start, 5, level=level
@@ -66,8 +72,22 @@ def test_sharing_across_classes_equals_the_dense_product(shape, level):
 
 
 @needs_library
-def test_sharing_gives_the_same_bits_whatever_the_batch_the_threads_and_the_tiles():
-    block, projection = linear(37, 5, 3, 40, 90, 0), Projection(dim=300, seed=3)
+def test_outer_products_meet_a_sparse_matrix_with_the_same_bits_at_every_level():
+    block, found = linear(9, 5, 3, 40, 90, 2**16 - 1000), []
+    for level in library.levels():
+        found.append(torch.zeros(9, 5, 1024))
+        entries = Projection("sjlt", 1024)._entries
+        compiled_product.accumulate_shared(
+            entries, found[-1], block.activations, block.deltas, block.start, 0, level=level
+        )
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_library
+@pytest.mark.parametrize("kind", SHARED)
+def test_sharing_gives_the_same_bits_whatever_the_batch_the_threads_and_the_tiles(kind):
+    projection = Projection(kind, dim=kind_of(kind).fitting(300)[1], seed=3)
+    block = linear(37, 5, 3, 40, 90, 0)
 
     def shared(rows: slice, k: int, stop: int) -> Tensor:
         out = torch.zeros(len(range(37)[rows]), 5, stop - k)
@@ -86,14 +106,14 @@ def test_sharing_gives_the_same_bits_whatever_the_batch_the_threads_and_the_tile
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "block",
     [embedding(), embedding(5), embedding(900, start=2**32), linear(3, 8, 1, 9, 150, 128), linear(3, 2, 30, 9, 40, 0)],
     ids=repr,
 )
 def test_the_chosen_route_equals_the_dense_product(block, kind, backend):
-    projection = Projection(kind, dim=40, seed=8, backend=backend)
+    projection = Projection(kind, dim=kind_of(kind).fitting(40)[1], seed=8, backend=backend)
     n, c = block.deltas.shape[:2]
     got = torch.ones(n, c, 33)
     accumulate_block(projection, got, block, first_k=4)

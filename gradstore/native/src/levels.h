@@ -81,3 +81,12 @@ inline bool has_plain() { return true; }
 #define END_TARGET _Pragma("GCC pop_options")
 #define WHOLE_REGISTERS ",prefer-vector-width=512"
 #endif
+
+// Keeps a product from being fused with the addition after it.
+#if defined(__x86_64__)
+#define ROUNDED(value) asm("" : "+x"(value))
+#elif NEON
+#define ROUNDED(value) asm("" : "+w"(value))
+#else
+#define ROUNDED(value) (void)(value)
+#endif

@@ -9,10 +9,6 @@
 // Every sum is made in an order fixed by the absolute index of its parameters: the bits of a row depend neither on the rows
 // beside it, nor on tiles, threads or the width of the registers. There is no product that could be fused.
 
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES), may_alias));
-
-constexpr int LANES = 16;                 // rows side by side
-constexpr int PARTS = LANES * 4 / VECTOR_BYTES;
 constexpr int PASS = 64;                  // parameters that one word of signs covers
 constexpr int64_t SPAN = 4096;            // parameters between two additions to the totals
 constexpr int WIDTH[] = {6, 6, 6, 6, 6, 6, 6, 6, 6, 5, 5};
@@ -31,10 +27,6 @@ constexpr int first_entry(int group) {
 }
 
 static_assert(first_bit(GROUPS) == PASS, "the groups must cover a pass");
-
-struct Sum {  // one number for each of 16 rows
-    Floats part[PARTS];
-};
 
 static inline Sum operator+(Sum a, const Sum& b) {
     for (int i = 0; i < PARTS; ++i) a.part[i] += b.part[i];
