@@ -76,9 +76,11 @@ class _Silent:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    if frame is not None and frame.f_code in _LOCKING:
-        threading.Thread(target=_send_again, args=(number,), daemon=True).start()
-        return
+    while frame is not None:  # not only the innermost: another signal may come while the first is put off
+        if frame.f_code in _LOCKING:
+            threading.Thread(target=_send_again, args=(number,), daemon=True).start()
+            return
+        frame = frame.f_back
     _arrived.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
     raise _arrived[-1]
 

@@ -172,11 +172,13 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
         off.require(sq_norm, "train")
     # What the audit took is the product in float64 of the block's own values with the definition of P.
     columns = block.start + torch.arange(block.size)
-    want = torch.zeros(len(found.k), dtype=torch.float64)
+    some = slice(None, None, -(-len(found.k) // 16))
+    k = torch.from_numpy(found.k)[some]
+    want = torch.zeros(len(k), dtype=torch.float64)
     for stream, values in enumerate(block.dense()[found.i].double() if mixed else block.dense()[found.i, [found.c]]):
-        entries = replace(projection, stream=stream).entries(torch.from_numpy(found.k)[:, None], columns)
+        entries = replace(projection, stream=stream).entries(k[:, None], columns)
         want += entries @ values.double()
-    assert (found.want - want).abs().max() <= found.tolerance(sq_norm)
+    assert (found.want[some] - want).abs().max() <= found.tolerance(sq_norm)
     assert found.row == 1000 + found.i
 
 
