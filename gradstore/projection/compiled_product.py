@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradstore.errors import UsageError
 from gradstore.native.library import call
+from gradstore.projection import compiled_sparse
 from gradstore.projection.entries import Entries
 from gradstore.projection.kinds import KINDS, kind_of
 
@@ -65,6 +66,9 @@ def accumulate(
         UsageError: there is no compiled code, or this processor lacks the level.
         MemoryError: the working memory could not be had.
     """
+    if entries.record.sparse is not None:
+        compiled_sparse.accumulate(entries, out, [compiled_sparse.Values(start, block)], first_k, level=level)
+        return
     if out.numel() == 0 or block.shape[1] == 0:
         return
     source, target = _adjacent(block.to(torch.float32)), _adjacent(out)
@@ -89,8 +93,8 @@ def accumulate_shared(
 
     The gradient of example n and class c is ``sum_t deltas[n, c, t] (outer) activations[n, t]``. Its product with row k
     of P is ``sum_t sum_j deltas[n, c, t, j] * (P_k at the weight's row j . activations[n, t])``, and the bracket is
-    computed once for all classes. For T = 1 that is c times less work than the dense product. A sparse P has a sum for
-    each value anyway; there the values are formed in the cache, and neither written nor read.
+    computed once for all classes. For T = 1 that is c times less work than the dense product. A sparse P adds each value
+    up; there they are formed in the cache, see `compiled_sparse`.
 
     Args:
         entries: the matrix P, of signs or sparse.
@@ -111,13 +115,16 @@ def accumulate_shared(
             "no product shares this kind's layers across classes", where="kind", expected=expected, got=entries.kind
         )
     n, c, positions, outputs = deltas.shape
+    if entries.record.sparse is not None:
+        outer = compiled_sparse.OuterProducts(start, activations, deltas)
+        compiled_sparse.accumulate(entries, out.view(n * c, -1), [outer], first_k, classes=c, level=level)
+        return
     if 0 in (*out.shape, *deltas.shape, *activations.shape):
         return
     source = activations.to(torch.float32).reshape(n * positions, -1).contiguous()
-    sparse = entries.record.sparse is not None
-    lanes = n * (c if sparse else positions) + _LANE_PADDING
-    factors = torch.zeros(outputs, positions if sparse else c, lanes)
-    factors[:, :, :-_LANE_PADDING] = deltas.permute((3, 2, 0, 1) if sparse else (3, 1, 0, 2)).flatten(2)
+    lanes = n * positions + _LANE_PADDING
+    factors = torch.zeros(outputs, c, lanes)
+    factors[:, :, : n * positions] = deltas.permute(3, 1, 0, 2).flatten(2)
     target = out.reshape(n * c, -1).contiguous()
     weight = _job(entries, target, source, start, first_k)
     job = _SharedJob(weight, factors.data_ptr(), n, c, positions, outputs, source.shape[1], lanes)

@@ -115,7 +115,8 @@ class Kind:
         norm_band: K to the least and the greatest ‖P g‖² / (K ‖g‖²) that a right projection has.
         warning: K to what a user should know who chose it, or "".
         audit: what an audit costs.
-        compiled: its KIND in ``projection_job.h`` of the compiled product; None where that has none.
+        compiled: its KIND in ``projection_job.h`` of the compiled product, or, of a sparse P, 0, for there is one such
+            product; None where that has none.
         shares_layers: the compiled product can share a layer's projected activations among classes.
         fused: what the fused CUDA source does for it; None where that is nothing.
         triton: whether the Triton product serves it.

@@ -67,6 +67,6 @@ KIND = Kind(
     norm_band=_norm_band,
     warning=_warning,
     audit=AuditCost(columns=1 << 14, entry=1.2e3, block=2e7, rows=None),
-    compiled=2,
+    compiled=0,
     shares_layers=True,
 )

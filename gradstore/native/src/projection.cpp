@@ -56,7 +56,6 @@ int useful_threads(double multiply_adds, int threads) { return multiply_adds < 1
 
 // Adds block @ P.T to out. Returns 0, 1 where memory ran out, or 2 for a kind that is not known here.
 EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
-    if (job->kind == KIND_SJLT) return !accumulate_sparse(*job, level, std::max(threads, 1));
     if (job->kind != KIND_RADEMACHER && job->kind != KIND_GAUSSIAN) return 2;
     threads = useful_threads((double)job->rows * job->columns * job->count, threads);
     const bool normals = job->kind == KIND_GAUSSIAN;
@@ -65,9 +64,8 @@ EXPORT int gradstore_accumulate(const Job* job, int level, int threads) {
     return !run(job->count, job->rows, tiling, threads, [&](Range ks, Range rows) { kernel(*job, ks, rows); });
 }
 
-// Adds the projected gradients of a linear layer's weight to out; not for normals. Returns as gradstore_accumulate does.
+// Adds the projected gradients of a linear layer's weight to out, for signs only. Returns as gradstore_accumulate does.
 EXPORT int gradstore_accumulate_shared(const SharedJob* job, int level, int threads) {
-    if (job->weight.kind == KIND_SJLT) return !accumulate_sparse_outer(*job, level, std::max(threads, 1));
     if (job->weight.kind != KIND_RADEMACHER) return 2;
     threads = useful_threads((double)job->weight.rows * job->inputs * job->outputs * job->weight.count, threads);
     const auto kernel = LEVELS[level].shared;

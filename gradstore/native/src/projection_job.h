@@ -22,28 +22,14 @@ struct Range {
 
 constexpr uint32_t KIND_RADEMACHER = 0;
 constexpr uint32_t KIND_GAUSSIAN = 1;
-constexpr uint32_t KIND_SJLT = 2;
 
 constexpr int PANEL = 64;  // columns of out that a task takes of a product with normals
-
-// What one task of a sparse product adds: 16 rows, or the last ones, of some blocks of P over some columns of the gradients.
-struct SparseTask {
-    const uint16_t* codes;  // of block blocks.begin; `stride` codes further those of the next
-    int64_t stride;
-    Range blocks;
-    int64_t column, columns;  // the first column, and how many
-    int64_t row, rows;
-};
-
-constexpr int64_t ROWS_A_TASK = 16;
 
 // The weight [outputs, inputs] of a linear layer: weight.block holds activations [examples * positions, inputs], weight.out
 // [examples * classes, count], and weight.start is the index of the weight's first entry.
 struct SharedJob {
     Job weight;
-    // [outputs, classes, lanes], a lane is (example, position); of a sparse P [outputs, positions, lanes], a lane is
-    // (example, class). With 16 lanes or more of padding at the end.
-    const float* deltas;
+    const float* deltas;  // [outputs, classes, lanes]; a lane is (example, position), with 16 or more of padding at the end
     int64_t examples, classes, positions, outputs, inputs, lanes;
 };
 
@@ -53,7 +39,3 @@ inline int64_t outputs_at_a_time(const SharedJob& job) {
     const int64_t wanted = std::max<int64_t>(32, 4096 / job.inputs), most = std::max<int64_t>(1, 65536 / job.inputs);
     return std::min(job.outputs, std::min(wanted, most));
 }
-
-// The products with a sparse P; false where memory ran out.
-bool accumulate_sparse(const Job& job, int level, int threads);
-bool accumulate_sparse_outer(const SharedJob& job, int level, int threads);

@@ -4,12 +4,13 @@
 // subtracted, that its parameter's code names. The codes of SPARSE_SPAN parameters are made once for all rows. A part of a
 // task's rows of gradients and the sums of a block stay in the second-level cache.
 //
-// A sum goes through the parameters in their order, from zero at every multiple of SPARSE_SPAN, and is then added to the
-// output: its bits depend neither on the rows beside its own, nor on tiles, threads or the width of the registers.
+// A sum goes through the columns in their order, from zero at every SPARSE_SPAN of them, and is then added to the output: its
+// bits depend neither on the rows beside its own, nor on tiles, threads or the width of the registers.
 
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t HalfWords __attribute__((vector_size(VECTOR_BYTES / 2)));
 
+constexpr int LINE = 16;     // floats of a line of the cache
 constexpr int PIECE = 1024;  // parameters of a task's rows that are side by side at a time
 
 // to[c * to_stride + r] = from[r][c], for four r and four c.
@@ -33,8 +34,11 @@ static inline void turn(float* to, int64_t to_stride, const float* const* from, 
 static void side_by_side(Sum* x, const float* const* from, int64_t rows, int64_t column, int64_t count) {
     float* to = reinterpret_cast<float*>(x);
     const int64_t whole_rows = rows / 4 * 4, whole = count / 4 * 4;
-    for (int64_t i = 0; i < whole; i += 4) {
-        for (int64_t r = 0; r < whole_rows; r += 4) turn(to + i * LANES + r, LANES, from + r, column + i);
+    for (int64_t i = 0; i < whole; i += LINE) {  // a line of the cache at a time: rows may lie so that they evict each other
+        const int64_t end = std::min(i + LINE, whole);
+        for (int64_t r = 0; r < whole_rows; r += 4) {
+            for (int64_t j = i; j < end; j += 4) turn(to + j * LANES + r, LANES, from + r, column + j);
+        }
     }
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = r < whole_rows ? whole : 0; i < count; ++i) to[i * LANES + r] = from[r][column + i];
@@ -42,7 +46,8 @@ static void side_by_side(Sum* x, const float* const* from, int64_t rows, int64_t
 }
 
 // Codes of parameters [p, p + count) for four blocks from block 4 * quad on: twice the row in the block, and 1 for minus.
-static void make_codes(uint16_t* codes, int64_t stride, uint64_t p, int64_t count, uint64_t quad, int blocks, const Job& job) {
+static void make_codes(uint16_t* codes, int64_t stride, uint64_t p, int64_t count, uint64_t quad, int blocks,
+                       const SparseJob& job) {
     const Keys keys(job.seed);
     const Words third = Words{} + (SPARSE_DOMAIN + quad), fourth = Words{} + job.domain;
     for (int64_t i = 0; i < count; i += COUNTERS) {
@@ -70,7 +75,7 @@ static void scatter(Sum* sums, const Sum* x, const uint16_t* codes, int64_t coun
 }
 
 // Adds 32 times the sums of block `block` to out, for the rows of P that out has.
-static void add_block(const Job& job, const Sum* sums, int64_t block, int64_t row, int64_t rows) {
+static void add_block(const SparseJob& job, const Sum* sums, int64_t block, int64_t row, int64_t rows) {
     const int64_t first = block * SPARSE_BLOCK - (int64_t)job.first_k;  // the column of out that the block's first row has
     const int64_t begin = std::max<int64_t>(0, -first), end = std::min<int64_t>(SPARSE_BLOCK, job.count - first);
     alignas(64) float turned[LANES][LANES];
@@ -88,87 +93,77 @@ static void add_block(const Job& job, const Sum* sums, int64_t block, int64_t ro
     }
 }
 
-// What 16 rows have at some parameters: dense values of the block.
-struct DenseRows {
+// What 16 rows have at some columns of a segment.
+struct Values {
+    const Segment& segment;
     const float* rows[LANES];
-    int64_t used;
-    Sum* x;
-    DenseRows(const Job& job, int64_t row, int64_t used, Sum* x) : used(used), x(x) {
-        for (int64_t r = 0; r < used; ++r) rows[r] = job.block + (row + r) * job.block_stride;
+    Values(const SparseJob&, const SparseTask& task, const Segment& segment) : segment(segment) {
+        for (int64_t r = 0; r < task.rows; ++r) rows[r] = segment.values + (task.row + r) * segment.stride;
     }
-    void read(int64_t column, int64_t count) { side_by_side(x, rows, used, column, count); }
+    void read(Sum* x, int64_t used, int64_t column, int64_t count) { side_by_side(x, rows, used, column, count); }
 };
 
-// The same of the weight of a linear layer, sums of outer products that are formed here: a row is an (example, class).
-struct OuterRows {
-    const SharedJob& job;
-    int64_t row, used;
-    Sum* x;
+// The same of a linear layer's weight: outer products that are formed here, and neither written to memory nor read from it.
+struct OuterProducts {
+    const Segment& segment;
+    int64_t row;
     Buffer<Sum> activations;  // [positions, inputs]
-    OuterRows(const SharedJob& job, int64_t row, int64_t used, Sum* x)
-        : job(job), row(row), used(used), x(x), activations(job.positions * job.inputs) {
+    OuterProducts(const SparseJob& job, const SparseTask& task, const Segment& segment)
+        : segment(segment), row(task.row), activations(segment.positions * segment.inputs) {
         activations.clear();
         const float* from[LANES];
-        for (int64_t t = 0; t < job.positions; ++t) {
-            for (int64_t r = 0; r < used; ++r) {
-                from[r] = job.weight.block + ((row + r) / job.classes * job.positions + t) * job.weight.block_stride;
+        for (int64_t t = 0; t < segment.positions; ++t) {
+            for (int64_t r = 0; r < task.rows; ++r) {
+                from[r] = segment.values + ((row + r) / job.classes * segment.positions + t) * segment.stride;
             }
-            side_by_side(activations.data + t * job.inputs, from, used, 0, job.inputs);
+            side_by_side(activations.data + t * segment.inputs, from, task.rows, 0, segment.inputs);
         }
     }
-    void read(int64_t column, int64_t count) {
+    void read(Sum* x, int64_t, int64_t column, int64_t count) {
         for (int64_t i = 0; i < count;) {
-            const int64_t output = (column + i) / job.inputs, first = (column + i) % job.inputs;
-            const int64_t some = std::min(count - i, job.inputs - first);
-            for (int64_t t = 0; t < job.positions; ++t) {
+            const int64_t output = (column + i) / segment.inputs, first = (column + i) % segment.inputs;
+            const int64_t some = std::min(count - i, segment.inputs - first);
+            for (int64_t t = 0; t < segment.positions; ++t) {
                 Sum delta;
-                memcpy(&delta, job.deltas + (output * job.positions + t) * job.lanes + row, sizeof delta);
-                const Sum* a = activations.data + t * job.inputs + first;
-                if (t == 0) {
-                    for (int64_t k = 0; k < some; ++k) {
-                        for (int part = 0; part < PARTS; ++part) x[i + k].part[part] = delta.part[part] * a[k].part[part];
-                    }
-                } else {
-                    for (int64_t k = 0; k < some; ++k) {
-                        for (int part = 0; part < PARTS; ++part) {
-                            Floats product = delta.part[part] * a[k].part[part];
-                            ROUNDED(product);  // the same at every level, with fused multiply-adds or without
-                            x[i + k].part[part] += product;
-                        }
-                    }
-                }
+                memcpy(&delta, segment.deltas + (output * segment.positions + t) * segment.lanes + row, sizeof delta);
+                add_outer(x + i, delta, activations.data + t * segment.inputs + first, some, t == 0);
             }
             i += some;
         }
     }
-};
-
-// Adds what a task is asked to, from whatever gives its rows.
-template <class Rows>
-static void add_task(const Job& job, Rows& rows, const SparseTask& task, Sum* sums) {
-    const int64_t blocks = task.blocks.end - task.blocks.begin;
-    memset(static_cast<void*>(sums), 0, blocks * SPARSE_BLOCK * sizeof(Sum));
-    for (int64_t i = 0; i < task.columns; i += PIECE) {
-        const int64_t some = std::min<int64_t>(PIECE, task.columns - i);
-        rows.read(task.column + i, some);
-        for (int64_t b = 0; b < blocks; ++b) {
-            scatter(sums + b * SPARSE_BLOCK, rows.x, task.codes + b * task.stride + i, some);
+    static void add_outer(Sum* x, const Sum& delta, const Sum* a, int64_t count, bool first) {
+        for (int64_t k = 0; k < count; ++k) {
+            for (int part = 0; part < PARTS; ++part) {
+                Floats product = delta.part[part] * a[k].part[part];
+                ROUNDED(product);  // the same at every level, with fused multiply-adds or without
+                x[k].part[part] = first ? product : x[k].part[part] + product;
+            }
         }
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-        add_block(job, sums + b * SPARSE_BLOCK, task.blocks.begin + b, task.row, task.rows);
+};
+
+template <class Rows>
+static void add_part(const SparseJob& job, const SparseTask& task, const Part& part, Sum* x, Sum* sums) {
+    Rows rows(job, task, *part.segment);
+    for (int64_t i = 0; i < part.columns; i += PIECE) {
+        const int64_t some = std::min<int64_t>(PIECE, part.columns - i);
+        rows.read(x, task.rows, part.column + i, some);
+        for (int64_t b = 0; b < task.blocks.end - task.blocks.begin; ++b) {
+            scatter(sums + b * SPARSE_BLOCK, x, task.codes + b * task.stride + part.codes + i, some);
+        }
     }
 }
 
-static void add_dense(const Job& job, const SparseTask& task) {
-    Buffer<Sum> x(PIECE), sums((task.blocks.end - task.blocks.begin) * SPARSE_BLOCK);
+static void add_task(const SparseJob& job, const SparseTask& task) {
+    const int64_t blocks = task.blocks.end - task.blocks.begin;
+    Buffer<Sum> x(PIECE), sums(blocks * SPARSE_BLOCK);
     x.clear();
-    DenseRows rows(job, task.row, task.rows, x.data);
-    add_task(job, rows, task, sums.data);
-}
-
-static void add_outer(const SharedJob& job, const SparseTask& task) {
-    Buffer<Sum> x(PIECE), sums((task.blocks.end - task.blocks.begin) * SPARSE_BLOCK);
-    OuterRows rows(job, task.row, task.rows, x.data);
-    add_task(job.weight, rows, task, sums.data);
+    sums.clear();
+    for (const Part* part = task.parts; part < task.parts + task.part_count; ++part) {
+        const auto add = part->segment->deltas ? add_part<OuterProducts> : add_part<Values>;
+        add(job, task, *part, x.data, sums.data);
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+        add_block(job, sums.data + b * SPARSE_BLOCK, task.blocks.begin + b, task.row, task.rows);
+    }
 }

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "buffer.h"
 #include "levels.h"
-#include "projection_job.h"
+#include "sparse_job.h"
 #include "tasks.h"
 
 namespace {
@@ -14,9 +15,12 @@ namespace {
 constexpr int64_t SPARSE_BLOCK = 1024;          // rows of P that hold one non-zero of a column
 constexpr float SPARSE_SCALE = 32;              // its size, the root of that
 constexpr uint64_t SPARSE_DOMAIN = 1ull << 31;  // the third word of its counter, of blocks 0 to 3
-constexpr int64_t SPARSE_SPAN = 1 << 16;        // parameters whose codes are held
+constexpr int OF_COUNTER = 4;                   // blocks whose non-zeros come from one counter
+constexpr int64_t SPARSE_SPAN = 1 << 16;        // columns whose codes are held, and that are added up before they go to out
 constexpr int64_t BLOCKS_AT_ONCE = 16;          // blocks whose codes are held: 2 MB, and up to 1 MB of sums a thread
 constexpr int64_t CODES_A_TASK = 1 << 12;
+constexpr int64_t ROWS_A_TASK = 16;
+constexpr double SMALL = 1e6;  // additions that one thread does before another has begun
 
 #define KERNELS "sparse_kernels.h"
 #define FOR_AMX 0
@@ -25,43 +29,79 @@ constexpr int64_t CODES_A_TASK = 1 << 12;
 #include "each_level.h"
 
 struct Level {
-    void (*codes)(uint16_t*, int64_t, uint64_t, int64_t, uint64_t, int, const Job&);
-    void (*dense)(const Job&, const SparseTask&);
-    void (*outer)(const SharedJob&, const SparseTask&);
+    void (*codes)(uint16_t*, int64_t, uint64_t, int64_t, uint64_t, int, const SparseJob&);
+    void (*add)(const SparseJob&, const SparseTask&);
 };
 
-#define LEVEL(name) {name::make_codes, name::add_dense, name::add_outer},
+#define LEVEL(name) {name::make_codes, name::add_task},
 constexpr Level LEVELS[] = {EACH_LEVEL(LEVEL)};
 
-// Rows of out and columns of gradients; add(task) for groups of 16 rows and some blocks each. False where memory ran out.
-template <class Add>
-bool add_spans(const Job& job, int64_t rows, int64_t columns, int level, int threads, const Add& add) {
-    if ((double)rows * columns * ((double)job.count / SPARSE_BLOCK + 1) < 1e6) threads = 1;
+// The segments in order, SPARSE_SPAN columns at a time: their bits depend on where these are cut, and that on shapes alone.
+std::vector<std::vector<Part>> spans_of(const SparseJob& job) {
+    std::vector<std::vector<Part>> spans;
+    int64_t filled = SPARSE_SPAN;
+    for (const Segment* segment = job.segments; segment < job.segments + job.segment_count; ++segment) {
+        for (int64_t column = 0; column < segment->columns;) {
+            if (filled == SPARSE_SPAN) {
+                spans.emplace_back();
+                filled = 0;
+            }
+            const int64_t columns = std::min(segment->columns - column, SPARSE_SPAN - filled);
+            spans.back().push_back({segment, column, columns, filled});
+            column += columns;
+            filled += columns;
+        }
+    }
+    return spans;
+}
+
+// Codes of all parts for blocks [first, last), `first` a multiple of OF_COUNTER; false where memory ran out.
+bool make_codes(const SparseJob& job, const std::vector<Part>& parts, Range blocks, uint16_t* codes, int64_t stride, int level,
+                int threads) {
+    std::vector<Part> pieces;
+    for (const Part& part : parts) {
+        for (int64_t at = 0; at < part.columns; at += CODES_A_TASK) {
+            const int64_t columns = std::min(CODES_A_TASK, part.columns - at);
+            pieces.push_back({part.segment, part.column + at, columns, part.codes + at});
+        }
+    }
+    const int64_t counters = tiles(blocks.end - blocks.begin, OF_COUNTER);
+    return run((int64_t)pieces.size(), counters, Tiling{1, 1}, threads, [&](Range piece, Range counter) {
+        const Part& part = pieces[piece.begin];
+        const int64_t block = blocks.begin + counter.begin * OF_COUNTER;
+        uint16_t* to = codes + (block - blocks.begin) * stride + part.codes;
+        LEVELS[level].codes(to, stride, part.segment->start + part.column, part.columns, block / OF_COUNTER,
+                            (int)std::min<int64_t>(OF_COUNTER, blocks.end - block), job);
+    });
+}
+
+// Blocks [blocks.begin, blocks.end) of out over one span; codes[0] belongs to block `first`.
+bool add_span(const SparseJob& job, const std::vector<Part>& parts, Range blocks, const uint16_t* codes, int64_t stride,
+              int level, int threads) {
+    const int64_t groups = tiles(job.rows, ROWS_A_TASK), count = blocks.end - blocks.begin;
+    const int64_t pieces = std::max<int64_t>(1, std::min(threads / groups, count));
+    return run(count, groups, Tiling{tiles(count, pieces), 1}, threads, [&](Range some, Range group) {
+        const int64_t row = group.begin * ROWS_A_TASK;
+        const Range taken{blocks.begin + some.begin, blocks.begin + some.end};
+        LEVELS[level].add(job, {parts.data(), (int64_t)parts.size(), codes + some.begin * stride, stride, taken, row,
+                                std::min(ROWS_A_TASK, job.rows - row)});
+    });
+}
+
+bool accumulate(const SparseJob& job, int level, int threads) {
     const int64_t first = job.first_k / SPARSE_BLOCK, last = (job.first_k + job.count - 1) / SPARSE_BLOCK + 1;
-    const int64_t groups = tiles(rows, ROWS_A_TASK), stride = std::min(SPARSE_SPAN, columns);
-    Buffer<uint16_t> codes(std::min(BLOCKS_AT_ONCE, last - first / 4 * 4) * stride);
-    for (int64_t block = first / 4 * 4; block < last; block += BLOCKS_AT_ONCE) {
-        const Range blocks{std::max(block, first), std::min(block + BLOCKS_AT_ONCE, last)};
-        const int64_t parts = std::max<int64_t>(1, std::min(threads / groups, blocks.end - blocks.begin));
-        const Tiling tile{tiles(blocks.end - blocks.begin, parts), 1};
-        const uint64_t stop = job.start + columns;
-        for (uint64_t p = job.start; p < stop;) {
-            const uint64_t end = std::min<uint64_t>(stop, (p / SPARSE_SPAN + 1) * SPARSE_SPAN);
-            const int64_t count = end - p, quads = tiles(blocks.end - block, 4);
-            const bool made = run(count, quads, Tiling{CODES_A_TASK, 1}, threads, [&](Range some, Range quad) {
-                const int of_quad = (int)std::min<int64_t>(4, blocks.end - block - quad.begin * 4);
-                uint16_t* to = codes.data + quad.begin * 4 * stride + some.begin;
-                LEVELS[level].codes(to, stride, p + some.begin, some.end - some.begin, block / 4 + quad.begin, of_quad, job);
-            });
-            if (!made) return false;
-            const bool added = run(blocks.end - blocks.begin, groups, tile, threads, [&](Range part, Range group) {
-                const int64_t row = group.begin * ROWS_A_TASK;
-                const Range taken{blocks.begin + part.begin, blocks.begin + part.end};
-                const uint16_t* theirs = codes.data + (taken.begin - block) * stride;
-                add({theirs, stride, taken, (int64_t)(p - job.start), count, row, std::min(ROWS_A_TASK, rows - row)});
-            });
-            if (!added) return false;
-            p = end;
+    int64_t columns = 0;
+    for (int64_t i = 0; i < job.segment_count; ++i) columns += job.segments[i].columns;
+    if ((double)job.rows * columns * (last - first) < SMALL) threads = 1;
+    const int64_t stride = std::min(SPARSE_SPAN, columns), begin = first / OF_COUNTER * OF_COUNTER;
+    Buffer<uint16_t> codes(std::min(BLOCKS_AT_ONCE, last - begin) * stride);
+    const std::vector<std::vector<Part>> spans = spans_of(job);
+    for (int64_t block = begin; block < last; block += BLOCKS_AT_ONCE) {
+        const int64_t end = std::min(block + BLOCKS_AT_ONCE, last), used = std::max(block, first);
+        for (const std::vector<Part>& parts : spans) {
+            if (!make_codes(job, parts, {block, end}, codes.data, stride, level, threads)) return false;
+            const uint16_t* theirs = codes.data + (used - block) * stride;
+            if (!add_span(job, parts, {used, end}, theirs, stride, level, threads)) return false;
         }
     }
     return true;
@@ -69,12 +109,11 @@ bool add_spans(const Job& job, int64_t rows, int64_t columns, int level, int thr
 
 }  // namespace
 
-bool accumulate_sparse(const Job& job, int level, int threads) {
-    return add_spans(job, job.rows, job.columns, level, threads,
-                     [&](const SparseTask& task) { LEVELS[level].dense(job, task); });
-}
-
-bool accumulate_sparse_outer(const SharedJob& job, int level, int threads) {
-    return add_spans(job.weight, job.examples * job.classes, job.outputs * job.inputs, level, threads,
-                     [&](const SparseTask& task) { LEVELS[level].outer(job, task); });
+// Returns 0, or 1 where memory ran out.
+EXPORT int gradstore_accumulate_sparse(const SparseJob* job, int level, int threads) {
+    try {
+        return !accumulate(*job, level, std::max(threads, 1));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
