@@ -45,7 +45,8 @@ from gradstore.machine.devices import full_float32
 from gradstore.machine.mapped_memory import mapped_zeros
 from gradstore.model.examples import Inputs, input_digests
 from gradstore.projection import Projection
-from gradstore.projection.block_routes import accumulate_block, route
+from gradstore.projection.block_routes import route
+from gradstore.projection.block_sums import BlockSums
 from gradstore.projection.projection_audit import AuditSchedule, Comparison, ProjectionAudit
 from gradstore.store.absent_rows import blanked
 from gradstore.store.files.encoding import encode
@@ -324,7 +325,7 @@ def _project(
     def room(n: int, below: int, columns: int) -> Tensor:
         return reused((n, below or gradients, columns), features)
 
-    lowered = LoweredFeatures(projection, features, first_k)
+    lowered, adding = LoweredFeatures(projection, features, first_k), BlockSums(projection, features, first_k)
     added_up = torch.zeros_like(sq_norm)
 
     with projection.explained(plan.device), full_float32(plan.device), Beside(logits.device) as beside:
@@ -335,14 +336,19 @@ def _project(
             sq_norm += part.sum(dim=1, keepdim=True) / max(1, draws) if mixed else part
             added_up += terms.sum(dim=1, keepdim=True) if mixed else terms
             watch.lap("jacobians")
+            for sums in (lowered, adding):
+                sums.expect(blocks[0].size)
             for places, block in runs:
                 if isinstance(block, LoweredBlock) and not mixed:
                     lowered.add(places, block, beside)
+                elif not mixed:
+                    beside.run(partial(adding.add, places, block), reads=block)
                 else:
                     out = features[places].view(-1, draws, projection.dim // draws) if draws else features[places]
-                    work = partial(_accumulate, projection, out, block, first_k, mixed)
+                    work = partial(_accumulate_mixed_block, projection, out, block, first_k)
                     beside.run(work, reads=block)
             watch.lap("projection")
+        adding.finish()
         lowered.raise_into(beside)
     if old is not None:
         features = torch.cat([old.to(features.device), features], dim=-1)
@@ -455,16 +461,14 @@ def _formed_together(
     return slice(0, at), LoweredBlock(joined, first.weight) if below else joined  # type: ignore[attr-defined]
 
 
-def _accumulate(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int, mixed: bool) -> None:
-    """Add a block's product with P to out [n, c, K]; in the layouts "mixed" and "sketched" with a P for each row."""
-    if mixed and isinstance(block, OwnRowBlock):
+def _accumulate_mixed_block(projection: Projection, out: Tensor, block: JacobianBlock, first_k: int) -> None:
+    """Add a block's products to out [n, c or 1, K] in the layouts "mixed" and "sketched", with a P for each row."""
+    if isinstance(block, OwnRowBlock):
         for c in range(block.first, block.last):
             own = replace(projection, stream=c)
             own.accumulate(out[:, 0], block.inputs, block.own_start(c), first_k=first_k)
-    elif mixed:
-        _accumulate_mixed(projection, out, block.dense(), block.start, first_k)
     else:
-        accumulate_block(projection, out, block, first_k=first_k)
+        _accumulate_mixed(projection, out, block.dense(), block.start, first_k)
 
 
 def _accumulate_mixed(projection: Projection, out: Tensor, block: Tensor, start: int, first_k: int) -> None:

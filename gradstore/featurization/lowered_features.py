@@ -20,7 +20,7 @@ from gradstore.jacobians import LoweredBlock
 from gradstore.jacobians.head_blocks import raise_rows
 from gradstore.machine.cuda_streams import Beside
 from gradstore.projection import Projection
-from gradstore.projection.block_routes import accumulate_block
+from gradstore.projection.block_sums import BlockSums
 
 
 class LoweredFeatures:
@@ -36,6 +36,7 @@ class LoweredFeatures:
         self._projection, self._features = replace(projection, precision="exact"), features
         self._first_k = first_k
         self._sums: Tensor | None = None
+        self._adding: BlockSums | None = None
         self._weight: Tensor | None = None
 
     def add(self, places: slice, block: LoweredBlock, beside: Beside) -> None:
@@ -43,13 +44,19 @@ class LoweredFeatures:
         if self._sums is None:
             n, _, columns = self._features.shape
             self._sums = self._features.new_zeros(n, block.weight.shape[1], columns)
+            self._adding = BlockSums(self._projection, self._sums, self._first_k)
         self._weight = block.weight
-        out = self._sums[places]
-        work = partial(accumulate_block, self._projection, out, block.base, first_k=self._first_k)
-        beside.run(work, reads=block)
+        if self._adding is not None:
+            beside.run(partial(self._adding.add, places, block.base), reads=block)
+
+    def expect(self, size: int) -> None:
+        """The blocks that are added next have so many columns."""
+        if self._adding is not None:
+            self._adding.expect(size)
 
     def raise_into(self, beside: Beside) -> None:
         """Add W P h to the features, after all blocks; of an example without such rows, zeros, which change no bit."""
-        if self._sums is not None and self._weight is not None:
+        if self._sums is not None and self._weight is not None and self._adding is not None:
+            self._adding.finish()
             work = partial(raise_rows, self._features, self._weight, self._sums, beta=1)
             beside.run(work, reads=(self._weight, self._sums))

@@ -22,6 +22,7 @@ from gradstore.machine.devices import choose_device, memory_of
 from gradstore.model.examples import Examples, Inputs, sample_rows
 from gradstore.model.parameters import ParameterBlock, parameter_blocks
 from gradstore.model.project import Project, require_deterministic
+from gradstore.projection.block_sums import columns_that_wait
 from gradstore.projection.class_signs import class_signs
 from gradstore.projection.kinds import kind_of
 from gradstore.store.files.manifest import Manifest
@@ -121,7 +122,12 @@ class Plan:
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations, blocks and an audit, and features of three batches: one grows, two are on their way to disk."""
         audit = bytes_needed([block.size for block in self.blocks])
-        return int(self.engine.bytes_needed(rows)) + audit + rows * (schema.c * schema.K * 20 + self._row_bytes(schema))
+        waiting = 0
+        if self.settings.layout not in ("mixed", "sketched"):
+            waiting = columns_that_wait(self.projection, self.device)
+            waiting = 4 * (self.engine.below or schema.c) * min(waiting, sum(block.size for block in self.blocks))
+        each = schema.c * schema.K * 20 + waiting + self._row_bytes(schema)
+        return int(self.engine.bytes_needed(rows)) + audit + rows * each
 
     def _row_bytes(self, schema: Schema) -> int:
         """Of rows that stand for classes, below the last call, their features; in "mixed", blocks of all classes."""

@@ -93,8 +93,8 @@ def accumulate_shared(
 
     The gradient of example n and class c is ``sum_t deltas[n, c, t] (outer) activations[n, t]``. Its product with row k
     of P is ``sum_t sum_j deltas[n, c, t, j] * (P_k at the weight's row j . activations[n, t])``, and the bracket is
-    computed once for all classes. For T = 1 that is c times less work than the dense product. A sparse P adds each value
-    up; there they are formed in the cache, see `compiled_sparse`.
+    computed once for all classes. For T = 1 that is c times less work than the dense product. With a sparse P the
+    values are formed in the cache; see `compiled_sparse`.
 
     Args:
         entries: the matrix P, of signs or sparse.

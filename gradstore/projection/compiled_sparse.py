@@ -1,4 +1,4 @@
-"""The compiled product with a sparse P for tensors on the CPU, in ``native/src/sparse.cpp``: several blocks in one call.
+"""The compiled product with a sparse P on the CPU, in ``native/src/sparse.cpp``: several blocks in one call.
 
 The bits are the same at every SIMD level. They depend on which blocks are given together, for their sums go to the
 output together, 65,536 columns at a time; not on the rows beside a row, the threads, or which rows k are asked for.

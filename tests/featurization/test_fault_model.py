@@ -99,7 +99,7 @@ def featurize_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureS
 def test_a_projector_that_is_wrong_stops_the_run(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
-    module = sys.modules["gradstore.featurization.batch"]
+    module, batch = (sys.modules[f"gradstore.{name}"] for name in ("projection.block_sums", "featurization.batch"))
     accumulate = module.accumulate_block
 
     def wrong(projection: Any, out: Tensor, block: Any, *, first_k: int = 0) -> str:
@@ -110,7 +110,7 @@ def test_a_projector_that_is_wrong_stops_the_run(
     monkeypatch.setattr(module, "accumulate_block", wrong)
     with pytest.raises(NonFiniteError, match="row 1, class 2 did not keep its norm"):
         featurize(tmp_path / "store")
-    monkeypatch.setattr(module, "require_preserved", lambda *arguments: None)
+    monkeypatch.setattr(batch, "require_preserved", lambda *arguments, **more: None)
     wrong_row = featurize(tmp_path / "control").features[1]  # the control: stored without an error
     assert not np.array_equal(wrong_row, featurize_right(tmp_path, monkeypatch).features[1])
     record("F10", "NaN, infinity, zero", injected=1, recovered=0, refused=1, silent=0, control="as above")

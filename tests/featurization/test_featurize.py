@@ -251,7 +251,7 @@ def test_a_projection_that_is_silently_wrong_is_refused(
         accumulate_block(projection, out, block, first_k=first_k)
         out.mul_(factor)
 
-    monkeypatch.setattr(sys.modules["gradstore.featurization.batch"], "accumulate_block", wrong)
+    monkeypatch.setattr(sys.modules["gradstore.projection.block_sums"], "accumulate_block", wrong)
     with pytest.raises(NonFiniteError, match="the projection of row 0, class 0 did not keep its norm"):
         gs.featurize(digits, split="train", out=tmp_path / "a", proj_dim=2048)
 

@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 
 import gradstore as gs
 from gradstore.errors import NonFiniteError
-from gradstore.featurization import lowered_features
 from gradstore.featurization.lowered_features import LoweredFeatures
 from gradstore.featurization.on_the_spot import featurize_queries
 from gradstore.featurization.plan import Plan
@@ -29,6 +28,7 @@ from gradstore.machine.byte_counts import PROMISED
 from gradstore.machine.cuda_streams import Beside
 from gradstore.model.parameters import parameter_blocks
 from gradstore.native import library
+from gradstore.projection import block_sums
 from gradstore.projection.projection_audit import AuditSchedule, Comparison
 
 pytestmark = pytest.mark.numerical
@@ -280,9 +280,7 @@ def test_a_row_at_another_place_is_seen(project: gs.Project, tmp_path: Path, mon
 
 def test_rows_below_are_multiplied_exactly_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(
-        lowered_features, "accumulate_block", lambda projection, *_, **__: taken.append(projection.precision)
-    )
+    monkeypatch.setattr(block_sums, "accumulate_block", lambda projection, *_, **__: taken.append(projection.precision))
     block = LoweredBlock(DenseBlock("p", 0, torch.ones(1, 2, 3)), torch.ones(4, 2))
     with Beside(torch.device("cpu")) as beside:
         LoweredFeatures(gs.Projection(dim=8), torch.zeros(1, 4, 8), 0).add(slice(0, 1), block, beside)

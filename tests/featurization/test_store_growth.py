@@ -80,7 +80,7 @@ def test_growing_k_gives_the_store_made_at_once(dims: tuple[int, int], dtype: st
 
 
 def test_growing_k_multiplies_only_new_rows_of_p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["gradstore.featurization.batch"]
+    module = sys.modules["gradstore.projection.block_sums"]
     featurize(tmp_path / "small")
     columns: set[tuple[int, int]] = set()
     accumulate = module.accumulate_block

@@ -30,7 +30,7 @@ from gradstore.jacobians import DenseBlock, EmbeddingBlock, JacobianBlock, Linea
 from gradstore.jacobians.blocks import LazyBlock
 from gradstore.machine.cuda_streams import Beside
 from gradstore.native import library
-from gradstore.projection import Projection, compiled_product
+from gradstore.projection import Projection, block_sums, compiled_product
 from gradstore.projection.block_routes import accumulate_block, route
 from gradstore.projection.entries import Entries
 from gradstore.projection.kinds import kind_of
@@ -151,12 +151,16 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
 
     runs, sq_norm, _ = batch._joined(projection, blocks, groups, room, [audit], mixed=mixed)
     lowered = LoweredFeatures(projection, features, first_k)
+    adding = block_sums.BlockSums(projection, features, first_k)
     with Beside(CPU) as beside:
         for places, block in runs:
-            if isinstance(block, LoweredBlock) and not mixed:
+            if mixed:
+                batch._accumulate_mixed_block(projection, features[places], block, first_k)
+            elif isinstance(block, LoweredBlock):
                 lowered.add(places, block, beside)
             else:
-                batch._accumulate(projection, features[places], block, first_k, mixed)
+                adding.add(places, block)
+        adding.finish()
         lowered.raise_into(beside)
     found = audit.compare(torch.cat([torch.full((*features.shape[:2], first_k), torch.nan), features], dim=-1))
     assert len(found.k) == (count if kind == "sjlt" else min(16, count))
@@ -408,7 +412,7 @@ def test_a_wrong_projection_that_keeps_norms_is_refused(
     if grown:
         gs.featurize(digits(), split="train", out=tmp_path / "small", **settings)
         settings |= {"proj_dim": 32, "grow_from": tmp_path / "small"}
-    monkeypatch.setattr(batch, "accumulate_block", FAULTS[fault])
+    monkeypatch.setattr(block_sums, "accumulate_block", FAULTS[fault])
     require_refused(tmp_path, digits(), monkeypatch, **settings)
 
 
@@ -447,7 +451,8 @@ def test_each_parameter_of_other_models_is_under_audit(
             fault = _flipped if block.name == wrong else accumulate_block
             fault(projection, out, block, first_k=first_k)
 
-        monkeypatch.setattr(batch, "accumulate_block", accumulate)
+        monkeypatch.setattr(block_sums, "accumulate_block", accumulate)
+        monkeypatch.setattr(block_sums, "columns_that_wait", lambda *_: 0)  # each block as it comes
         try:
             gs.featurize(
                 project,
@@ -477,7 +482,7 @@ def small_share(project: gs.Project, name: str) -> bool:
 def test_the_error_says_row_class_k_both_values_path_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "accumulate_block", FAULTS["signs of a block flipped"])
+    monkeypatch.setattr(block_sums, "accumulate_block", FAULTS["signs of a block flipped"])
     with pytest.raises(NonFiniteError) as caught:
         gs.featurize(digits(), split="train", out=tmp_path / "s", proj_dim=16)
     error = caught.value
@@ -500,7 +505,7 @@ def assert_matches(pattern: str, text: object) -> None:
 def test_fresh_queries_are_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = digits()
     train = gs.featurize(project, split="train", out=tmp_path / "s", proj_dim=16)
-    monkeypatch.setattr(batch, "accumulate_block", FAULTS["signs of a block flipped"])
+    monkeypatch.setattr(block_sums, "accumulate_block", FAULTS["signs of a block flipped"])
     with pytest.raises(NonFiniteError, match="is wrong at k"):
         featurize_queries(project, train, split="train", rows=[3])
 
@@ -531,7 +536,7 @@ def test_a_batch_that_failed_is_not_counted(tmp_path: Path, monkeypatch: pytest.
             raise MemoryError
         accumulate_block(projection, out, block, first_k=first_k)
 
-    monkeypatch.setattr(batch, "accumulate_block", accumulate)
+    monkeypatch.setattr(block_sums, "accumulate_block", accumulate)
     gs.featurize(digits(), split="train", out=tmp_path / "s", proj_dim=32, batch_size=32)
     assert failed
     assert finish(tmp_path / "s")["audited"] == 1
