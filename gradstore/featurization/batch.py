@@ -212,21 +212,29 @@ class _Sums:
     handover: Handover
     absent: np.ndarray | None = None
 
-    def require_good(self, plan: Plan) -> None:
-        """Raise `NonFiniteError` for the first row that must not be stored."""
+    def require_good(self, plan: Plan, norms: np.ndarray | None = None) -> None:
+        """Raise `NonFiniteError` for the first row that must not be stored.
+
+        Args:
+            plan: of the run.
+            norms: of the rows as they are stored, float64 [n, c], where they are known; they are not taken again.
+        """
         rows: Sequence[int] = self.rows
         features, sq_norm, added_up, parts = self.features, self.sq_norm, self.added_up, self.parts
         if self.absent is not None:
             there = np.flatnonzero(self.absent == 0)
             rows, at = [rows[i] for i in there.tolist()], torch.from_numpy(there).to(features.device)
             features, sq_norm, added_up = features[at], sq_norm[at], added_up[at]
+            norms = None if norms is None else norms[there]
             parts = {name: part[at] for name, part in parts.items()}
         require_finite(sq_norm, parts, rows, plan.split)
         kind = plan.settings.projection
         if (draws := plan.settings.draws) and len(rows):
             require_draws_preserved(features, parts, rows, plan.split, draws, kind=kind)
         else:
-            require_preserved(features, sq_norm, rows, plan.split, plan.projection.scale, added_up, kind=kind)
+            require_preserved(
+                features, sq_norm, rows, plan.split, plan.projection.scale, added_up, kind=kind, norms=norms
+            )
         if self.comparison is not None and self.has(self.comparison.i):
             by_draw = torch.stack([*self.parts.values()]).sum(0) if plan.settings.draws else self.sq_norm
             self.comparison.require(by_draw, plan.split)
@@ -248,11 +256,11 @@ def _finished(sums: _Sums, seen: SecondLook | None, plan: Plan, columns: Columns
     with plan.projection.explained(plan.device), sums.handover.taken():
         if seen is not None:
             seen.require_finite(plan.split)
-        sums.require_good(plan)
-        if seen is not None:
-            seen.require(plan.split)
         sums = sums.without_absent()
         encoded = encode(sums.features, plan.settings.dtype, plan.projection.scale)
+        sums.require_good(plan, encoded.norm)
+        if seen is not None:
+            seen.require(plan.split)
         sq_norm, logits = to_host(sums.sq_norm, sums.logits.float())
     computed = {"sq_norm": sq_norm.numpy(), "logits": logits.numpy()}
     columns = {**columns, **computed, "features": encoded.features, "scale": encoded.scale, "norm": encoded.norm}

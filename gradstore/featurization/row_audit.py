@@ -60,12 +60,14 @@ def require_preserved(
     added_up: Tensor | None = None,
     *,
     kind: str = DEFAULT,
+    norms: np.ndarray | None = None,
 ) -> None:
     """Refuse scale · features [n, c, K] whose squared norms are not those of the gradients, within the kind's band.
 
     See `norm_bands`. A class may have no gradient where others have one, as in a net that ends in ReLU: its features
     are zeros. Where features are sums of others (`LoweredFeatures`), of squared norms `added_up` [n, c], a class may be
-    so much smaller than these that its features and its norm are their rounding errors, and different ones.
+    so much smaller than these that its features and its norm are their rounding errors, and different ones. Norms
+    of scale · features that are known, float64 [n, c], are not taken again.
 
     Raises:
         NonFiniteError: names the first row whose gradient is zero for all classes, or whose norm was not kept.
@@ -82,7 +84,7 @@ def require_preserved(
             "rows out",
         )
     low, high = kind_of(kind).norm_band(features.shape[-1])
-    norm = _norms(features).cpu() * scale
+    norm = _norms(features).cpu() * scale if norms is None else torch.from_numpy(norms)
     exact = sq_norm.cpu().double()
     ratio = torch.where((exact == 0) & (norm == 0), 1.0, norm.square() / exact)
     if added_up is not None:

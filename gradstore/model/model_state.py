@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -72,9 +73,18 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Within: what `torch.compile` made runs as plain code; torch before 2.6 cannot, and goes on as it is."""
+    """Within: what `torch.compile` made runs as plain code; torch before 2.6 cannot, and goes on as it is.
+
+    Where the compiler has not been imported, it has made nothing. It takes two seconds to import.
+
+    Returns:
+        The context.
+    """
     set_stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if set_stance is None else set_stance("force_eager")
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = set_stance("force_eager")
+    return stance
 
 
 class WrittenBuffers:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradstore.jacobians import EmbeddingBlock, JacobianBlock, LinearBlock, OwnRowBlock
 from gradstore.jacobians.footprint import max_columns
-from gradstore.projection import compiled_product
+from gradstore.projection import compiled_product, compiled_sparse
 from gradstore.projection.kinds import kind_of
 from gradstore.projection.projection import Projection
 
@@ -123,6 +123,10 @@ def _parts(block: JacobianBlock) -> Iterator[JacobianBlock]:
 def _accumulate_rows(projection: Projection, out: Tensor, block: EmbeddingBlock, first_k: int) -> None:
     """Project each row of the embedding matrix that occurs, for the examples in which it does."""
     merged, first = _merge_repeats(block.indices, block.deltas)
+    if kind_of(projection.kind).sparse is not None and projection.path(out.device) == "native":
+        starts = torch.where(first, block.start + block.indices * block.deltas.shape[-1], -1)
+        compiled_sparse.accumulate_rows(projection._entries, out, merged.float(), starts, first_k)
+        return
     examples, tokens = torch.nonzero(first, as_tuple=True)
     rows, order = torch.sort(block.indices[examples, tokens], stable=True)
     examples, tokens = examples[order], tokens[order]

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,9 @@ class _Segment(ctypes.Structure):
         ("start", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("columns", "positions", "inputs", "lanes")),
     )
+
+
+_SEGMENT = np.dtype(_Segment)
 
 
 class _SparseJob(ctypes.Structure):
@@ -117,6 +121,44 @@ def accumulate(
         raise MemoryError(f"projecting {len(out)} gradients to {out.shape[1]} dimensions")
     if target is not out:
         out.copy_(target)
+
+
+def accumulate_rows(entries: Entries, out: Tensor, values: Tensor, starts: Tensor, first_k: int) -> None:
+    """Add gradients that stand elsewhere among the parameters in each example: those of the rows of an embedding.
+
+    Args:
+        entries: the matrix P, a sparse one.
+        out: float32 [n, c, K'], contiguous, on the CPU.
+        values: float32 [n, c, S, d].
+        starts: int64 [n, S], the flat index of the first of each d parameters; negative where there are none. No two of
+            an example are the same.
+        first_k: the row of P that out[..., 0] belongs to.
+
+    Holds what `accumulate` does. The bits of an example depend on the order of its rows, and on no other example.
+
+    Raises:
+        UsageError: there is no compiled code.
+        MemoryError: the working memory could not be had.
+    """
+    values = values.contiguous()
+    n, c, tokens, width = values.shape
+    if 0 in (*out.shape, *values.shape):
+        return
+    threads = torch.get_num_threads()
+    segments = np.zeros((n, tokens), _SEGMENT)
+    segments["values"] = values.data_ptr() + 4 * width * (tokens * c * np.arange(n)[:, None] + np.arange(tokens))
+    segments["stride"], segments["columns"] = tokens * width, width
+    segments["start"] = starts.clamp(min=0).numpy()
+    for own, present, target in zip(segments, (starts >= 0).numpy(), out, strict=True):
+        some = np.ascontiguousarray(own[present])
+        job = _SparseJob(
+            target.data_ptr(),
+            some.ctypes.data,
+            *(*target.shape, target.stride(0), len(some), c),
+            *(first_k, entries.seed, entries.domain),
+        )
+        if call("accumulate_sparse", job, threads):
+            raise MemoryError(f"projecting {c} x {tokens} rows of an embedding to {out.shape[2]} dimensions")
 
 
 def _segment(block: Values | OuterProducts, held: list[Tensor]) -> _Segment:

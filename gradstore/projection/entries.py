@@ -16,6 +16,8 @@ from gradstore.projection.kind_record import Kind
 from gradstore.projection.kinds import kind_of
 from gradstore.projection.philox import MASK32, philox4x32_10, split_key
 
+WORDS = 4  # of a counter
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -95,14 +97,23 @@ class Entries:
         sparse = self.record.sparse
         assert sparse is not None, f"{self.kind} is dense"
         first, last = first_k // sparse.block, -(-stop_k // sparse.block)
-        of_counter = sparse.block * sparse.together
-        counters = torch.arange(first_k // of_counter, -(-stop_k // of_counter), device=p.device)
-        words = self._words(p, counters[:, None] * of_counter)
-        j = counters[:, None] * sparse.together + torch.arange(sparse.together, device=p.device)
-        row, value = sparse.nonzeros(words[:, None].expand(-1, sparse.together, -1, -1), j[:, :, None])
-        k = (j[:, :, None] * sparse.block + row).flatten(0, 1)
-        used = slice(first - first_k // of_counter * sparse.together, last - first_k // of_counter * sparse.together)
+        of_counter = WORDS * sparse.block
+        counters = torch.arange(first_k // of_counter, -(-stop_k // of_counter), device=p.device)[:, None]
+        row, value = sparse.nonzero(self._words(p, counters * of_counter).transpose(1, 2))
+        j = counters * WORDS + torch.arange(WORDS, device=p.device)
+        k = row.add_((j * sparse.block)[:, :, None]).flatten(0, 1)
+        used = slice(first % WORDS, first % WORDS + last - first)
         return k[used], value.flatten(0, 1)[used]
+
+    def sums(self, first_k: int, stop_k: int, p: Tensor, values: Tensor) -> Tensor:
+        """P[first_k:stop_k, p] @ values of columns p [m], values any float dtype [m], of a sparse P, in float64."""
+        k, value = self.nonzeros(first_k, stop_k, p)
+        block = self.record.sparse.block if self.record.sparse is not None else 1
+        first = first_k // block * block
+        total = torch.zeros(len(k) * block, dtype=torch.float64, device=p.device)
+        for of_block, sign in zip(k, value, strict=True):
+            total.index_add_(0, of_block - first, sign * values)
+        return total[first_k - first : stop_k - first]
 
     def _values(self, b: Tensor, k: Tensor) -> Tensor:
         """All entries that the counters b [blocks] and k [m] make, [m, blocks * period]."""

@@ -41,15 +41,14 @@ class Sparse:
     """What is particular to a P whose columns have one non-zero in each block of rows.
 
     Attributes:
-        block: rows of a block.
-        together: blocks whose non-zeros in a column come from one counter: neighbours, the first a multiple of it.
-        nonzeros: the words int64 [..., 4] of some columns' counters and blocks j, broadcastable to [...], to the row
-            within its block, int64 [...], and the value, float64 [...], of each non-zero.
+        block: rows of a block. Word i of a counter serves the blocks j for which ``j mod 4 == i``, and `Kind.row` gives
+            the rows of four such blocks the same third word.
+        nonzero: words int64 [...] to the row within its block, int64 [...], and the value, float64 [...], of each
+            non-zero.
     """
 
     block: int
-    together: int
-    nonzeros: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    nonzero: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,14 @@ class AuditCost:
             10^12 flops a second, or 40 ns beside 10^11. Twice what was measured on a CPU that had just projected (of
             two processors, the faster product).
         block: the same for one block, 0.8 ms.
-        rows: of P, spread over all, that an audit multiplies by; None for all.
+        rows: of P that an audit multiplies by: spread over all k, or of a sparse P neighbours, a multiple of the rows
+            whose non-zeros come from one counter.
     """
 
     columns: int
     entry: float
     block: float
-    rows: int | None = 16
+    rows: int = 16
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ is then off by about sqrt(2 s) ‖g‖, and within the tolerance with a chance o
   s = 1e-8 (fast: 1e-4), and less where s is larger. Only where one parameter carries all of s, its wrong sign
   is the right one by chance in half of the cases, and all 16 times with a chance of 2e-5.
 - Always, what is wrong at an eighth of all k in succession, at one k at least: one is drawn from every sixteenth.
+- Of a sparse P all k of four neighbouring blocks are taken, 4096, whose non-zeros come from one counter: always what is
+  wrong there for the audited row, at however few k; what is wrong in other blocks with the chance that these are drawn.
 - By chance, what is wrong elsewhere: at a share f of scattered k an audit sees it with a chance of 1 - (1 - f)^16, for
   a share f of rows (example and class) with the chance f, and in some batches only if one of them is audited.
 - Never, what is wrong in the definition itself, which is read by the audit and by the reference path, or before and
@@ -35,6 +37,7 @@ from gradstore.jacobians.footprint import max_columns
 from gradstore.jacobians.side_by_side import uncut_if_small
 from gradstore.projection import Projection
 from gradstore.projection.entries import Entries
+from gradstore.projection.kind_record import Kind
 from gradstore.projection.kinds import kind_of
 
 _LARGER_ON_GPU = 32  # pieces of P that are made at once, as each launch has a price
@@ -76,7 +79,7 @@ class AuditSchedule:
         entry, block = _GPU_COST if device.type == "cuda" else (audit.entry, audit.block)
         columns = max_columns(device, 1)
         blocks = sum(-(-size // columns) for size in sizes)
-        made = min(audit.rows or projection.dim, kind_of(projection.kind).nonzeros(projection.dim))
+        made = kind_of(projection.kind).nonzeros(min(audit.rows, projection.dim))
         cost = streams * (made * sum(sizes) * entry + blocks * block)
         if device.type != "cuda":
             cost *= torch.get_num_threads()  # an audit uses one of them
@@ -133,7 +136,7 @@ class ProjectionAudit:
         self._under = [(c, Entries(kind, seed, stream)) for c, stream in zip(chosen, streams, strict=True)]
         rows = torch.ones(classes) if mixed else torch.zeros(classes).index_fill(0, torch.tensor(self._class), 1)
         self._rows = _on(rows, device)  # of the Jacobian, those that are added up
-        self._ks = _spread(draw, first_k, projection.dim, kind_of(kind).audit.rows)
+        self._ks = _drawn_rows(draw, first_k, projection.dim, kind_of(kind))
         self._k = _on(torch.from_numpy(self._ks), device)
         self._path = projection.path(device)
         self._piece = kind_of(kind).audit.columns * (1 if device.type == "cpu" else _LARGER_ON_GPU)
@@ -209,10 +212,7 @@ class ProjectionAudit:
     def _add_nonzeros(self, entries: Entries, p: Tensor, values: Tensor) -> None:
         """Add the product of a sparse P, at all k, with columns p [m] whose values are [m]."""
         first = int(self._ks[0])
-        for of_block, value in zip(*entries.nonzeros(first, first + len(self._ks), p), strict=True):
-            inside = (of_block >= first) & (of_block < first + len(self._ks))
-            place = (of_block - first).clamp_(0, len(self._ks) - 1)
-            self._want.index_add_(0, place, torch.where(inside, value * values.double(), 0.0))
+        self._want += entries.sums(first, first + len(self._ks), p, values)
 
 
 @dataclass(frozen=True)
@@ -272,11 +272,14 @@ class Comparison:
         )
 
 
-def _spread(draw: np.random.Generator, first_k: int, K: int, rows: int | None) -> np.ndarray:
-    """Up to `rows` different k of [first_k, K), ascending, one from each of as many equal parts; None for all k."""
-    count = min(rows or K, K - first_k)
-    edges = first_k + np.arange(count + 1) * (K - first_k) // count
-    return draw.integers(edges[:-1], edges[1:])
+def _drawn_rows(draw: np.random.Generator, first_k: int, K: int, kind: Kind) -> np.ndarray:
+    """Different k of [first_k, K), ascending: one from each of equal parts; of a sparse P all of a few blocks."""
+    if kind.sparse is None:
+        count = min(kind.audit.rows, K - first_k)
+        edges = first_k + np.arange(count + 1) * (K - first_k) // count
+        return draw.integers(edges[:-1], edges[1:])
+    part = int(draw.integers(first_k // kind.audit.rows, -(-K // kind.audit.rows)))
+    return np.arange(max(first_k, part * kind.audit.rows), min(K, (part + 1) * kind.audit.rows))
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:

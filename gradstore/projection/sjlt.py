@@ -18,7 +18,7 @@ from gradstore.projection.norm_bands import sparse_band
 
 BLOCK = 1024
 _SIZE = 32.0  # the root of BLOCK, which makes the variance 1
-_BLOCKS_OF_COUNTER = 4
+_BLOCKS_OF_COUNTER = 4  # a word each
 _ENOUGH_BLOCKS = 4
 _FIRST_ROW = 2**31  # third words from here on are no k of a dense kind
 
@@ -27,11 +27,8 @@ def _counter_row(k: Tensor) -> Tensor:
     return _FIRST_ROW + k.div(BLOCK * _BLOCKS_OF_COUNTER, rounding_mode="floor")
 
 
-def _nonzeros(words: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-    """(row within block j, value) of the words [..., 4] of each column, int64 and float64 [...]."""
-    place = j.remainder(_BLOCKS_OF_COUNTER).expand(words.shape[:-1])
-    word = words.gather(-1, place.unsqueeze(-1)).squeeze(-1)
-    return word >> 22, torch.where((word & 1).bool(), _SIZE, -_SIZE).double()
+def _nonzero(word: Tensor) -> tuple[Tensor, Tensor]:
+    return word >> 22, (word & 1).double().mul_(2 * _SIZE).sub_(_SIZE)
 
 
 def _norm_band(K: int) -> tuple[float, float]:
@@ -49,7 +46,8 @@ def _warning(K: int) -> str:
 
 
 def _entries(words: Tensor, k: Tensor) -> Tensor:
-    row, value = _nonzeros(words, k.div(BLOCK, rounding_mode="floor"))
+    place = k.div(BLOCK, rounding_mode="floor").remainder(_BLOCKS_OF_COUNTER).expand(words.shape[:-1])
+    row, value = _nonzero(words.gather(-1, place.unsqueeze(-1)).squeeze(-1))
     return torch.where(row == k.remainder(BLOCK), value, 0.0).unsqueeze(-1)
 
 
@@ -61,12 +59,12 @@ KIND = Kind(
     row=_counter_row,
     multiple=BLOCK,
     integers=True,
-    sparse=Sparse(block=BLOCK, together=_BLOCKS_OF_COUNTER, nonzeros=_nonzeros),
+    sparse=Sparse(block=BLOCK, nonzero=_nonzero),
     grid=Grid(unit=_SIZE, depth=4096, limb_bits=40, limbs=1),
     pace=40.0,
     norm_band=_norm_band,
     warning=_warning,
-    audit=AuditCost(columns=1 << 14, entry=1.2e3, block=2e7, rows=None),
+    audit=AuditCost(columns=1 << 14, entry=1.2e3, block=2e7, rows=_BLOCKS_OF_COUNTER * BLOCK),
     compiled=0,
     shares_layers=True,
 )

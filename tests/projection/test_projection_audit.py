@@ -163,7 +163,7 @@ def test_every_kind_of_block_is_audited_as_it_is_projected(
         adding.finish()
         lowered.raise_into(beside)
     found = audit.compare(torch.cat([torch.full((*features.shape[:2], first_k), torch.nan), features], dim=-1))
-    assert len(found.k) == (count if kind == "sjlt" else min(16, count))
+    assert len(found.k) == (count if kind == "sjlt" else min(16, count))  # here less than four blocks
     assert all(first_k <= k < projection.dim for k in found.k)
     assert len(set(found.k)) == len(found.k)
     sq_norm = sq_norm.sum(1, keepdim=True) if mixed else sq_norm
