@@ -7,9 +7,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -17,12 +17,14 @@ from gradstore.arithmetic.names import Choice
 from gradstore.errors import shown
 from gradstore.kernels.definitions import PROJECTED
 from gradstore.machine.byte_counts import AUTO, PROMISED, format_bytes, parse_bytes
-from gradstore.projection.kinds import DEFAULT, KINDS
+from gradstore.projection.kinds import BY_DEVICE, DEFAULT, KINDS
 from gradstore.store.files.lock import LOCKS
 
 from .output import say
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Options that are settings of a store, see `gradstore.featurization.settings`.
+_SETTINGS = ("precision", "dtype", "layout", "class_draws", "seed", "projection", "proj_dim")
 
 MOST = 10**6
 """Repetitions that an option may ask for: with more, a command would end in no time that a person waits."""
@@ -131,16 +133,38 @@ def settings_options(function: F) -> F:
             "--projection",
             default=DEFAULT,
             show_default=True,
-            type=click.Choice(list(KINDS)),
-            help=f"Entries of P: {', '.join(f'{name} ({entries})' for name, entries in KINDS.items())}.",
+            type=click.Choice([*KINDS, BY_DEVICE]),
+            help=f"Entries of P: {', '.join(f'{name} ({entries})' for name, entries in KINDS.items())}, "
+            f"or {BY_DEVICE}, the faster one here.",
         ),
         click.option(
             "--proj-dim", default=10240, show_default=True, type=click.IntRange(1), help="Projected dimension K."
         ),
         click.option("--split", default="train", show_default=True, help="Split of the project."),
+        click.option(
+            "--like", type=PATH, help="A store whose settings are taken, as queries need their training rows'."
+        ),
     ):
         function = option(function)
-    return function
+    return _without_defaults(function)
+
+
+def _without_defaults(function: F) -> F:
+    """With `--like`, settings that were not typed are the store's, and not the defaults."""
+
+    @wraps(function)
+    def call(*arguments: Any, like: Path | None, **options: Any) -> Any:
+        context = click.get_current_context()
+        if like is not None:
+            default = click.core.ParameterSource.DEFAULT
+            options = {
+                name: value
+                for name, value in options.items()
+                if name not in _SETTINGS or context.get_parameter_source(name) != default
+            }
+        return function(*arguments, like=like, **options)
+
+    return cast(F, call)
 
 
 def alone_option(function: F) -> F:

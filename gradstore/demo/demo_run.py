@@ -17,7 +17,9 @@ from gradstore.demo.residual_pairs import KERNELS, residuals
 from gradstore.demo.story import demo_page
 from gradstore.explain.forensics import Forensics, forensics
 from gradstore.featurization.featurize import featurize
+from gradstore.featurization.settings import Given
 from gradstore.projection import Projection
+from gradstore.projection.kinds import DEFAULT
 from gradstore.report.page import write_demo
 from gradstore.search.topk import topk
 from gradstore.store.feature_store import FeatureStore
@@ -31,6 +33,7 @@ def run(
     *,
     seed: int = 0,
     proj_dim: int | None = None,
+    projection: str = DEFAULT,
     progress: Callable[[str], None] | None = None,
 ) -> DemoResult:
     """Poison a tenth of the digits, train on them, and find the stamped test images by their gradients.
@@ -42,6 +45,7 @@ def run(
         directory: where to; made if need be.
         seed: decides the split, which images are poisoned, the weights, and the projection.
         proj_dim: projected dimension K; default `default_dim()`.
+        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, or "auto".
         progress: called with a line of text when something begins.
 
     Returns:
@@ -57,10 +61,11 @@ def run(
     with _timed(seconds, "train"):
         project = trained_project(folder, seed, say)
     stores: dict[str, FeatureStore] = {}
+    settings: Given = {"proj_dim": dim, "projection": projection, "seed": seed}
     with _timed(seconds, "featurize"):
         for split in SPLITS:
             say(f"featurizing {split}: {len(project.splits[split]):,} examples, K = {dim:,}")
-            stores[split] = featurize(project, split=split, out=folder / "stores" / split, proj_dim=dim, seed=seed)
+            stores[split] = featurize(project, split=split, out=folder / "stores" / split, **settings)
     train, *queries = stores.values()
     with _timed(seconds, "explain"):
         say(f"searching {len(train):,} training examples for those most similar to {sum(map(len, queries)):,} queries")

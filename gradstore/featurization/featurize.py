@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.errors import MismatchError, UsageError
+from gradstore.errors import GradstoreError, MismatchError, UsageError
 from gradstore.featurization.bad_rows import BadRows, is_retried, skips
 from gradstore.featurization.batch import Stopwatch, audit_schedule, compute
 from gradstore.featurization.batch_size import BatchSize
@@ -31,6 +32,7 @@ from gradstore.machine.clock import now_utc
 from gradstore.machine.out_of_memory import is_out_of_memory
 from gradstore.machine.threads import worker_count
 from gradstore.model.project import Project
+from gradstore.projection.kinds import BY_DEVICE
 from gradstore.store.background_writer import Columns, in_background
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
@@ -97,6 +99,7 @@ def featurize(
     on_data_check: Callable[[int, int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     disk: Disk | None = None,
+    like: FeatureStore | str | Path | None = None,
     **settings: Unpack[Given],
 ) -> FeatureStore:
     """Store the projected per-example Jacobians of one split: `P ∇_θ F^c(x; θ) / sqrt(K)` for every row and class.
@@ -137,6 +140,7 @@ def featurize(
         on_data_check: called with (rows compared, rows to compare).
         progress: called after every batch.
         disk: where bytes go; for tests.
+        like: a store whose settings are taken, all of them: that of the training rows, for queries.
         **settings: those of `gradstore.featurization.settings.Settings`, which says what each does; a store keeps them.
 
     Returns:
@@ -162,7 +166,7 @@ def featurize(
     plan = Plan(
         project,
         split,
-        Settings(**settings),
+        _settings(like, Path(out), settings),
         device,
         memory,
         group=None if grown is None else grown.manifest.group,
@@ -197,6 +201,17 @@ def featurize(
             run = _Run(plan, writer, batch_size, progress, smaller, workers, on_note, bad_rows)
             run.write_missing(again)
     return _say_absent(FeatureStore(out), on_note)
+
+
+def _settings(like: FeatureStore | str | Path | None, out: Path, given: Given) -> Settings:
+    """What was asked for, what another store has, or, for "auto", what this one was begun with."""
+    if like is not None:
+        return Settings.like(like, given)
+    settings = Settings(**given)
+    if settings.projection == BY_DEVICE:
+        with suppress(GradstoreError):  # where there is no such store yet
+            return replace(settings, projection=Settings.of(FeatureStore(out).identity, where=out).projection)
+    return settings
 
 
 class _Run:

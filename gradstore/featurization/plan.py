@@ -80,6 +80,7 @@ class Plan:
         self.device = choose_device(device)
         self.project = project.prepare(self.device)
         self.examples: Examples = project.examples(split, skipping=skipping)
+        settings, why = settings.chosen(self.device)
         self.split, self.settings, self._group, self.alone = split, settings, 1 if alone else group, alone
         self.memory = memory_of(memory, self.device, model_bytes(project.model))
         self.projection = settings.make_projection()
@@ -106,7 +107,7 @@ class Plan:
             combinations=self.combinations,
         )
         self.notes = () if alone else _notes(logits, self.engine.logits([inputs])[0], self.engine.rounding(logits))
-        self.notes += tuple(filter(None, [kind_of(settings.projection).warning(settings.proj_dim)]))
+        self.notes += tuple(filter(None, [why, kind_of(settings.projection).warning(settings.proj_dim)]))
         self.manifest = self._make_manifest(inputs)
         n, schema = self.manifest.n, self.manifest.schema
         self.flops = n * self._row_flops(schema)

@@ -10,13 +10,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
+import torch
 
 from gradstore.errors import UsageError
 from gradstore.projection import Projection
-from gradstore.projection.kinds import DEFAULT, KINDS, kind_of
+from gradstore.projection.kind_choice import chosen_kind
+from gradstore.projection.kinds import BY_DEVICE, DEFAULT, KINDS, kind_of
+from gradstore.store.feature_store import FeatureStore
 from gradstore.store.identity import put, require_featurized, take
 from gradstore.store.schema import CLASS_DRAWS, DTYPES, LAYOUTS
 
@@ -41,7 +45,8 @@ class Settings:
 
     Args:
         proj_dim: projected dimension K.
-        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are.
+        projection: kind of its entries, a name of `gradstore.projection.kinds.KINDS`, which says what they are; or
+            "auto", in whose place a store has the kind that was taken.
         seed: of the projection.
         layout: "per-class" stores [n, c, K]; "sum" stores P Σ_c g^c as [n, 1, K]; "mixed" stores Σ_c P_c g^c as
             [n, 1, K], an independent P_c for each class, which serves trNTK at K floats an example; "sketched" stores
@@ -58,7 +63,7 @@ class Settings:
     """
 
     proj_dim: int = field(default=10240, metadata={"at": ("projection", "K")})
-    projection: str = field(default=DEFAULT, metadata={"at": ("projection", "kind"), "choices": tuple(KINDS)})
+    projection: str = field(default=DEFAULT, metadata={"at": ("projection", "kind"), "choices": (*KINDS, BY_DEVICE)})
     seed: int = field(default=0, metadata={"at": ("projection", "seed")})
     layout: str = field(default="per-class", metadata={"at": ("layout",), "choices": LAYOUTS})
     dtype: str = field(default="float16", metadata={"at": ("dtype",), "choices": DTYPES})
@@ -97,6 +102,42 @@ class Settings:
             default = (setting.default,) if _unnamed(setting.metadata) else ()
             found[setting.name] = take(identity, setting.metadata["at"], *default)
         return cls(**found)
+
+    @classmethod
+    def like(cls, store: FeatureStore | str | Path, given: Given) -> Settings:
+        """Take the settings of a store, so that what is featurized can be compared with it.
+
+        Args:
+            store: it, or its path.
+            given: settings that were asked for besides, which must be the same.
+
+        Returns:
+            The settings.
+
+        Raises:
+            MismatchError: the store was imported.
+            UsageError: there is no such store, or a setting that was asked for is another one.
+        """
+        opened = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        found = cls.of(opened.identity, where=opened.path)
+        for name, value in given.items():
+            theirs = getattr(found, name)
+            if value not in (theirs, BY_DEVICE):
+                raise UsageError(
+                    "another setting than that of the store to be like",
+                    where=f"--{name.replace('_', '-')}",
+                    expected=f"{theirs}, as {opened.path} has",
+                    got=value,
+                    hint="Leave it out: --like takes all settings of that store",
+                )
+        return found
+
+    def chosen(self, device: torch.device) -> tuple[Settings, str]:
+        """The same with a kind in the place of "auto", and a line that says why, or ""."""
+        if self.projection != BY_DEVICE:
+            return self, ""
+        kind, why = chosen_kind(self.proj_dim // max(1, self.draws), device)
+        return replace(self, projection=kind), f"projection {kind}: {why}"
 
     def identity(self) -> dict[str, Any]:
         """What an identity says of the settings, as nested plain values."""

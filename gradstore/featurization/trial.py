@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from gradstore.featurization.settings import Given, Settings, takes_settings
 from gradstore.indices import spans
 from gradstore.machine.byte_counts import format_bytes
 from gradstore.model.project import Project
+from gradstore.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,6 +62,7 @@ def checks(
     memory: int | str = "auto",
     alone: bool = False,
     on_bad_row: str = "stop",
+    like: FeatureStore | str | Path | None = None,
     **settings: Unpack[Given],
 ) -> Iterator[Check]:
     """Check a project for `featurize` with the same arguments; stops after the first property that fails.
@@ -74,7 +77,8 @@ def checks(
 
     def prepare() -> str:
         skipping = skips(on_bad_row)
-        found["plan"] = Plan(project, split, Settings(**settings), device, memory, alone=alone, skipping=skipping)
+        asked = Settings(**settings) if like is None else Settings.like(like, settings)
+        found["plan"] = Plan(project, split, asked, device, memory, alone=alone, skipping=skipping)
         found["bad rows"] = BadRows(found["plan"], found["plan"].manifest, on_bad_row)
         return "; ".join((f"{type(project.model).__name__} in eval mode on {found['plan'].device}", *project.notes))
 

@@ -20,6 +20,7 @@ KINDS = {  # by name: what the entries are, for people
     "sjlt": "one ±32 in each column and 1024 rows, sparse",
 }
 DEFAULT = "rademacher"
+BY_DEVICE = "auto"  # no kind: `kind_choice.chosen_kind` picks one
 
 
 def kind_of(name: str) -> Kind:

@@ -112,7 +112,7 @@ def require_same(
     hint = hint or (
         "Choose another --out, or the settings of the store"
         if data
-        else "Featurize both with the same weights and settings"
+        else "Featurize both with the same weights and settings; `gradstore featurize --like` takes those of a store"
     )
     raise MismatchError(
         f"what {theirs} holds and what {ours} asks for differ in {len(found)} field(s)",
