@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 S = TypeVar("S")
@@ -20,17 +21,16 @@ def prefetched(make: Callable[[S], T], requests: Iterable[S]) -> Iterator[tuple[
     Yields:
         (request, make(request)), in order. Besides the item in use one more is held and one is being made.
     """
-    made: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=1)
-    stopped = threading.Event()
+    # Simple queues alone: a signal whose handler raises within another or an event leaves its lock taken for ever.
+    made: SimpleQueue[tuple[str, object]] = SimpleQueue()
+    room: SimpleQueue[bool] = SimpleQueue()  # for one item; False: no more is wanted
+    room.put(True)
 
     def hand_over(kind: str, value: object) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put((kind, value), timeout=0.05)
-                return True
-            except queue.Full:
-                continue
-        return False
+        wanted = room.get()
+        if wanted:
+            made.put((kind, value))
+        return wanted
 
     def work() -> None:
         try:
@@ -46,6 +46,7 @@ def prefetched(make: Callable[[S], T], requests: Iterable[S]) -> Iterator[tuple[
     try:
         while True:
             kind, value = made.get()
+            room.put(True)
             if kind == "end":
                 return
             if kind == "error":
@@ -53,5 +54,8 @@ def prefetched(make: Callable[[S], T], requests: Iterable[S]) -> Iterator[tuple[
             yield value  # type: ignore[misc]
             del value  # it is not to be held while the next one is awaited
     finally:
-        stopped.set()
+        with suppress(Empty):  # what was room for the next item
+            while True:
+                room.get_nowait()
+        room.put(False)
         thread.join()
