@@ -30,6 +30,7 @@ from torch.utils.data import TensorDataset
 import gradstore as gs
 
 TOKENS = 64
+AS_COMMANDS = {"THP_MEM_ALLOC_ENABLE": "1"}  # how `gradstore` has torch allocate
 
 
 def small_bert() -> nn.Module:
@@ -96,7 +97,7 @@ def run(case: str, projection: str, K: int, memory: str, seed: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=["digits:640", "resnet18:16", "bert:32"], metavar="MODEL:ROWS")
+    parser.add_argument("--cases", nargs="*", default=["digits:1280", "resnet18:16", "bert:64"], metavar="MODEL:ROWS")
     parser.add_argument("--projections", nargs="*", default=["rademacher", "sjlt"])
     parser.add_argument("--proj-dim", type=int, default=10240)
     parser.add_argument("--memory", default="1GB")
@@ -111,7 +112,7 @@ def main() -> None:
         words = [sys.executable, __file__, "--child", case, "--projections", projection]
         words += ["--proj-dim", str(options.proj_dim)]
         words += ["--memory", options.memory, "--seed", str(options.seed)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True, env=dict(os.environ))
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **AS_COMMANDS})
         append_rows("featurize", [json.loads(done.stdout)], options.seed)
 
 

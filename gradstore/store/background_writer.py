@@ -45,14 +45,18 @@ class BackgroundWriter:
             self._room.put(None)
         self._given_up = self._over = False
         self._error: BaseException | None = None
-        # Not `join`, which reports a thread as gone when a signal interrupts it.
+        # Not `join` alone, which reports a thread as gone when a signal interrupts it.
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._makers = min(THREADS, AHEAD)
         self._running, self._counting = 1 + self._makers, threading.Lock()
         # Daemons, so that they cannot keep alive a process whose main thread is gone; killed, they lose nothing stored.
-        for number in range(self._makers):
-            threading.Thread(target=self._make, name=f"gradstore-rows_{number}", daemon=True).start()
-        threading.Thread(target=self._run, name="gradstore-writer", daemon=True).start()
+        makers = [(self._make, f"gradstore-rows_{number}") for number in range(self._makers)]
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in [*makers, (self._run, "gradstore-writer")]
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def write(self, make: Callable[[], Columns]) -> None:
         """Hand over the next rows; waits while `AHEAD` batches are on their way.
@@ -92,6 +96,11 @@ class BackgroundWriter:
                 self._ended.get()
             except KeyboardInterrupt as error:
                 self._given_up, asked, interruption = asked, True, error
+        for thread in self._threads:  # a daemon on its last steps crashes an interpreter that ends meanwhile
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interruption = error
         if interruption is not None:
             raise interruption
 

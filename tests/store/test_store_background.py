@@ -83,6 +83,14 @@ def test_the_calls_are_those_of_a_writer_that_waits(fast: Path) -> None:
     assert files(fast / "behind") == files(fast / "waiting")
 
 
+def test_no_thread_is_on_its_last_steps_when_the_block_has_ended(fast: Path) -> None:
+    """An interpreter that ended meanwhile would crash."""
+    for number in range(20):
+        with open_writer(fast / str(number), plan(), None, data) as writer, in_background(writer) as background:
+            hand_over(background)
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("gradstore-")] == []
+
+
 def groups_stored(writer: StoreWriter) -> int:
     return sum(-(-shard.rows // GROUP) for shard in writer.manifest.shards)
 
