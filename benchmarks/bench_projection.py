@@ -1,6 +1,6 @@
 """Projection on the CPU: speed against a matrix product and TRAK's BasicProjector, error, growth with rows, p and K.
 
-    python benchmarks/bench_projection.py [--repeats 5] [--threads N] [--quick]
+    python benchmarks/bench_projection.py [--repeats 5] [--threads N] [--quick] [--sparse]
 
 adds rows to results/projection.csv and writes results/projection.png. Speed is work done per second, 2 * rows * p * K
 operations as a matrix product would need. Every comparison interleaves its rivals in one run and takes medians of
@@ -10,6 +10,9 @@ wall time, so that a disturbance of the machine meets all of them. The rivals:
   42 GB; its first 16384 columns (671 MB, far more than any cache) stand for the rest, as the work is linear in p.
 - ``basic``: the algorithm of TRAK's BasicProjector: regenerate 200 rows of P at a time (normals or coin tosses of
   torch's CPU generator) and multiply in float32. A slice of p again stands for the rest.
+
+``--sparse`` compares the sparse projection alone, with the dense one and with ``basic``; its speed is counted as if it
+were dense.
 
 results/projection.md explains what limits the speed.
 
@@ -49,11 +52,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="1/16 of the parameters")
+    parser.add_argument("--sparse", action="store_true", help="the sparse projection against the dense one, alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
     p = (1 << 20) // (16 if options.quick else 1)
-    rows = [*compare(p, options.repeats), *errors(), *growth(p)]
+    whole = not options.sparse
+    rows = [*compare(p, options.repeats), *errors(), *growth(p)] if whole else compare_sparse(p, options.repeats)
     environment = environment_columns()
     path = RESULTS / "projection.csv"
     new = not path.exists()
@@ -62,7 +67,8 @@ def main() -> None:
         if new:
             writer.writeheader()
         writer.writerows(row | environment for row in rows)
-    plot(rows)
+    if whole:
+        plot(rows)
 
 
 def environment_columns() -> dict[str, object]:
@@ -120,6 +126,21 @@ def compare(p: int, repeats: int) -> list[dict[str, object]]:
                 results.append(
                     record(f"gradstore / {name}", kind, rows, size, K, found["gradstore"] / found[name], "x")
                 )
+    return results
+
+
+def compare_sparse(p: int, repeats: int) -> list[dict[str, object]]:
+    """One eighth of the gradients stands for all in the dense product, and a part of these in `basic`."""
+    results = []
+    for rows in (64, 640):
+        found = {"sjlt": rivals("sjlt", rows, p)["gradstore"]}
+        dense = rivals("rademacher", rows, p // 8)
+        found |= {"rademacher": dense["gradstore"], "basic": dense["basic"]}
+        speed = speeds(found, repeats)
+        for name, value in speed.items():
+            results.append(record(f"speed of {name} beside sjlt", "sjlt", rows, p, K, value / 1e9, "GFLOP/s"))
+        for name in ("rademacher", "basic"):
+            results.append(record(f"sjlt / {name}", "sjlt", rows, p, K, speed["sjlt"] / speed[name], "x"))
     return results
 
 

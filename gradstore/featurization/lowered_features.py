@@ -37,6 +37,7 @@ class LoweredFeatures:
         self._first_k = first_k
         self._sums: Tensor | None = None
         self._adding: BlockSums | None = None
+        self._sizes: list[int] = []
         self._weight: Tensor | None = None
 
     def add(self, places: slice, block: LoweredBlock, beside: Beside) -> None:
@@ -45,12 +46,15 @@ class LoweredFeatures:
             n, _, columns = self._features.shape
             self._sums = self._features.new_zeros(n, block.weight.shape[1], columns)
             self._adding = BlockSums(self._projection, self._sums, self._first_k)
+            for size in self._sizes:  # where blocks are joined does not depend on which group has the first such rows
+                self._adding.expect(size)
         self._weight = block.weight
         if self._adding is not None:
             beside.run(partial(self._adding.add, places, block.base), reads=block)
 
     def expect(self, size: int) -> None:
-        """The blocks that are added next have so many columns."""
+        """The blocks that are added next have so many columns, whether or not they are of rows below the last call."""
+        self._sizes.append(size)
         if self._adding is not None:
             self._adding.expect(size)
 

@@ -8,7 +8,6 @@
 // bits depend neither on the rows beside its own, nor on tiles, threads or the width of the registers.
 
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t HalfWords __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 constexpr int LINE = 16;     // floats of a line of the cache
 constexpr int PIECE = 1024;  // parameters of a task's rows that are side by side at a time
