@@ -17,7 +17,7 @@ from gradstore.demo.residual_pairs import KERNELS, residuals
 from gradstore.demo.story import demo_page
 from gradstore.explain.forensics import Forensics, forensics
 from gradstore.featurization.featurize import featurize
-from gradstore.featurization.settings import Given
+from gradstore.featurization.settings import Given, Settings
 from gradstore.projection import Projection
 from gradstore.projection.kinds import DEFAULT
 from gradstore.report.page import write_demo
@@ -57,11 +57,12 @@ def run(
     """
     folder, dim, say = Path(directory), proj_dim or default_dim(), progress or (lambda line: None)
     target_of(folder / "report.html")  # said before the work, not after it
+    settings: Given = {"proj_dim": dim, "projection": projection, "seed": seed}
+    Settings(**settings).chosen(torch.device("cpu"))[0].make_projection()  # a K that does not fit, likewise
     seconds: dict[str, float] = {}
     with _timed(seconds, "train"):
         project = trained_project(folder, seed, say)
     stores: dict[str, FeatureStore] = {}
-    settings: Given = {"proj_dim": dim, "projection": projection, "seed": seed}
     with _timed(seconds, "featurize"):
         for split in SPLITS:
             say(f"featurizing {split}: {len(project.splits[split]):,} examples, K = {dim:,}")

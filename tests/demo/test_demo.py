@@ -187,6 +187,13 @@ def test_the_summary_is_readable_where_a_proportion_is_undefined():
 
 
 @pytest.mark.gpu
+def test_a_k_that_the_kind_does_not_take_is_refused_before_the_training(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(UsageError, match="The nearest are 2048 and 3072"):
+        run(tmp_path / "demo", proj_dim=3000, projection="sjlt", progress=told.append)
+    assert told == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_demo_runs_on_a_gpu_to_its_end(tmp_path):
     """Featurizing leaves the model on the GPU, where what comes after has to bring its inputs."""
