@@ -11,8 +11,13 @@ wall time, so that a disturbance of the machine meets all of them. The rivals:
 - ``basic``: the algorithm of TRAK's BasicProjector: regenerate 200 rows of P at a time (normals or coin tosses of
   torch's CPU generator) and multiply in float32. A slice of p again stands for the rest.
 
-``--sparse`` compares the sparse projection alone, with the dense one and with ``basic``; its speed is counted as if it
-were dense.
+``--sparse`` compares the sparse projection alone, with the dense one, with ``basic``, and with
+
+- ``index_add``: the same sums by ``torch.index_add``, whose places and signs are made beforehand and kept;
+- ``dattri``, where it is installed (``pip install --no-deps dattri``): its ``random_project`` with signs. It has no
+  SJLT on a CPU: version 0.3.0 refuses it there, and the package ``sjlt`` 0.1.7, which it would take, is CUDA alone.
+
+Speed is counted as if it were dense.
 
 results/projection.md explains what limits the speed.
 
@@ -44,6 +49,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results"
 K = 10240
 SLICE = 16384
+BLOCK = 1024  # rows of the sparse P with one non-zero a column
 SEED = 0
 
 
@@ -135,11 +141,12 @@ def compare_sparse(p: int, repeats: int) -> list[dict[str, object]]:
     for rows in (64, 640):
         found = {"sjlt": rivals("sjlt", rows, p)["gradstore"]}
         dense = rivals("rademacher", rows, p // 8)
-        found |= {"rademacher": dense["gradstore"], "basic": dense["basic"]}
+        found |= {"rademacher": dense["gradstore"], "basic": dense["basic"], "index_add": index_add(rows, p // 8)}
+        found |= dattri(rows)
         speed = speeds(found, repeats)
         for name, value in speed.items():
             results.append(record(f"speed of {name} beside sjlt", "sjlt", rows, p, K, value / 1e9, "GFLOP/s"))
-        for name in ("rademacher", "basic"):
+        for name in set(found) - {"sjlt"}:
             results.append(record(f"sjlt / {name}", "sjlt", rows, p, K, speed["sjlt"] / speed[name], "x"))
     return results
 
@@ -155,6 +162,28 @@ def rivals(kind: str, rows: int, p: int) -> dict[str, tuple[Callable[[], object]
         signs = torch.randint(0, 2, (K, SLICE), dtype=torch.int8).float().mul_(2).sub_(1)
         found["matmul"] = (lambda: torch.matmul(part, signs.T), 2.0 * rows * SLICE * K)
     return found
+
+
+def index_add(rows: int, p: int) -> tuple[Callable[[], object], float]:
+    block, out = torch.randn(rows, p), torch.zeros(rows, K)
+    places = torch.randint(0, BLOCK, (K // BLOCK, p))
+    signs = torch.randint(0, 2, (K // BLOCK, p)).float().mul_(2).sub_(1)
+
+    def work() -> None:
+        for j, sums in enumerate(out.split(BLOCK, dim=1)):
+            sums.index_add_(1, places[j], block * signs[j])
+
+    return work, 2.0 * rows * p * K
+
+
+def dattri(rows: int) -> dict[str, tuple[Callable[[], object], float]]:
+    try:
+        from dattri.func.projection import random_project
+    except ImportError:
+        return {}
+    part = torch.randn(rows, SLICE // 8)
+    project = random_project(part, rows, K, proj_max_batch_size=8, proj_seed=SEED, proj_type="rademacher")
+    return {"dattri": (lambda: project(part), 2.0 * rows * part.shape[1] * K)}
 
 
 def basic_projector(kind: str, gradients: torch.Tensor, columns: int = 200) -> torch.Tensor:

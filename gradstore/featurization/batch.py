@@ -415,7 +415,7 @@ def _joined(
         some, counts = zip(*alike, strict=True)
         formed = _is_formed(projection, some[0], mixed)
         if formed and len(some) > 1:
-            found = [_formed_together(some, partial(room, sum(counts)), look, mixed)]
+            found = [_formed_together(some, counts, room, look, mixed)]
         else:
             for block in some:
                 look(block, formed)
@@ -450,21 +450,20 @@ def _together(blocks: Sequence[JacobianBlock], counts: Sequence[int]) -> list[tu
 
 def _formed_together(
     blocks: Sequence[JacobianBlock],
-    room: Callable[[int, int], Tensor],
+    counts: Sequence[int],
+    room: Callable[[int, int, int], Tensor],
     look: Callable[[JacobianBlock, bool], None],
     mixed: bool,
 ) -> tuple[slice, JacobianBlock]:
     """The values of all groups in one block; each group's are formed, seen and dropped in turn."""
     first = blocks[0]
     below = first.weight.shape[1] if isinstance(first, LoweredBlock) and not mixed else 0
-    values, at = room(below, first.size), 0
-    for block in blocks:
+    values, at = room(sum(counts), below, first.size), 0
+    for block, count in zip(blocks, counts, strict=True):
+        _multiplied(block, mixed).form(values[at : at + count])
         look(block, True)
-        given = _multiplied(block, mixed).dense()
-        values[at : at + len(given)] = given
-        at += len(given)
-        del given
         block.forget()
+        at += count
     joined = DenseBlock(first.name, first.start, values)
     return slice(0, at), LoweredBlock(joined, first.weight) if below else joined  # type: ignore[attr-defined]
 

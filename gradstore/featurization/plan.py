@@ -123,12 +123,16 @@ class Plan:
     def bytes_needed(self, schema: Schema, rows: int) -> int:
         """Activations, blocks and an audit, and features of three batches: one grows, two are on their way to disk."""
         audit = bytes_needed([block.size for block in self.blocks])
-        waiting = 0
-        if self.settings.layout not in ("mixed", "sketched"):
-            waiting = columns_that_wait(self.projection, self.device)
-            waiting = 4 * (self.engine.below or schema.c) * min(waiting, sum(block.size for block in self.blocks))
-        each = schema.c * schema.K * 20 + waiting + self._row_bytes(schema)
+        each = schema.c * schema.K * 20 + self._waiting_bytes(schema) + self._row_bytes(schema)
         return int(self.engine.bytes_needed(rows)) + audit + rows * each
+
+    def _waiting_bytes(self, schema: Schema) -> int:
+        """Of a row's blocks that wait for others, beside the two that the engine counts if it can form them there."""
+        if self.settings.layout in ("mixed", "sketched"):
+            return 0
+        columns = min(columns_that_wait(self.projection, self.device), sum(block.size for block in self.blocks))
+        beside = 0 if self.engine.copies else 2 * max(block.size for block in self.blocks)
+        return 4 * (self.engine.below or schema.c) * max(0, columns - beside)
 
     def _row_bytes(self, schema: Schema) -> int:
         """Of rows that stand for classes, below the last call, their features; in "mixed", blocks of all classes."""

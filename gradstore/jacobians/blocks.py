@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore.arithmetic.squares import squared_norms
 from gradstore.jacobians.reused_memory import reused
 from gradstore.jacobians.side_by_side import side_by_side, uncut_if_small
 
-# Values that are held in float64 at once, unless one row has more; a GPU is asked for few large pieces, not many small.
+# Values that are held in float64 at once; a GPU is asked for few large pieces, not many small.
 _WIDENED = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
@@ -46,6 +47,10 @@ class JacobianBlock:
         if self._dense is None:
             self._dense = self._values().float().contiguous()
         return self._dense
+
+    def form(self, room: Tensor) -> None:
+        """Form the values in memory that is given, [n, c, size] float32 contiguous; `dense` gives that from then on."""
+        self._dense = room.copy_(self.dense())
 
     def forget(self) -> None:
         """Keep the values no longer."""
@@ -75,11 +80,8 @@ class JacobianBlock:
 
     def sq_norm(self) -> Tensor:
         """Σ of the squared values of each row over these columns, [n, c] float64, summed in float64."""
-        # Some rows at a time, because torch widens all that it is given before it adds up.
-        values = self.dense().flatten(0, 1)
-        rows = values.split(max(1, _WIDENED.get(values.device.type, 1 << 19) // max(1, self.size)))
-        norms = [torch.linalg.vector_norm(some, dim=-1, dtype=torch.float64) for some in rows]
-        return torch.cat(norms).square().view(self.dense().shape[:2])
+        values = self.dense()
+        return squared_norms(values.flatten(0, 1)).view(values.shape[:2])
 
     def inner_products(self) -> Tensor:
         """Inner products of the rows of each example over these columns, [n, c, c] float64, summed in float64."""
@@ -242,6 +244,13 @@ class LinearBlock(JacobianBlock):
         activations, deltas = _columns([self, *others], "activations", "deltas")
         return LinearBlock(self.name, self.start, activations, deltas)
 
+    def form(self, room: Tensor) -> None:
+        """See `JacobianBlock.form`; nothing is copied."""
+        if self._dense is not None or _at_least_float32(self.deltas) != torch.float32:
+            super().form(room)
+            return
+        self._dense = outer_sum(self.deltas.transpose(2, 3), self.activations[:, None], room)
+
     def _values(self) -> Tensor:
         return outer_sum(self.deltas.transpose(2, 3), self.activations[:, None])
 
@@ -372,12 +381,13 @@ def _columns(blocks: Sequence[JacobianBlock], *names: str) -> list[Tensor]:
     return [torch.cat([getattr(block, name) for block in blocks]) for name in names]
 
 
-def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
+def outer_sum(deltas: Tensor, activations: Tensor, room: Tensor | None = None) -> Tensor:
     """Sum over positions of outer products, for all examples, classes and groups.
 
     Args:
         deltas: [n, c, o, T].
         activations: [n, g, T, i]; output channels are split evenly over the g groups.
+        room: memory for the sums of one group, contiguous [n, c, o · i] of their dtype; None takes some.
 
     Returns:
         [n, c, o · i], in float32 or, if the inputs are, in float64.
@@ -386,10 +396,11 @@ def outer_sum(deltas: Tensor, activations: Tensor) -> Tensor:
     groups, i = activations.shape[1], activations.shape[3]
     dtype = _at_least_float32(deltas)
     deltas, activations = deltas.to(dtype), activations.to(dtype)
+    room = reused((n, c, o * i), deltas) if room is None else room
     if positions == 1 and groups == 1:
-        return torch.mul(deltas, activations, out=reused((n, c, o, i), deltas)).flatten(2)
+        return torch.mul(deltas, activations, out=room.view(n, c, o, i)).flatten(2)
     split = deltas.reshape(n, c, groups, o // groups, positions).transpose(1, 2)
-    product = reused((n * groups, c * o // groups, i), deltas)
+    product = room.view(n * groups, c * o // groups, i)
     torch.bmm(split.reshape(n * groups, -1, positions), activations.flatten(0, 1), out=product)
     return product.view(n, groups, c, o // groups, i).transpose(1, 2).reshape(n, c, o * i)
 

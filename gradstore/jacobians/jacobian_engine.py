@@ -131,6 +131,12 @@ class JacobianEngine:
         """Those of `describe` that no rule covers: differentiated by `torch.func` or by looped autograd."""
         return [(name, route) for name, route in self.describe() if name in self._plan.exact]
 
+    @property
+    def copies(self) -> bool:
+        """Whether some block's values are made elsewhere and copied, not formed in the memory that they are given."""
+        wide = any(parameter.dtype == torch.float64 for parameter in self._subject.parameters.values())
+        return wide or self._plan.footprint.lazy or bool(self._plan.exact or self._plan.functions)
+
     def bytes_needed(self, n: int, classes: int | None = None, *, factors: bool = False) -> int:
         """Estimate what a batch of n examples holds at its peak.
 

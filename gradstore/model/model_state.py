@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -69,7 +69,8 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         for holder, content in zip(holders, before, strict=True):
             _put_back(holder, content)
         for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 def uncompiled() -> AbstractContextManager[object]:
@@ -137,15 +138,19 @@ def _holders(module: nn.Module) -> list[Any]:
 def _put_back(holder: Any, content: Any) -> None:
     """Give a dict, list or set its content again; nothing is written where nothing has changed."""
     if isinstance(holder, dict):
-        if len(holder) != len(content) or any(holder.get(name, holder) is not value for name, value in content.items()):
+        if not (_same_objects(holder, content) and _same_objects(holder.values(), content.values())):
             holder.clear()
             holder.update(content)
     elif isinstance(holder, list):
-        if len(holder) != len(content) or any(one is not other for one, other in zip(holder, content, strict=True)):
+        if not _same_objects(holder, content):
             holder[:] = content
     elif holder != content:
         holder.clear()
         holder.update(content)
+
+
+def _same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    return list(map(id, some)) == list(map(id, others))
 
 
 def _version(tensor: Tensor) -> int:

@@ -38,7 +38,7 @@ class Values:
 class OuterProducts:
     """Gradients of a linear layer's weight [o, i]: ``sum_t deltas[n, c, t] (outer) activations[n, t]``.
 
-    They are formed in the cache, 1024 at a time, and neither written to memory nor read from it.
+    They are formed in the cache, 2048 at a time, and neither written to memory nor read from it.
 
     Attributes:
         start: flat index of the weight's first entry.

@@ -66,3 +66,15 @@ def test_squared_norms_of_positions_that_cancel_are_not_negative():
     block = LinearBlock("w", 0, activations, cancelling, gram=lambda: terms.gram_of(activations))
     assert float(block.sq_norm().min()) >= 0
     assert float(block.sq_norm().max()) < 1e-9
+
+
+@pytest.mark.parametrize("case", CASES + HARD_CASES, ids=lambda case: case.name)
+def test_values_are_formed_in_the_memory_that_is_given_with_the_same_bits(case: Case):
+    engine = engine_for(case, case.model(), case.batch())
+    for block, again in zip(engine(case.batch()), engine(case.batch()), strict=True):
+        room = torch.full((*block.sq_norm().shape, block.size), float("nan"))
+        dense = again.dense().clone()
+        block.forget()
+        block.form(room)
+        assert torch.equal(room, dense)
+        assert block.dense().data_ptr() == room.data_ptr()

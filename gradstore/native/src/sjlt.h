@@ -10,7 +10,7 @@
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
 
 constexpr int LINE = 16;     // floats of a line of the cache
-constexpr int PIECE = 1024;  // parameters of a task's rows that are side by side at a time
+constexpr int PIECE = 2048;  // parameters of a task's rows that are side by side at a time
 
 // to[c * to_stride + r] = from[r][c], for four r and four c.
 static inline void turn(float* to, int64_t to_stride, const float* const* from, int64_t column) {
