@@ -53,9 +53,7 @@ def test_every_level_any_threads_and_any_rows_beside_give_the_same_bits(monkeypa
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 40, 99])
-def test_a_row_that_is_not_finite_is_alone_in_it(
-    value: float, place: int, level: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_row_that_is_not_finite_is_alone_in_it(value: float, place: int, level: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GRADSTORE_SIMD", level)
     values = torch.ones(3, 100)
     values[1, place] = value
