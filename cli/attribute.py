@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .loading import load
 from .options import PATH, as_json
 from .output import on_one_line, print_json, print_table, say
 
@@ -39,6 +40,8 @@ def attribute(
     attributions of all training examples sum to the surrogate's logit.
     """
     import gradstore as gs
+
+    load("KernelGLM", "attribute")
     from gradstore.explain.attribution import class_index
 
     model = gs.KernelGLM.load(surrogate)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .loading import load
 from .options import MOST, PATH, as_json
 from .output import print_json, print_table, say
 
@@ -31,6 +32,8 @@ def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json:
     SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings.
     """
     import gradstore as gs
+
+    load("KernelGLM", "evaluate")
     from gradstore.explain.linearisation import linearise_store
 
     model, store = gs.KernelGLM.load(surrogate), gs.open(queries)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .loading import load_project
 from .options import PATH, as_json, kernel_option, memory_option, project_options
 from .output import print_json, print_pairs, say
 from .writing import Writing, output_option
@@ -51,7 +52,7 @@ def residual(
 
     other = None if queries is None else gs.open(queries)
     found = gs.residual(
-        gs.load_project(project_file, options),
+        load_project(project_file, options),
         gs.open(train),
         other,
         kernel,
