@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.utils.data import Dataset
 
-from gradstore.store.rows import Rows
+if TYPE_CHECKING:
+    from gradstore.store.rows import Rows
 
 
 class FeatureDataset(Dataset):
