@@ -117,7 +117,7 @@ def plain(code: str, folder: Path, repeats: int) -> dict[str, object]:
 
 
 def measure(command: str, pythons: dict[str, str], folder: Path, repeats: int) -> list[dict[str, object]]:
-    """One row a version: in every round each runs once, and just before it Python with torch alone, where it needs that."""
+    """One row a version: in every round each runs once, and just before it torch alone, where it needs that."""
     imports = {version: imported(python, command, folder) for version, python in pythons.items()}
     found: dict[str, list[tuple[Run, Run | None]]] = {version: [] for version in pythons}
     for _ in range(repeats):

@@ -10,7 +10,7 @@ import click
 from gradstore.kernels.definitions import PROJECTED
 
 from .loading import load
-from .options import FILE, PATH, as_json, kernel_help, memory_option
+from .options import FILE, PATH, as_json, kernel_help, known_kernels, memory_option
 from .output import print_json, print_pairs, print_table, say
 from .writing import Writing, output_option
 
@@ -41,6 +41,7 @@ SHOWN = 10
     "--kernel",
     "kernels",
     multiple=True,
+    callback=known_kernels,
     default=list(PROJECTED)[:1],
     show_default=True,
     help=kernel_help() + " May be repeated.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from gradstore.errors import GradstoreError, UsageError, shown
 from gradstore.tensors import is_tensor
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+else:
+    Tensor = object  # named for type checkers alone: to import torch takes longer than most commands
 
-RowChoice: TypeAlias = "int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor"
+RowChoice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
 """Some of n rows."""
 
 
@@ -124,7 +126,7 @@ def row_mask(
     return mask
 
 
-def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: object) -> np.ndarray:
+def class_indices(labels: Sequence[int] | np.ndarray | Tensor, *, where: object) -> np.ndarray:
     """Read labels; whether there are such classes is for others to say.
 
     Returns:

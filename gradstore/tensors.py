@@ -11,5 +11,4 @@ if TYPE_CHECKING:
 
 def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Whether a value is a tensor; where nobody has imported torch nothing is, so that this does not import it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))

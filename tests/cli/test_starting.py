@@ -102,9 +102,14 @@ def test_every_command_is_refused_something_below() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(NOWHERE))
-def test_what_is_nowhere_is_refused_before_torch_is_imported(folder: Path, command: str) -> None:
+def test_what_is_nowhere_is_refused_before_torch_and_hdf5_are_imported(folder: Path, command: str) -> None:
     line, status = NOWHERE[command]
-    assert imported(folder, line, status) <= READING
+    assert imported(folder, line, status) <= {"numpy"}
+
+
+@pytest.mark.parametrize("line", ["index train", "topk train test", "forensics train test", "fit train --out x"])
+def test_a_kernel_that_is_none_is_refused_at_once(folder: Path, line: str) -> None:
+    assert imported(folder, f"{line} --kernel no", 2) == set()
 
 
 @pytest.mark.parametrize(("line", "status"), [("--version", 0), ("--help", 0), ("inof train", 2), ("init p.py", 0)])
