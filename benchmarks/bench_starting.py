@@ -1,6 +1,6 @@
 """What commands take on small stores, where starting is most of it: each in a fresh process, on a terminal.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_starting [--repeats 5] [--before PYTHON] [--only WORD] [--folder DIR]
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_starting [--repeats 5] [--before PYTHON] [--only WORD ...] [--folder DIR]
 
 appends to results/starting.csv. `--before` names the Python of another checkout; its commands run in turn with these.
 The stores are those of `gradstore init`: 256 and 64 rows of 10 classes, K = 1024, written once by this checkout.
@@ -78,11 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--before", help="the Python of another checkout")
-    parser.add_argument("--only", default="", help="commands that begin with this")
+    parser.add_argument("--only", nargs="*", default=[""], help="commands that begin with one of these")
     parser.add_argument("--folder", help="where the stores go")
     options = parser.parse_args()
     pythons = {"this": sys.executable, **({"before": options.before} if options.before else {})}
-    commands = [command for command in COMMANDS if command.startswith(options.only)]
+    commands = [command for command in COMMANDS if command.startswith(tuple(options.only))]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         prepare(folder)
