@@ -1,6 +1,6 @@
 """What commands take on small stores, where starting is most of it: each in a fresh process, on a terminal.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_starting [--repeats 5] [--before PYTHON] [--only WORD ...] [--folder DIR]
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_starting [--repeats 5] [--before PYTHON] [--only WORD ...]
 
 appends to results/starting.csv. `--before` names the Python of another checkout; its commands run in turn with these.
 The stores are those of `gradstore init`: 256 and 64 rows of 10 classes, K = 1024, written once by this checkout.
