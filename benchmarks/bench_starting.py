@@ -86,10 +86,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         prepare(folder)
-        rows = [plain(code, folder, options.repeats) for code in PLAIN]
+        append_rows("starting", [plain(code, folder, options.repeats) for code in PLAIN], seed=0)
         for command in commands:
-            rows += measure(command, pythons, folder, options.repeats)
-    append_rows("starting", rows, seed=0)
+            append_rows("starting", measure(command, pythons, folder, options.repeats), seed=0)
 
 
 def prepare(folder: Path) -> None:
