@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .loading import load_project
 from .options import FILE, PATH, as_json, assignments_option, parse_excluded
 from .output import print_json, say
 from .progress import CountBar
@@ -59,7 +60,7 @@ def annotate(
     given: dict[str, Any] = {"classes": classes.split(",") if classes is not None else None, "note": note}
     if source is not None and source.suffix == ".py":
         with CountBar("rows", "rows") as bar:
-            gs.annotate_from_project(gs.load_project(source, options), store, split=split, progress=bar)
+            gs.annotate_from_project(load_project(source, options), store, split=split, progress=bar)
     elif source is not None:
         given |= read_annotation_table(source, gs.open(store))
     if exclude is not None:

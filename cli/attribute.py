@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .loading import load
 from .options import PATH, as_json
 from .output import on_one_line, print_json, print_table, say
 
@@ -39,10 +40,14 @@ def attribute(
     attributions of all training examples sum to the surrogate's logit.
     """
     import gradstore as gs
+    from gradstore.explain.surrogate.saved_file import require_surrogate
+
+    require_surrogate(surrogate)
+    asked, store = gs.open(queries), None if train is None else gs.open(train)
+    load("KernelGLM", "attribute")
     from gradstore.explain.attribution import class_index
 
-    model = gs.KernelGLM.load(surrogate)
-    found = gs.attribute(model, gs.open(queries), row, train=None if train is None else gs.open(train))
+    found = gs.attribute(gs.KernelGLM.load(surrogate), asked, row, train=store)
     c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
     record = found.as_dict(k, c, other)
     if as_json:

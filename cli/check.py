@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .loading import load_project
 from .options import alone_option, as_json, bad_row_option, memory_option, project_options, settings_options
 from .output import print_hanging, print_json, print_table
 
@@ -30,11 +31,11 @@ def check(
     Checks eval mode, logits, repeatable rows, labels and Jacobians; says how large the store would be and how long
     featurize would take. Writes nothing.
     """
-    import gradstore as gs
+    project = load_project(project_file, options)
     from gradstore.featurization.trial import checks
 
     results = []
-    for result in checks(gs.load_project(project_file, options), split=split, **settings):
+    for result in checks(project, split=split, **settings):
         results.append(result)
         if not as_json:
             print_hanging(f"{'ok  ' if result.error is None else 'FAIL'}  {result.name:<12}  ", result.detail)

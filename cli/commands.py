@@ -1,4 +1,4 @@
-"""All commands, and what becomes of their errors."""
+"""All commands, each imported when it is run, and what becomes of their errors."""
 
 from __future__ import annotations
 
@@ -11,38 +11,63 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import click
 
 from gradstore.errors import ClosedError, GradstoreError, NoSpaceError, UsageError
 
-from .annotate import annotate
-from .attribute import attribute
-from .check import check
-from .demo import demo
-from .doctor import doctor
-from .evaluate import evaluate
-from .export import export
-from .featurize import featurize
-from .fit import fit
-from .forensics import forensics
-from .gram import gram
-from .importing import import_command
-from .index import index
-from .info import info
-from .init import init
 from .output import on_one_line, say, say_error
-from .remove import remove
-from .residual import residual
 from .stopping import Stopped, listen, signal_behind
-from .topk import topk
-from .verify import verify
 
 TRACEBACK = "--traceback"
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # torch's, of a processor and of a GPU
+
+
+_WHERE = {  # by name: module and attribute
+    **{
+        name: (name, name)
+        for name in (
+            "demo",
+            "init",
+            "check",
+            "doctor",
+            "featurize",
+            "info",
+            "index",
+            "topk",
+            "forensics",
+            "gram",
+            "residual",
+            "fit",
+            "attribute",
+            "evaluate",
+            "verify",
+            "annotate",
+            "remove",
+            "export",
+        )
+    },
+    "import": ("importing", "import_command"),
+}
+
+
+class _Imported(Mapping[str, click.Command]):
+    """The commands by name; to ask for one imports its module, and no other's."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, attribute = _WHERE[name]
+        command: click.Command = getattr(import_module(f".{module}", __package__), attribute)
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_WHERE)
+
+    def __len__(self) -> int:
+        return len(_WHERE)
 
 
 class _Commands(click.Group):
@@ -60,6 +85,7 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
+    commands=_Imported(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Results go to stdout, progress and messages to stderr. Every command takes --json.",
 )
@@ -76,30 +102,6 @@ def gradstore(traceback: bool) -> None:
       gradstore topk stores/train stores/test --html topk.html
       gradstore forensics stores/train stores/test --html forensics.html
     """  # noqa: D301 - click wants the control character, which keeps the lines as they are
-
-
-for _command in (
-    demo,
-    init,
-    check,
-    doctor,
-    featurize,
-    info,
-    index,
-    topk,
-    forensics,
-    gram,
-    residual,
-    fit,
-    attribute,
-    evaluate,
-    verify,
-    annotate,
-    remove,
-    export,
-    import_command,
-):
-    gradstore.add_command(_command)
 
 
 def run(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import click
 
 from gradstore.projection.kinds import BY_DEVICE, DEFAULT, KINDS
 
+from .loading import load
 from .options import PATH, as_json
 from .output import print_json, printable, say
 from .stopping import ON, keeping
@@ -41,6 +42,7 @@ def demo(directory: Path, seed: int, proj_dim: int | None, projection: str, as_j
 
     Writes DIRECTORY with a project file, weights, three stores and a page with pictures.
     """
+    load("featurize", "topk", "residual")
     from gradstore.demo import run
 
     with keeping(lambda: f"what is finished is kept in {shlex.quote(str(directory))}; {ON}"):

@@ -6,6 +6,7 @@ import click
 
 from gradstore.errors import MismatchError
 
+from .loading import load
 from .options import as_json
 from .output import on_one_line, print_hanging, print_json, print_pairs
 
@@ -23,6 +24,7 @@ def doctor(again: bool, as_json: bool) -> None:
     normals. A GPU's are checked in a process of their own, when they are first used or by this command, and the verdict
     is kept until the driver, torch or gradstore changes. A GPU does not use one that fails. Exit status 4 if any fails.
     """
+    load("Projection")
     from gradstore.featurization.environment import system_card
     from gradstore.projection.diagnosis import diagnose
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .loading import load
 from .options import MOST, PATH, as_json
 from .output import print_json, print_table, say
 
@@ -31,9 +32,14 @@ def evaluate(surrogate: Path, queries: Path, bootstrap: int, seed: int, as_json:
     SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings.
     """
     import gradstore as gs
+    from gradstore.explain.surrogate.saved_file import require_surrogate
+
+    require_surrogate(surrogate)
+    store = gs.open(queries)
+    load("KernelGLM", "evaluate")
     from gradstore.explain.linearisation import linearise_store
 
-    model, store = gs.KernelGLM.load(surrogate), gs.open(queries)
+    model = gs.KernelGLM.load(surrogate)
     found = gs.evaluate(model, store, bootstrap=bootstrap, seed=seed)
     curves = linearise_store(model, store, bootstrap=bootstrap, seed=seed)
     if as_json:

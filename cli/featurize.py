@@ -10,6 +10,7 @@ import click
 from gradstore.errors import shown
 from gradstore.machine.byte_counts import AUTO
 
+from .loading import load_project
 from .options import (
     PATH,
     alone_option,
@@ -77,7 +78,7 @@ def featurize(
     """
     import gradstore as gs
 
-    project = gs.load_project(project_file, options)
+    project = load_project(project_file, options)
     with keeping(lambda: rows_kept(out)), CountBar("stored inputs", "rows") as compared, FeaturizeBar(split) as bar:
         store = gs.featurize(
             project,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .loading import load
 from .options import MOST, PATH, as_json, kernel_option, memory_option
 from .output import print_json, print_pairs, print_table, say
 from .writing import Writing, output_option
@@ -58,10 +59,11 @@ def fit(train: Path, out: Path, memory: str, as_json: bool, alpha: str, seed: in
     """
     import gradstore as gs
 
+    store = gs.open(train)
+    load("KernelGLM")
     model = gs.KernelGLM(alpha=_strength(alpha), memory=memory, random_state=seed, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        store = gs.open(train)
         model.fit(store)
     model.save(out)
     say(f"wrote {out}")

@@ -9,7 +9,8 @@ import click
 
 from gradstore.kernels.definitions import PROJECTED
 
-from .options import FILE, PATH, as_json, kernel_help, memory_option
+from .loading import load
+from .options import FILE, PATH, as_json, kernel_help, known_kernels, memory_option
 from .output import print_json, print_pairs, print_table, say
 from .writing import Writing, output_option
 
@@ -40,6 +41,7 @@ SHOWN = 10
     "--kernel",
     "kernels",
     multiple=True,
+    callback=known_kernels,
     default=list(PROJECTED)[:1],
     show_default=True,
     help=kernel_help() + " May be repeated.",
@@ -63,17 +65,19 @@ def forensics(
     A query is flagged when at least --votes of its k most similar training examples, over all of them, are poisoned.
     """
     import gradstore as gs
-    from gradstore.explain.forensics import forensics_page
-    from gradstore.report.page import write_forensics
     from gradstore.store.row_list import read_row_list
 
     store = gs.open(train)
     stores = [gs.open(path) for path in queries]
     mask = None if poisoned is None else read_row_list(poisoned, len(store), what="poisoned rows")
+    load("forensics")
     results = [
         gs.forensics(store, stores, poisoned=mask, k=k, votes=votes, kernel=name, memory=memory) for name in kernels
     ]
     if html is not None:
+        from gradstore.explain.forensics import forensics_page
+        from gradstore.report.page import write_forensics
+
         write_forensics(forensics_page(results), html)
         say(f"wrote {html}")
     if as_json:

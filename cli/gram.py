@@ -12,6 +12,7 @@ import click
 from gradstore.arithmetic.names import ARITHMETICS
 from gradstore.kernels.definitions import EXACT, PROJECTED
 
+from .loading import load, load_project
 from .options import PATH, as_json, assignments_option, choice_option, memory_option
 from .output import print_json, print_pairs, say
 from .progress import CountBar
@@ -63,7 +64,7 @@ def gram(
     ):
         if source.suffix == ".py":
             a, b = _two(sides, "splits", least=1)
-            project = gs.load_project(source, options)
+            project = load_project(source, options)
             made = gs.exact_gram(
                 project,
                 str(a),
@@ -80,6 +81,7 @@ def gram(
         else:
             (b,) = _two(sides, "stores", least=0)[:1]
             left, right = gs.open(source), gs.open(b) if b is not None else None
+            load("gram")
             made = gs.gram(
                 left,
                 right,

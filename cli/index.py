@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .loading import load
 from .options import PATH, as_json, kernel_option, memory_option
 from .output import print_json, print_pairs
 from .progress import CountBar
@@ -41,10 +42,10 @@ def index(
     """
     import gradstore as gs
 
+    store = gs.open(train)
+    load("Session")
     with CountBar("sketch", "rows") as bar:
-        session = gs.Session(
-            gs.open(train), kernel, size=size, faiss=faiss, on=on, rebuild=rebuild, memory=memory, progress=bar
-        )
+        session = gs.Session(store, kernel, size=size, faiss=faiss, on=on, rebuild=rebuild, memory=memory, progress=bar)
     card = session.card()
     if recall:
         card["recall@10"] = f"{session.recall():.4f}, measured on rows that the index was not fitted to"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .loading import load
 from .options import PATH, as_json
 from .output import print_json, print_pairs
 
@@ -26,6 +27,7 @@ def info(store: Path | None, system: bool, as_json: bool) -> None:
     if store is not None:
         card = gs.open(store).card()
     else:
+        load("Projection")
         from gradstore.featurization.environment import system_card
 
         card = system_card()

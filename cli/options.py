@@ -15,7 +15,7 @@ import click
 
 from gradstore.arithmetic.names import Choice
 from gradstore.errors import shown
-from gradstore.kernels.definitions import PROJECTED
+from gradstore.kernels.definitions import PROJECTED, projected_kernel
 from gradstore.machine.byte_counts import AUTO, PROMISED, format_bytes, parse_bytes
 from gradstore.projection.kinds import BY_DEVICE, DEFAULT, KINDS
 from gradstore.store.files.lock import LOCKS
@@ -23,6 +23,7 @@ from gradstore.store.files.lock import LOCKS
 from .output import say
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", str, tuple[str, ...])
 # Options that are settings of a store, see `gradstore.featurization.settings`.
 _SETTINGS = ("precision", "dtype", "layout", "class_draws", "seed", "projection", "proj_dim")
 
@@ -217,7 +218,15 @@ def choice_option(name: str, choices: Sequence[Choice], what: str) -> Callable[[
 def kernel_option(function: F) -> F:
     """`--kernel`, of those on stored features; the first by default."""
     default = next(iter(PROJECTED))
-    return click.option("--kernel", default=default, show_default=True, help=kernel_help())(function)
+    option = click.option("--kernel", default=default, callback=known_kernels, show_default=True, help=kernel_help())
+    return option(function)
+
+
+def known_kernels(context: click.Context, parameter: click.Parameter, value: T) -> T:
+    """One kernel on stored features or several; a name that is none is refused at once."""
+    for name in (value,) if isinstance(value, str) else value:
+        projected_kernel(name)
+    return value
 
 
 def kernel_help() -> str:

@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gradstore.errors import GradstoreError, aligned
 
@@ -96,6 +92,9 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 
 def print_hanging(start: str, text: str) -> None:
     """A line on stdout; where it does not fit the terminal, `text` goes on below its own beginning."""
+    from rich.console import Console
+    from rich.text import Text
+
     room = max(_columns(sys.stdout) - cell_len(start), _ROOM)
     console = Console(width=_UNBOUNDED)
     lines = [line for part in Text(printable(text)).split("\n") for line in part.wrap(console, room)]
@@ -111,6 +110,11 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: S
         rows: a text a column; line breaks are kept.
         right: columns of numbers.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = _widths([headings, *cells], _columns(sys.stdout))
     if widths is None:
@@ -135,6 +139,11 @@ def printable(text: str) -> str:
 def on_one_line(text: str) -> str:
     """The text as part of a sentence: printable, and with no line break, after which a label could forge a line."""
     return printable(" ".join(text.split("\n")))
+
+
+def is_drawable() -> bool:
+    """Whether stderr is a terminal that can move its cursor, whatever FORCE_COLOR says of a pipe."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def _columns(stream: TextIO) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -15,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gradstore.machine.byte_counts import format_bytes
 
-from .output import on_one_line, say
+from .output import is_drawable, on_one_line, say
 from .stopping import stop_if_asked
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ class CountBar:
         self._tenth = -1
         self._began = (0.0, 0)  # when counting began, and what had been done by then
         self.used = False
-        self._console = _Console(stderr=True, force_terminal=_is_drawable())
+        self._console = _Console(stderr=True, force_terminal=is_drawable())
         self._column = BarColumn()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -129,11 +127,6 @@ class _Console(Console):
     def show_cursor(self, show: bool = True) -> bool:
         """Leave it as it is."""
         return False
-
-
-def _is_drawable() -> bool:
-    """Whether stderr is a terminal that can move its cursor, whatever FORCE_COLOR says of a pipe."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def _time(seconds: float, done: int, left: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .loading import load, load_project
 from .options import PATH, as_json, kernel_option, memory_option, project_options
 from .output import print_json, print_pairs, say
 from .writing import Writing, output_option
@@ -49,10 +50,12 @@ def residual(
     """
     import gradstore as gs
 
-    other = None if queries is None else gs.open(queries)
+    other, store = None if queries is None else gs.open(queries), gs.open(train)
+    project = load_project(project_file, options)
+    load("residual")
     found = gs.residual(
-        gs.load_project(project_file, options),
-        gs.open(train),
+        project,
+        store,
         other,
         kernel,
         pairs=pairs,

@@ -9,6 +9,7 @@ import click
 
 from gradstore.arithmetic.names import ENGINES
 
+from .loading import load, load_project
 from .options import PATH, as_json, assignments_option, choice_option, kernel_option, memory_option, parse_rows
 from .output import on_one_line, print_json, print_table, say
 from .writing import Writing, output_option
@@ -84,6 +85,7 @@ def topk(
         asked, rows = _featurize(store, queries, options, split, rows, device), None
     else:
         asked = gs.open(queries)
+    load("topk")
     result = gs.topk(
         store,
         asked,
@@ -120,7 +122,7 @@ def _featurize(
 ) -> Rows:
     import gradstore as gs
 
-    project = gs.load_project(file, options)
+    project = load_project(file, options)
     return gs.featurize_queries(project, train, split=split, rows=rows, device=device)
 
 

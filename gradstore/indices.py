@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
-import torch
 
 from gradstore.errors import GradstoreError, UsageError, shown
+from gradstore.tensors import is_tensor
 
-RowChoice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = object  # named for type checkers alone: to import torch takes longer than most commands
+
+RowChoice = int | slice | range | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
 """Some of n rows."""
 
 
@@ -89,7 +94,7 @@ def chosen_row(row: SupportsIndex, n: int, *, where: str, what: str = "row") -> 
     Raises:
         UsageError: it is no integer from 0 to n - 1.
     """
-    boolean = isinstance(row, bool) or getattr(row, "dtype", None) == torch.bool
+    boolean = isinstance(row, bool) or str(getattr(row, "dtype", "")) == "torch.bool"
     try:
         index = -1 if boolean else operator.index(row)
     except TypeError:
@@ -121,7 +126,7 @@ def row_mask(
     return mask
 
 
-def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: object) -> np.ndarray:
+def class_indices(labels: Sequence[int] | np.ndarray | Tensor, *, where: object) -> np.ndarray:
     """Read labels; whether there are such classes is for others to say.
 
     Returns:
@@ -131,7 +136,7 @@ def class_indices(labels: Sequence[int] | np.ndarray | torch.Tensor, *, where: o
         UsageError: they are no whole numbers; names the first that is none.
     """
     try:
-        array = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+        array = np.asarray(labels.detach().cpu() if is_tensor(labels) else labels)
         if array.dtype == object:
             array = np.array(array.tolist())
     except (TypeError, ValueError, RuntimeError):
@@ -162,7 +167,7 @@ def _as_array(rows: Any, n: int) -> np.ndarray | None:
     if isinstance(rows, (list, tuple)) and len({isinstance(row, (bool, np.bool_)) for row in rows}) == 2:
         return None  # NumPy would make integers of the booleans
     try:
-        array = np.asarray(rows.cpu() if isinstance(rows, torch.Tensor) else rows)
+        array = np.asarray(rows.cpu() if is_tensor(rows) else rows)
     except (TypeError, ValueError, RuntimeError):
         return None
     if array.dtype.kind not in "biuf" or isinstance(rows, np.ma.MaskedArray):

@@ -17,6 +17,7 @@ import gradstore_cli.commands
 import warm_featurize
 
 assert warm_featurize
+assert all(gradstore_cli.commands.gradstore.commands.values())  # each is imported when it is asked for
 for module in ("demo", "explain.linearisation", "kernels.exact", "kernels.residual", "projection.diagnosis"):
     import_module(f"gradstore.{module}")
 

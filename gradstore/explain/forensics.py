@@ -13,7 +13,6 @@ import numpy as np
 from gradstore.errors import UsageError
 from gradstore.indices import RowChoice, row_mask
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
-from gradstore.report.page import write_forensics
 from gradstore.report.shown_rows import provenance, shown_example
 from gradstore.report.views import Confusion, Culprit, ForensicsPage, Interval, Verdict, VoteCount
 from gradstore.search.topk import TopK, topk
@@ -121,6 +120,8 @@ class Forensics:
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Write one HTML page that opens offline."""
+        from gradstore.report.page import write_forensics
+
         return write_forensics(forensics_page([self]), path)
 
 

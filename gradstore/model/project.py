@@ -24,6 +24,7 @@ from gradstore.model.examples import Examples, Inputs
 from gradstore.model.image_and_text import Show
 from gradstore.model.model_state import unchanged
 from gradstore.model.own_modules import OwnModules
+from gradstore.model.project_file import project_file
 from gradstore.model.weights import load_weights
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -236,11 +237,7 @@ def load_project(path: str | Path, options: Mapping[str, Any] | None = None, fun
         >>> list(project.splits)
         ['train', 'test']
     """
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise ProjectError(
-            "the project file does not exist", where=path, hint="`gradstore init` writes one to start from"
-        )
+    file = project_file(path)
     with OwnModules(file.parent).visible() as own, _in_folder(file.parent):
         make = getattr(_run(file, own), function, None)
         if not callable(make):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gradstore.errors import UsageError
 from gradstore.indices import RowChoice
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.machine.byte_counts import format_bytes, parse_bytes
 from gradstore.search.class_weights import Classes
 from gradstore.search.error_bars import with_error_bars
-from gradstore.search.index.approximate import ApproximateSearch
-from gradstore.search.index.certified import CertifiedSearch
 from gradstore.search.request import Request
 from gradstore.search.scan import ExactSearch
-from gradstore.search.session import Session
 from gradstore.search.topk_result import RESULT_BYTES, Search, TopK
 from gradstore.store.rows import Rows
+
+if TYPE_CHECKING:
+    from gradstore.search.index.approximate import ApproximateSearch
+    from gradstore.search.index.certified import CertifiedSearch
 
 __all__ = ["Search", "TopK", "topk"]
 
@@ -92,4 +95,6 @@ def _searcher(
         raise UsageError("too little memory", where="--memory", expected=expected, got=memory, hint=hint)
     if weighted:
         raise UsageError("an index serves no class weights", where="--mode", expected="exact", got=mode)
+    from gradstore.search.session import Session  # a search of all rows needs no index
+
     return Session(request.train.require_stored("an index"), request.kernel.name, memory=left).searcher(mode)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from gradstore.report.csv_table import write_csv
-from gradstore.report.page import write_topk
 from gradstore.report.shown_rows import class_name, predicted_class, provenance, shown_example
 from gradstore.report.views import Explanation, Neighbour, TopKPage
 from gradstore.search.request import Request
@@ -179,6 +178,8 @@ class TopK:
 
     def save_html(self, path: str | os.PathLike[str], limit: int = SHOWN) -> Path:
         """Write the first `limit` queries, and of each as many neighbours at most, as a page that opens offline."""
+        from gradstore.report.page import write_topk
+
         return write_topk(self.page(limit), path)
 
     def save_csv(self, path: str | os.PathLike[str]) -> Path:

@@ -7,6 +7,7 @@ function, and one line in `FORMATS`.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ import numpy as np
 
 from gradstore.errors import UsageError
 from gradstore.machine.byte_counts import parse_bytes
+from gradstore.store.files.decoding import decoder
 from gradstore.store.files.disk import Disk
-from gradstore.store.files.encoding import decode
 from gradstore.store.files.output import write_output
 from gradstore.store.files.target import target_of
 from gradstore.store.files.tensor_header import tensor_header
@@ -56,8 +57,9 @@ def export(store: Rows, path: str | os.PathLike[str], *, memory: int | str = "25
 
 def _pieces(store: Rows, header: bytes, small: Mapping[str, np.ndarray], rows: int) -> Iterator[bytes | memoryview]:
     yield header
+    decode = decoder(math.prod(store.shape))
     for _, block in store.blocks(rows):
-        yield raw(decode(block["features"], block["scale"]).numpy())
+        yield raw(decode(block["features"], block["scale"]))
     for array in small.values():
         yield raw(array)
 

@@ -1,4 +1,4 @@
-"""`Features`: what a store holds as an array [n, c, K] that is read when it is indexed; and as a torch Dataset.
+"""`Features`: what a store holds as an array [n, c, K] that is read when it is indexed.
 
 NumPy itself decides what an index means: it is tried on an array of the same shape that takes no memory, then applied
 to the rows that it touches.
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
-from gradstore.store.files.encoding import decode
+from gradstore.store.files.decoding import decoder
+from gradstore.tensors import is_tensor
 
 if TYPE_CHECKING:
     from gradstore.store.rows import Rows
@@ -142,7 +141,7 @@ class Features:
         one = _blank((1, *self.shape[1:]))[path]
         out = np.empty((len(rows), *one.shape[1:]), self.dtype if dtype is None else dtype)
         step = max(1, _PIECE_BYTES // (schema.row_bytes + 4 * schema.c * schema.K))
-        room = schema.empty(min(step, len(rows)))
+        room, decode = schema.empty(min(step, len(rows))), decoder(len(rows) * schema.c * schema.K)
         for at in range(0, len(rows), step):
             piece = rows[at : at + step]
             first, stop = int(piece[0]), int(piece[-1]) + 1
@@ -150,26 +149,8 @@ class Features:
                 columns = self._store.read(first, stop, out=room)
             else:
                 columns = self._store.gather(piece, room)
-            out[at : at + len(piece)] = decode(columns["features"], columns["scale"]).numpy()[path]
+            out[at : at + len(piece)] = decode(columns["features"], columns["scale"])[path]
         return out
-
-
-class FeatureDataset(Dataset):
-    """Rows that are there as (features float32 [c, K], label); picklable, so DataLoader workers may share it."""
-
-    def __init__(self, store: Rows) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        """Rows that are there."""
-        return len(self.store.present_at)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        """The i-th of them, its digest checked."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        row = int(self.store.present_at[i])
-        return torch.from_numpy(self.store.features[row]), int(self.store.labels[row])
 
 
 def _blank(shape: tuple[int, ...]) -> np.ndarray:
@@ -181,7 +162,7 @@ def _plain(part: Any) -> Any:
     """Lists, ranges and tensors as arrays, and integers of every kind as one."""
     if part is None or part is Ellipsis or isinstance(part, (slice, bool)):
         return part
-    if isinstance(part, torch.Tensor):
+    if is_tensor(part):
         part = part.detach().cpu().numpy()
     if isinstance(part, (list, tuple, range)):
         part = np.asarray(part)

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from gradstore.errors import NonFiniteError, UsageError
+from gradstore.errors import UsageError
 from gradstore.indices import class_indices
 from gradstore.store.array_file import ArrayFile, open_array, open_raw_array
 from gradstore.store.background_writer import in_background
 from gradstore.store.feature_store import FeatureStore
 from gradstore.store.files.disk import Disk
-from gradstore.store.files.encoding import encode
 from gradstore.store.files.manifest import Manifest
 from gradstore.store.identity import fingerprint_of
 from gradstore.store.schema import DTYPES, MEANING, Schema, raw
 from gradstore.store.store_writer import open_writer
+from gradstore.tensors import is_tensor
 
 _SHARD_BYTES = 64 << 20
 _GROUP = 16
@@ -105,6 +104,8 @@ def import_features(
     schema = Schema(c, K, width, dtype)
     manifest = _manifest(schema, provenance, features, truth, split, classes)
     step = _whole_groups(_TOGETHER, schema)
+    from gradstore.store.imported_columns import imported_columns  # and torch, for which no refusal above waits
+
     with open_writer(Path(out), manifest, disk, lock=lock) as writer:
         writer.require_space()
         with in_background(writer) as background:
@@ -112,7 +113,8 @@ def import_features(
                 rows = manifest.rows_of(index)
                 for start in range(rows.start, rows.stop, step):
                     span = slice(start, min(start + step, rows.stop))
-                    background.write(partial(_columns, features, span, truth, outputs, dtype))
+                    made = partial(imported_columns, features.rows, span, truth, outputs, dtype, features.file.path)
+                    background.write(made)
     return FeatureStore(out)
 
 
@@ -142,7 +144,7 @@ def _opened(source: Path, shape: Sequence[int] | None, dtype: str) -> _Features:
 def _logits(logits: Any, where: object) -> np.ndarray:
     """The network's outputs, float32 [n, classes]: in each row finite, or all NaN, which is unknown."""
     try:
-        array = np.asarray(logits.detach().cpu() if isinstance(logits, torch.Tensor) else logits)
+        array = np.asarray(logits.detach().cpu() if is_tensor(logits) else logits)
     except (TypeError, ValueError, RuntimeError):
         array = np.array(None)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or 0 in array.shape or np.ma.isMaskedArray(logits):
@@ -216,31 +218,3 @@ def _manifest(
 def _whole_groups(size: int, schema: Schema) -> int:
     """Rows of as many groups as `size` bytes hold, or of one."""
     return max(1, size // schema.row_bytes // _GROUP) * _GROUP
-
-
-def _columns(
-    features: _Features, span: slice, labels: np.ndarray, logits: np.ndarray, dtype: str
-) -> dict[str, np.ndarray]:
-    with np.errstate(over="ignore"):  # what becomes infinite is refused below
-        values = torch.from_numpy(features.rows(span.start, span.stop).astype(np.float32))
-    peak = values.abs().amax(dim=-1)
-    bad = torch.nonzero(~(torch.isfinite(peak) & (peak > 0)))
-    if len(bad):
-        i, c = bad[0].tolist()
-        raise NonFiniteError(
-            f"the features of row {span.start + i}, class {c} are zero or not finite",
-            where=features.file.path,
-            expected="finite values, not all zero",
-            hint="The tool that wrote them failed at this row, or did not finish",
-        )
-    encoded = encode(values, dtype)
-    rows, c = values.shape[:2]
-    return {
-        "features": encoded.features,
-        "scale": encoded.scale,
-        "sq_norm": np.full((rows, c), np.nan),
-        "logits": logits[span],
-        "label": labels[span],
-        "row": np.arange(span.start, span.stop, dtype=np.int64),
-        "norm": encoded.norm,
-    }

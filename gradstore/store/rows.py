@@ -294,7 +294,7 @@ class Rows(ABC):
 
     def dataset(self) -> torch.utils.data.Dataset:
         """A torch Dataset of (features float32 [c, K], label) of the rows that are there."""
-        from gradstore.store.features import FeatureDataset
+        from gradstore.store.feature_dataset import FeatureDataset
 
         return FeatureDataset(self)
 

@@ -22,8 +22,8 @@ from gradstore.featurization import plan
 from gradstore.featurization.settings import Settings
 from gradstore.search.index.store_index import open_index
 from gradstore.store.export import export
+from gradstore.store.feature_dataset import FeatureDataset
 from gradstore.store.feature_store import FeatureStore
-from gradstore.store.features import FeatureDataset
 from gradstore.store.import_features import Provenance, import_features
 from gradstore.store.present_rows import PresentRows, PresentStore
 from gradstore.store.schema import EXCLUDED, NOT_FINITE, REMOVED, ZERO

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.errors import CorruptError, UsageError
+from gradstore.errors import CorruptError
 from gradstore.explain.surrogate.binding import KINDS, Binding
 from gradstore.explain.surrogate.fit_settings import BACKENDS
+from gradstore.explain.surrogate.saved_file import require_surrogate
 from gradstore.kernels.definitions import PROJECTED
-from gradstore.store.files.disk import MissingFileError
 from gradstore.store.files.output import write_output
 from gradstore.store.files.tensor_file import TensorFile, plain_json, read_tensors, under_digest
 from gradstore.store.files.tensor_header import tensor_pieces
@@ -61,10 +61,9 @@ def save_fitted(model: Any, path: Path) -> Path:
 
 def load_fitted(cls: type, path: Path) -> Any:
     """Read a `KernelGLM` back; see `KernelGLM.load`."""
+    require_surrogate(path)
     try:
         found = read_tensors(path.absolute(), "gradstore", _MOST_BYTES)
-    except MissingFileError as error:
-        raise UsageError("there is no surrogate", where=path, hint="`gradstore fit` writes one") from error
     except (ValueError, MemoryError) as error:
         raise _damaged(path, error) from error
     try:

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
 from gradstore.store.files.uninterrupted import uninterrupted
 from gradstore.store.schema import FORMAT, Column, Schema
+
+if TYPE_CHECKING:
+    import h5py
 
 PAGE = 4096
 
@@ -60,6 +63,8 @@ def shard_layout(schema: Schema, rows: int, fingerprint: str, split: str) -> Sha
 
 def file_layout(columns: Sequence[Column], rows: int, attributes: Mapping[str, str | int]) -> ShardLayout:
     """The same for any datasets that share their first axis."""
+    import h5py  # when a header is composed: what only opens stores need not wait for it
+
     image = _SparseImage()
     offsets = {}
     options = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": PAGE}
@@ -89,6 +94,8 @@ def gaps(columns: Sequence[Column], rows: int, offsets: Mapping[str, int], size:
 
 def _create_contiguous(file: h5py.File, column: Column, rows: int) -> h5py.Dataset:
     """A dataset whose place is fixed now and whose bytes HDF5 never touches."""
+    import h5py
+
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_layout(h5py.h5d.CONTIGUOUS)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
