@@ -4,8 +4,10 @@
 // What threads of a warp do between two waits they do one after another, which no card promises: kernels must not count on it.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -29,32 +31,48 @@ struct Index {
 enum State { READY, AT_WARP, AT_BLOCK, DONE };
 
 struct Thread {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(64 << 10);
+    jmp_buf waits;
+    bool began = false;
     State state = READY;
     unsigned shuffles = 0;
 };
 
 constexpr int WARP = 32;
+constexpr size_t STACK = 64 << 10;
+inline std::vector<char> stacks;  // of all threads, kept for the next block
 
 struct Block {
     std::vector<Thread> threads;
     std::vector<double> given[2];  // what lanes hand to one another; a lane may be one shuffle ahead of others
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     unsigned current = 0, turn = 1;
 
     // Another order at every call: forwards or backwards, from anywhere.
-    std::function<int(int)> some_order(int count) {
+    auto some_order(int count) {
         turn = turn * 1664525u + 1013904223u;
         const int first = (turn >> 8) % count, step = turn >> 31 ? 1 : count - 1;
         return [=](int i) { return (first + i * step) % count; };
     }
 
+    // Of the thread that runs: lets the scheduler go on, until it is this one's turn again.
     void wait(State state) {
         Thread& thread = threads[current];
         thread.state = state;
-        swapcontext(&thread.context, &scheduler);
+        if (!_setjmp(thread.waits)) _longjmp(scheduler, 1);
     }
+
+    // Of the scheduler: lets a thread go on until it waits or ends. Jumps ask nothing of the system, as swapcontext would.
+    void go_on(int number) {
+        current = number;
+        Thread& thread = threads[number];
+        thread.state = READY;
+        if (_setjmp(scheduler)) return;
+        if (thread.began) _longjmp(thread.waits, 1);
+        thread.began = true;
+        begin(thread);
+    }
+
+    static void begin(Thread& thread);
 
     bool all(int first, int count, State state) const {
         for (int i = first; i < first + count; ++i) {
@@ -68,9 +86,7 @@ struct Block {
         do {
             const auto order = some_order(WARP);
             for (int i = 0; i < WARP; ++i) {
-                current = first + order(i);
-                if (threads[current].state == AT_WARP) threads[current].state = READY;
-                if (threads[current].state == READY) swapcontext(&scheduler, &threads[current].context);
+                if (threads[first + order(i)].state < AT_BLOCK) go_on(first + order(i));
             }
         } while (all(first, WARP, AT_WARP));
         if (!all(first, WARP, AT_BLOCK) && !all(first, WARP, DONE)) stop("the lanes of a warp wait for different things");
@@ -104,7 +120,17 @@ struct ThreadIndex {
 
 inline void begin_thread() {
     kernel();
-    block->threads[block->current].state = DONE;  // and then `uc_link`: the scheduler
+    block->wait(DONE);
+}
+
+inline void Block::begin(Thread& thread) {
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.data() + STACK * (&thread - block->threads.data());
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, begin_thread, 0);
+    setcontext(&context);
 }
 
 // Runs a kernel for a grid of thread blocks, one after another, the last one first.
@@ -112,18 +138,13 @@ inline void launch(unsigned columns, unsigned rows, int threads, const std::func
     Block own;
     own.threads.resize(threads);
     for (auto& given : own.given) given.resize(threads);
+    stacks.resize(std::max(stacks.size(), STACK * threads));
     block = &own;
     kernel = work;
     for (unsigned i = columns * rows; i-- > 0;) {
         block_index = {i % columns, i / columns};
         std::memset(shared, 0x5A, bytes);
-        for (auto& thread : own.threads) {
-            getcontext(&thread.context);
-            thread.context.uc_stack.ss_sp = thread.stack.data();
-            thread.context.uc_stack.ss_size = thread.stack.size();
-            thread.context.uc_link = &own.scheduler;
-            makecontext(&thread.context, begin_thread, 0);
-        }
+        for (auto& thread : own.threads) thread.began = false;
         own.run();
     }
 }

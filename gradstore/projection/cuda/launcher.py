@@ -92,7 +92,10 @@ class Launcher:
 
 
 def check(result: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-    """The values of a driver call.
+    """Look at what a driver call returned.
+
+    Returns:
+        Its values.
 
     Raises:
         RuntimeError: it failed; says what.

@@ -13,11 +13,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def operands(out: Tensor, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Within: the output and the gradients, or copies; what is added to a copy of the output is in it afterwards.
+    """Within: an output and gradients that kernels can take.
 
     Args:
         out: float32 [rows, K'].
         block: any float dtype [rows, p]; other than float32, float16 and bfloat16 it is copied to float32.
+
+    Yields:
+        `out` and `block`, or copies; what was added to a copy of the output is in the output afterwards.
     """
     source = block if block.dtype in _DTYPES else block.to(torch.float32)
     target = out if out.stride(1) == 1 else out.contiguous()

@@ -1,4 +1,4 @@
-"""Arithmetic of the product by sums with a sparse P: its variants, and which pieces of the parameter axis a launch takes.
+"""Arithmetic of the product by sums with a sparse P: its variants, and the launches that cover the parameter axis.
 
 Plain functions of integers, so that they are tested where there is no GPU. The parameter axis is cut at multiples of
 `CUT` counted from parameter 0, where sums go to the output, and in between at multiples of a stretch; so the bits of a
@@ -75,9 +75,12 @@ class SumsLaunch:
 
 
 def tile_rows(shared_bytes: int) -> int:
-    """Rows of gradients in a tile, where a thread block may have so much shared memory.
+    """Choose the tile by the shared memory that a thread block may have.
 
-    Of the cards since Ampere some give 163 KiB or more (compute capability 8.0, 8.7, 9.0, 10), the others 99 KiB.
+    Of the cards since Ampere some give it 163 KiB or more (compute capability 8.0, 8.7, 9.0, 10), the others 99 KiB.
+
+    Returns:
+        Rows of gradients in a tile.
     """
     return _MOST_ROWS if shared_bytes >= SumsVariant("fast", _MOST_ROWS).shared_bytes else _FEWER_ROWS
 
