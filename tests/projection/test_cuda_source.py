@@ -70,7 +70,8 @@ def library(folder: Path, variant: Compiled) -> ctypes.CDLL:
     path = folder / f"{name}.so"
     defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags.append("-U_FORTIFY_SOURCE")  # which takes jumps from one stack to another for a fault
+    # Jumps from one stack to another are no fault; shared memory holds values of several types.
+    flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
     if not path.exists():  # of a process before this one
         new = path.with_suffix(".new")
         source = str(HERE / EMULATIONS[variant.main])

@@ -183,13 +183,12 @@ def test_a_row_that_is_not_finite_becomes_nan_and_no_other_does(folder, precisio
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bits_do_not_depend_on_neighbours_memory_tiles_or_the_rows_of_p_asked_for(folder, precision):
     start, block = CUT - 1500, gradients(35, CUT + 3000)  # three cuts
-    whole = emulate(folder, block, start, 20, precision=precision)
+    whole = emulate(folder, block, start, 1050, precision=precision)  # so many that some are rounded on the way
     parts = [emulate(folder, part, start, 20, precision=precision) for part in block.split([1, 32, 2])]
-    assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(emulate(folder, block[-3:], start, 20, precision=precision, workspace=1), whole[-3:])
-    assert torch.equal(emulate(folder, block, start, 20, precision=precision, rows=16), whole)
-    assert torch.equal(emulate(folder, block[:2], start, 13, first_k=7, precision=precision), whole[:2, 7:])
-    assert torch.equal(emulate(folder, block[:2], start, 1050, precision=precision)[:, :20], whole[:2])
+    assert torch.equal(torch.cat(parts), whole[:, :20])
+    assert torch.equal(emulate(folder, block[-3:], start, 1050, precision=precision, workspace=1), whole[-3:])
+    assert torch.equal(emulate(folder, block, start, 1050, precision=precision, rows=16), whole)
+    assert torch.equal(emulate(folder, block[:2], start, 1030, first_k=20, precision=precision), whole[:2, 20:])
 
 
 @needs_compiler
