@@ -120,7 +120,7 @@ def _narrow_problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem
     yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
     yield Problem("integers", 1, 1, 1, 0, 0)
     # Scales that differ from row to row and span to span, in several tiles.
-    yield Problem("uneven", most + 1, 20000, 129, 4096 * 7 + 5, 3)
+    yield Problem("uneven", most + 1, 9000, 129, 4096 * 7 + 5, 3)
     # Carries of the generator's counter; many launches, whose memory is used again and again.
     yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0, torch.bfloat16)
     yield Problem("integers", most + 1, 60000, 70, 8192 - 128, 1, torch.float16, 1 << 20)
