@@ -104,15 +104,18 @@ def prebuild(folder: Path) -> None:
     os.environ["GRADSTORE_CACHE"] = str(folder)
     from gradstore.projection.cuda import PRECISIONS, cuda_source, row_tiles
     from gradstore.projection.cuda.geometry import Variant
-    from gradstore.projection.kinds import KINDS
+    from gradstore.projection.cuda.sparse_geometry import SumsVariant
+    from gradstore.projection.kinds import KINDS, kind_of
 
     variants = [
         Variant(kind, precision, rows, hopper)
         for kind in KINDS
+        if kind_of(kind).fused is not None
         for precision in PRECISIONS
         for rows in row_tiles(kind, precision)
         for hopper in (True, False)
     ]
+    variants += [SumsVariant(precision, 32) for precision in PRECISIONS]
     for variant in variants:
         cuda_source.cubin(variant, "sm_90a")
     print(f"{len(variants)} variants by NVRTC {cuda_source.nvrtc_version()} in {folder}")

@@ -16,12 +16,13 @@ from cuda_timing import ROOT, Recorder
 
 from gradstore.projection import cuda, trust
 from gradstore.projection.device_paths import PATHS
+from gradstore.projection.kinds import KINDS
 
 
 def tests(record: Recorder) -> None:
     """The GPU tests, path by path, a minute a test, after the checks that the first of each kind would wait for."""
     for path in PATHS:
-        for kind in ("rademacher", "gaussian"):
+        for kind in KINDS:
             if path.suits(0, kind) and not path.missing(0):
                 for precision in cuda.PRECISIONS:
                     found = trust.verdict(path, 0, kind, precision)
@@ -63,6 +64,11 @@ def sanitizer(record: Recorder) -> None:
         "            cuda.accumulate(device, Entries(kind, 1, 0), out, block, 128, 0, precision)\n"
         "            torch.cuda.synchronize()\n"
         "            print('done', hopper, kind, precision, round(time.time() - began, 1), 's', flush=True)\n"
+        "for precision in ('fast', 'exact'):\n"
+        "    out, block = torch.zeros(33, 1300, device='cuda'), torch.ones(33, COLUMNS, device='cuda')\n"
+        "    cuda.accumulate_sums(cuda.sums_device(0), Entries('sjlt', 1, 0), out, block, 128, 0, precision)\n"
+        "    torch.cuda.synchronize()\n"
+        "    print('done sums', precision, flush=True)\n"
     )
     failed = 0
     for check, columns in (("memcheck", 20000), ("racecheck", 8192 + 256), ("synccheck", 20000)):

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 from cuda_timing import SEED, K, P, Recorder, fastest, finish, product_of, random_block, timed
-from sjlt import SjltProduct, by_definition
 
 from gradstore.projection import cuda, self_check
+from gradstore.projection.cuda.sparse_product import SumsTarget
+from gradstore.projection.entries import Entries
 
 
 def pieces(record: Recorder) -> None:
@@ -40,45 +41,65 @@ def piece(record: Recorder, rows: int, outputs: int, width: int, positions: int)
 
 def sjlt(record: Recorder) -> None:
     """The sparse projection: right or not, and how fast beside the dense product."""
-    product, wrong = SjltProduct(cuda.device(0, hopper=cuda.is_hopper(0)).architecture), 0
-    for rows, columns, count, start, whole in (
-        (31, 5000, 3072, 2**40 + 100, True), (1, 1, 1024, 0, True), (33, 20000, 10240, 4095, True),
-        (70, 9001, 5120, (2**32 - 7) * 128, True), (640, 100_000, 10240, 128, False), (5, 50_000, 1024, 77, False),
-    ):  # fmt: skip
-        block = torch.randint(-8, 9, (rows, columns), device="cuda").float()
-        if not whole:
-            block = torch.randn(rows, columns, device="cuda") * torch.randn(rows, columns, device="cuda").mul(2).exp()
-        out = torch.full((rows, count), 2.0, device="cuda")
-        product.accumulate(2**63 + 5, 3, out, block, start, workspace=8 << 20 if rows == 70 else 80 << 20)
-        finish("a sparse product")
-        want = 2 + by_definition(2**63 + 5, 3, block, start, count)
-        error = float((out - want).norm() / want.norm())
-        right = torch.equal(out.double(), want) if whole else error < self_check.TOLERANCE["exact"]
-        again = torch.full((rows, count), 2.0, device="cuda")
-        product.accumulate(2**63 + 5, 3, again, block, start, workspace=1 << 20)
-        right = right and torch.equal(again, out)
-        print(f"{'ok   ' if right else 'WRONG'} {rows} x {columns} to {count} from {start}: {error:.2e}", flush=True)
-        wrong += not right
+    wrong = 0
+    for precision in cuda.PRECISIONS:
+        for problem in self_check.problems(cuda.SUMS_ROW_TILES, crowd=True, sparse=True):
+            wrong += not right(precision, problem)
     record("sparse: wrong products", wrong, "")
     for rows in (640, 160, 32):
-        against_dense(record, product, rows, P // 4)
+        against_dense(record, rows, P // 4)
 
 
-def against_dense(record: Recorder, product: SjltProduct, rows: int, columns: int) -> None:
+def right(precision: str, problem: self_check.Problem) -> bool:
+    """Whether a product is that of the definition, and has the same bits in other launches."""
+    entries, block = Entries("sjlt", 2**63 + 5, 3), problem.block().cuda()
+
+    def product(workspace: int) -> torch.Tensor:
+        out = torch.full((problem.rows, problem.count), 2.0, device="cuda")
+        device = cuda.sums_device(0)
+        cuda.accumulate_sums(
+            device, entries, out, block, problem.start, problem.first_k, precision, workspace=workspace
+        )
+        finish(f"{precision} {problem}")
+        return out
+
+    k = problem.first_k + torch.arange(problem.count, device="cuda")
+    want, got = 2 + self_check.expected(entries, block, problem.start, k), product(160 << 20)
+    error = float((got - want).norm() / want.norm())
+    exact = problem.gradients != "uneven"
+    fine = torch.equal(got.double(), want) if exact else error < self_check.TOLERANCE[precision]
+    fine = fine and torch.equal(product(1 << 20), got)
+    print(f"{'ok   ' if fine else 'WRONG'} {precision} {error:.2e} {problem}", flush=True)
+    return fine
+
+
+def against_dense(record: Recorder, rows: int, columns: int) -> None:
     """Times of the sparse product beside the dense one."""
-    block, out = random_block(rows, columns), torch.zeros(rows, K, device="cuda")
+    block, out, device = random_block(rows, columns), torch.zeros(rows, K, device="cuda"), cuda.sums_device(0)
 
-    def sparse(**more: object) -> Callable[[], None]:
-        return lambda: product.accumulate(SEED, 0, out, block, 0, **more)
+    def sparse(precision: str, target: SumsTarget = device, **more: int) -> Callable[[], None]:
+        entries = Entries("sjlt", SEED, 0)
+        return lambda: cuda.accumulate_sums(target, entries, out, block, 0, 0, precision, **more)
 
     found = timed(
         {
             "dense": product_of(fastest(), "rademacher", "fast", block),
-            "sparse": sparse(),
-            "sparse without packing": sparse(packs=False),
-            **{f"sparse, {size} MB": sparse(workspace=size << 20) for size in (20, 40, 320)},
+            "sparse": sparse("fast"),
+            "sparse exact": sparse("exact"),
+            "sparse without packing": sparse("fast", Unpacked(device)),
+            **{f"sparse, {size} MB": sparse("fast", workspace=size << 20) for size in (80, 320)},
         },
         5,
     )
     for name, seconds in found.items():
         record(f"{name} product", 1e3 * seconds, "ms", rows, columns, f"{found['dense'] / seconds:.2f} x dense")
+
+
+class Unpacked:
+    """Multiplies what lies in the workspace, for timing."""
+
+    def __init__(self, device: SumsTarget) -> None:
+        self.tile_rows, self.multiply = device.tile_rows, device.multiply
+
+    def pack(self, *_: object) -> None:
+        """Nothing."""

@@ -20,6 +20,7 @@ from gradstore.projection.cuda import cuda_source
 from gradstore.projection.cuda.geometry import variant_for
 from gradstore.projection.device_paths import PATHS, Accumulate
 from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import KINDS
 
 SLAB = 32768
 PACKAGES = ("torch", "triton", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "h5py", "pytest")
@@ -34,7 +35,8 @@ def facts(record: Recorder) -> None:
             print(f"{name} is not installed")
     print(torch.cuda.get_device_properties(0))
     for path in PATHS:
-        why = path.missing(0) if path.suits(0, "rademacher") else "not for this device"
+        kinds = [kind for kind in KINDS if path.suits(0, kind)]
+        why = path.missing(0) if kinds else "not for this device"
         print(f"{path.name}: {why or 'can be had'}")
     carried = set(os.listdir(cuda_source.cache_folder())) if cuda_source.cache_folder().exists() else set()
     began = time.perf_counter()

@@ -18,6 +18,7 @@ import torch
 
 from gradstore.projection import cuda, self_check
 from gradstore.projection.cuda import cuda_source
+from gradstore.projection.kinds import kind_of
 
 TILE = 32
 # What is changed in the headers: file, what stands there, what is put in its place.
@@ -25,6 +26,9 @@ SOURCE_FAULTS = {
     "permuted": ("entries.cuh", "return 16 * element + chunk;", "return 16 * element + (chunk ^ (chunk == 5));"),
     "wrong-word": ("entries.cuh", "(u32)(b >> 32), k,", "(u32)(b >> 32), k + (b == 1),"),
     "does-not-compile": ("entries.cuh", "constexpr int GROUP", "constant int GROUP"),
+    "another-block": ("sums.cu", "FIRST_CALL + j / 4,", "FIRST_CALL + j / 4 + (p == 5),"),
+    "unsynchronised": ("sums.cu", "tile, stretch, j);\n            __syncthreads();", "tile, stretch, j);"),
+    "rows-of-another-scale": ("sums.cu", "(i64)stretch * job.row_tiles * ROWS + row", "(i64)stretch * ROWS + row"),
 }
 FAULTS = ("", *SOURCE_FAULTS, "hangs", "dies", "raises", "memory", "killed", "no-device", "no-start")
 
@@ -34,7 +38,7 @@ class EmulatedPath:
     """One path, for `trust.choose`.
 
     Attributes:
-        name: "wgmma", "mma" or "triton".
+        name: "wgmma", "mma", "sums" or "triton".
         fault: of `FAULTS`, or "" for none.
         absent: what is to be installed, or "".
     """
@@ -44,7 +48,9 @@ class EmulatedPath:
     absent: str = ""
 
     def suits(self, index: int, kind: str) -> bool:
-        return self.name != "triton" or kind == "rademacher"
+        if self.name == "sums":
+            return kind_of(kind).sparse is not None
+        return kind_of(kind).sparse is None and (self.name != "triton" or kind == "rademacher")
 
     def missing(self, index: int) -> str:
         return self.absent
@@ -77,12 +83,16 @@ class EmulatedPath:
             from gradstore.projection import by_triton
 
             by_triton.accumulate(*given, **more)
+            return
+        folder = Path(os.environ["EMULATED_FOLDER"]) / (self.fault if self.fault in SOURCE_FAULTS else "right")
+        if self.name == "sums":
+            from test_cuda_sums import SumsEmulation
+
+            cuda.accumulate_sums(SumsEmulation(folder), *given, **more)
         else:
             from test_cuda_source import Emulation
 
-            folder = Path(os.environ["EMULATED_FOLDER"]) / (self.fault if self.fault in SOURCE_FAULTS else "right")
-            device = Emulation(folder, self.name == "wgmma")
-            cuda.accumulate(device, *given, **more)
+            cuda.accumulate(Emulation(folder, self.name == "wgmma"), *given, **more)
 
 
 def spoiled_source(folder: Path, fault: str) -> Path:

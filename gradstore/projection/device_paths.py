@@ -2,6 +2,7 @@
 
 - "wgmma" and "mma" are two forms of the fused CUDA source (`cuda/`), for NVIDIA devices of compute capability 9.0 and
   of 8.0 on.
+- "sums" adds up integers in shared memory, for a sparse P, on NVIDIA devices of compute capability 8.0 on.
 - "triton" is a second implementation that shares nothing with them (`by_triton.py`), for signs.
 """
 
@@ -82,8 +83,7 @@ class Fused:
 
     def suits(self, index: int, kind: str) -> bool:
         """See `GpuPath`."""
-        nvidia = torch.version.hip is None and torch.cuda.get_device_capability(index) >= cuda.OLDEST
-        if kind_of(kind).fused is None or not nvidia:
+        if kind_of(kind).fused is None or not _compiles_cuda(index):
             return False
         return self.name == "mma" or cuda.is_hopper(index)
 
@@ -97,11 +97,11 @@ class Fused:
 
     def versions(self) -> dict[str, str]:
         """See `GpuPath`."""
-        return {"nvrtc": ".".join(map(str, cuda.nvrtc_version()))}
+        return _nvrtc()
 
     def sources(self) -> tuple[Path, ...]:
         """See `GpuPath`."""
-        return tuple(sorted(path for path in (_HERE / "cuda").rglob("*") if path.suffix in (".py", ".cu", ".cuh")))
+        return _cuda_sources()
 
     def gave_up(self, index: int) -> str:
         """See `GpuPath`."""
@@ -110,6 +110,41 @@ class Fused:
     def product(self, index: int) -> Accumulate:
         """See `GpuPath`."""
         return partial(cuda.accumulate, cuda.device(index, hopper=self.name == "wgmma"))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of integers in shared memory, by CUDA, for a sparse P."""
+
+    name: str = "sums"
+
+    def suits(self, index: int, kind: str) -> bool:
+        """See `GpuPath`."""
+        return kind_of(kind).sparse is not None and _compiles_cuda(index)
+
+    def missing(self, index: int) -> str:
+        """See `GpuPath`."""
+        return cuda.missing()
+
+    def rows(self, kind: str, precision: str) -> tuple[int, ...]:
+        """See `GpuPath`."""
+        return cuda.SUMS_ROW_TILES
+
+    def versions(self) -> dict[str, str]:
+        """See `GpuPath`."""
+        return _nvrtc()
+
+    def sources(self) -> tuple[Path, ...]:
+        """See `GpuPath`."""
+        return _cuda_sources()
+
+    def gave_up(self, index: int) -> str:
+        """See `GpuPath`; its thread blocks wait for nothing."""
+        return ""
+
+    def product(self, index: int) -> Accumulate:
+        """See `GpuPath`."""
+        return partial(cuda.accumulate_sums, cuda.sums_device(index))
 
 
 @dataclass(frozen=True)
@@ -154,6 +189,19 @@ class ByTriton:
         return by_triton.accumulate
 
 
+def _compiles_cuda(index: int) -> bool:
+    """Whether a device could run the CUDA sources."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= cuda.OLDEST
+
+
+def _nvrtc() -> dict[str, str]:
+    return {"nvrtc": ".".join(map(str, cuda.nvrtc_version()))}
+
+
+def _cuda_sources() -> tuple[Path, ...]:
+    return tuple(sorted(path for path in (_HERE / "cuda").rglob("*") if path.suffix in (".py", ".cu", ".cuh")))
+
+
 @cache
 def _triton_missing() -> str:
     """Why Triton cannot be used, or ""."""
@@ -165,4 +213,4 @@ def _triton_missing() -> str:
         return f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
 
 
-PATHS: tuple[GpuPath, ...] = (Fused("wgmma"), Fused("mma"), ByTriton())
+PATHS: tuple[GpuPath, ...] = (Fused("wgmma"), Fused("mma"), Sums(), ByTriton())

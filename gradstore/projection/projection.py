@@ -43,8 +43,8 @@ class Projection:
         backend: "native" (compiled code on the CPU, the kernels of `path` on GPUs), "cuda" (kernels on GPUs only),
             "reference" (torch everywhere), or "auto", which takes the first that can be had here.
         precision: of kernels on GPUs: "fast" (gradients rounded to one float16: relative error of a feature vector
-            about 2e-4) or "exact" (to two: about 1e-6). The CPU and the reference are always right to float32
-            rounding.
+            about 2e-4) or "exact" (to two: about 1e-6). A sparse P takes gradients as integers, which moves a row by at
+            most 4e-6 or 1e-6 of its norm. The CPU and the reference are always right to float32 rounding.
 
     Raises:
         UsageError: an argument is out of range.
@@ -149,7 +149,7 @@ class Projection:
         Warns once where a faster one could be had but for something that is missing, or has failed.
 
         Returns:
-            "native", "reference", or on a GPU such as "wgmma fast" or "triton exact".
+            "native", "reference", or on a GPU such as "wgmma fast" or "sums exact".
         """
         chosen = self._choice(device).path
         if chosen is not None:

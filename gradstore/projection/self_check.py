@@ -1,4 +1,4 @@
-"""A path proves itself: small odd problems, on the device, against dense products with the entries of P.
+"""A path proves itself: small odd problems, on the device, against float64 products with the entries of P.
 
 Signs must come out bit for bit where gradients are small integers or one-hot, normals and uneven gradients within the
 precision's tolerance. Between them the problems have ragged rows, K and p, starts that are not aligned and lie beyond
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from gradstore.projection.device_paths import PATHS, Accumulate
 from gradstore.projection.entries import Entries
+from gradstore.projection.kinds import kind_of
 
 TOLERANCE = {"fast": 4e-4, "exact": 3e-6}  # relative error of the feature vectors of a problem
 FINISH_SECONDS = 5.0  # for a problem that takes milliseconds
 _SEED, _STREAM = 2**63 + 5, 3
+_WIDER = 16  # more rows of a sparse P, of which 1 in 1024 of a column is not zero
 _OUTLIER = 30.0  # times the tolerance of a typical value, from which a single value is called wrong
 
 
@@ -92,16 +94,24 @@ class HangError(CheckError):
     """A product that did not end: nothing else can be done on the device by this process."""
 
 
-def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
+def problems(tiles: tuple[int, ...], *, crowd: bool, sparse: bool = False) -> Iterator[Problem]:
     """List the problems for a path whose compiled variants compute these numbers of rows at a time.
 
     Args:
         tiles: the numbers of rows.
-        crowd: also one that is more work than a large device does at once.
+        crowd: also some that are more work than a large device does at once.
+        sparse: with `_WIDER` times as many rows of P, so that every column has non-zeros in them.
 
     Yields:
         The problems, always the same.
     """
+    for problem in _narrow_problems(tiles, crowd=crowd):
+        count = problem.count * (_WIDER if sparse else 1)
+        yield replace(problem, count=count, first_k=min(problem.first_k, 2**31 - count))
+
+
+def _narrow_problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
+    """See `problems`."""
     for rows in tiles:
         yield Problem("one-hot", rows, 256, 128, 0, 0)
         yield Problem("integers", rows - 3, 777, 300, 2**40 + 100, 9, torch.float16)
@@ -109,6 +119,8 @@ def problems(tiles: tuple[int, ...], *, crowd: bool) -> Iterator[Problem]:
     most = tiles[-1]
     yield Problem("one-hot", most + 1, 1300, 333, 2**33 + 7, 2**20)
     yield Problem("integers", 1, 1, 1, 0, 0)
+    # Scales that differ from row to row and span to span, in several tiles.
+    yield Problem("uneven", most + 1, 9000, 129, 4096 * 7 + 5, 3)
     # Carries of the generator's counter; many launches, whose memory is used again and again.
     yield Problem("integers", 5, 2000, 40, (2**32 - 7) * 128, 0, torch.bfloat16)
     yield Problem("integers", most + 1, 60000, 70, 8192 - 128, 1, torch.float16, 1 << 20)
@@ -148,7 +160,7 @@ def check(
         HangError: the first that did not end within `FINISH_SECONDS`.
     """
     solved = 0
-    for problem in problems(tiles, crowd=crowd):
+    for problem in problems(tiles, crowd=crowd, sparse=kind_of(kind).sparse is not None):
         begin(problem)
         _solve(accumulate, Entries(kind, _SEED, _STREAM), precision, problem, device, finished)
         solved += 1
@@ -176,11 +188,33 @@ def _solve(
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CheckError(f"{type(error).__name__}: {line} ({problem})", lasting=not _passing(error)) from error
-    k = _sample(problem.count)
-    stop = problem.start + problem.columns
-    want = 2 + block.double() @ entries.columns(problem.first_k + k, problem.start, stop).T
+    k = _sample(problem.count) if entries.record.sparse is None else torch.arange(problem.count)
+    want = 2 + expected(entries, block, problem.start, problem.first_k + k)
     exact = entries.record.integers and problem.gradients != "uneven"
     require_equal(got[:, k], want, 0.0 if exact else TOLERANCE[precision], problem, k)
+
+
+def expected(entries: Entries, block: Tensor, start: int, k: Tensor) -> Tensor:
+    """Multiply by the entries of a dense P, or by the non-zeros of a sparse one, in float64.
+
+    Args:
+        entries: the matrix P.
+        block: any float dtype [rows, p].
+        start: the first parameter.
+        k: int64 [m] on the block's device; of a sparse P neighbours, ascending.
+
+    Returns:
+        ``block @ P[k, start : start + p].T``.
+    """
+    rows = block.double()
+    if entries.record.sparse is None:
+        return rows @ entries.columns(k, start, start + block.shape[1]).T
+    first, stop, size = int(k[0]), int(k[-1]) + 1, entries.record.sparse.block
+    places, values = entries.nonzeros(first, stop, start + torch.arange(block.shape[1], device=block.device))
+    total = torch.zeros(len(places) * size, len(block), dtype=torch.float64, device=block.device)
+    for place, value in zip(places - first // size * size, values, strict=True):
+        total.index_add_(0, place, rows.T * value[:, None])
+    return total[first % size : first % size + len(k)].T
 
 
 def _passing(error: Exception) -> bool:

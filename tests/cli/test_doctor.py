@@ -71,7 +71,7 @@ def test_without_compiled_code_the_reference_is_checked_and_said_to_be_slow(tmp_
     monkeypatch.setattr(library, "load", lambda: "it was not built")
     done = run(tmp_path, "doctor")
     assert done.status == 0
-    assert re.search(r"ok +reference  rademacher exact  in use  10 products right, .* s; it was not built; ", done.out)
+    assert re.search(r"ok +reference  rademacher exact  in use  11 products right, .* s; it was not built; ", done.out)
 
 
 def test_a_wrong_path_fails_is_not_used_and_sets_the_exit_status(card, tmp_path):
@@ -99,7 +99,7 @@ def test_where_nothing_works_the_reference_is_used(card, tmp_path, monkeypatch):
     done = run(tmp_path, "doctor")
     assert done.status == 4
     assert re.search(
-        r"  ok     reference  gaussian exact    in use  10 products right, .*; in torch, hundreds of", done.out
+        r"  ok     reference  gaussian exact    in use  11 products right, .*; in torch, hundreds of", done.out
     )
 
 

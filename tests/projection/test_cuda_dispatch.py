@@ -16,10 +16,13 @@ import torch
 
 from gradstore.errors import UsageError
 from gradstore.projection import Projection, cuda
-from gradstore.projection.cuda import cuda_source, driver
+from gradstore.projection.cuda import cuda_source, driver, sparse_driver
 from gradstore.projection.cuda.driver import Job
 from gradstore.projection.cuda.geometry import variant_for
+from gradstore.projection.cuda.sparse_driver import SumsDevice
+from gradstore.projection.cuda.sparse_product import accumulate_sums
 from gradstore.projection.device_paths import PATHS
+from gradstore.projection.entries import Entries
 
 CODE = enum.IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": 720})
 VARIANT = variant_for("rademacher", "fast", 640, True)
@@ -46,7 +49,7 @@ class Stream:
 @pytest.fixture
 def card(monkeypatch):
     """A card that is not there."""
-    found = SimpleNamespace(capability=(9, 0), log=[], inside=[])
+    found = SimpleNamespace(capability=(9, 0), shared_bytes=227 << 10, log=[], inside=[])
     main, side = Stream("main", found.log), Stream("side", found.log)
     found.inside.append(main)
 
@@ -85,8 +88,11 @@ def calls(card, monkeypatch):
         cuModuleGetFunction=lambda module, name: (CODE(0), name.decode()),
         cuFuncSetAttribute=answers("cuFuncSetAttribute"),
         cuOccupancyMaxActiveBlocksPerMultiprocessor=answers("occupancy", 2),
+        cuDeviceGet=answers("cuDeviceGet", 0),
+        cuDeviceGetAttribute=lambda attribute, number: (CODE(0), card.shared_bytes),
         cuLaunchKernel=answers("cuLaunchKernel"),
         cuLaunchCooperativeKernel=answers("cuLaunchCooperativeKernel"),
+        CUdevice_attribute=SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=97),
         CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8),
     )
     bindings = ModuleType("cuda.bindings")
@@ -98,24 +104,26 @@ def calls(card, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "signs", "normals"),
+    ("capability", "signs", "normals", "sparse"),
     [
-        ((9, 0), ["wgmma", "mma", "triton"], ["wgmma", "mma"]),
-        ((8, 0), ["mma", "triton"], ["mma"]),
-        ((8, 9), ["mma", "triton"], ["mma"]),
-        ((12, 0), ["mma", "triton"], ["mma"]),
-        ((7, 5), [], []),
+        ((9, 0), ["wgmma", "mma", "triton"], ["wgmma", "mma"], ["sums"]),
+        ((8, 0), ["mma", "triton"], ["mma"], ["sums"]),
+        ((8, 9), ["mma", "triton"], ["mma"], ["sums"]),
+        ((12, 0), ["mma", "triton"], ["mma"], ["sums"]),
+        ((7, 5), [], [], []),
     ],
 )
-def test_what_a_card_could_have(card, capability, signs, normals):
+def test_what_a_card_could_have(card, capability, signs, normals, sparse):
     card.capability = capability
     assert [path.name for path in PATHS if path.suits(0, "rademacher")] == signs
     assert [path.name for path in PATHS if path.suits(0, "gaussian")] == normals
+    assert [path.name for path in PATHS if path.suits(0, "sjlt")] == sparse
 
 
 def test_a_card_of_another_maker_is_left_to_triton(card, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert [path.name for path in PATHS if path.suits(0, "rademacher")] == ["triton"]
+    assert not [path.name for path in PATHS if path.suits(0, "sjlt")]
 
 
 def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch):
@@ -124,7 +132,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr(driver.cuda_source, "nvrtc_version", missing)
     wanted = "the compiler NVRTC cannot be used (No module named 'cuda'); pip install 'gradstore[cuda]'"
-    assert PATHS[0].missing(0) == PATHS[1].missing(0) == wanted
+    assert {path.missing(0) for path in PATHS if path.name != "triton"} == {wanted}
 
 
 @pytest.mark.parametrize("broken", ["", "raise RuntimeError('no driver')", "__version__ = None"])
@@ -132,7 +140,7 @@ def test_a_triton_that_cannot_be_imported_is_missing(tmp_path, broken):
     """None at all, one that fails, and a folder of that name."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(broken)
-    code = "from gradstore.projection.device_paths import PATHS; print(PATHS[2].missing(0))"
+    code = "from gradstore.projection.device_paths import PATHS; print(PATHS[-1].missing(0))"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -152,8 +160,9 @@ def test_verdicts_depend_on_the_source_and_its_compiler(card, monkeypatch):
     assert PATHS[0].versions() == {"nvrtc": "13.0"}
     names = {path.name for path in PATHS[0].sources()}
     assert names >= {"wgmma.cuh", "mma.cuh", "project.cu", "geometry.py", "driver.py", "cuda_source.py"}
-    assert "fused_product.py" in names
-    assert {path.name for path in PATHS[2].sources()} == {"by_triton.py", "triton_kernels.py"}
+    assert names >= {"fused_product.py", "sums.cu", "sparse_product.py"}
+    assert (PATHS[2].name, PATHS[2].versions(), PATHS[2].sources()) == ("sums", PATHS[0].versions(), PATHS[0].sources())
+    assert {path.name for path in PATHS[-1].sources()} == {"by_triton.py", "triton_kernels.py"}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +182,28 @@ def test_blocks_that_wait_for_one_another_are_launched_together(card, calls):
     assert name == "cuLaunchCooperativeKernel"
     assert given[:9] == (cuda_source.ENTRY, 100, 1, 1, 384, 1, 1, VARIANT.shared_bytes, 7)
     assert job.trouble == device.trouble.data_ptr()
+
+
+@pytest.mark.parametrize(("kilobytes", "rows", "tiles"), [(227, 32, 3), (99, 16, 5)])
+def test_sums_are_launched_for_the_shared_memory_that_there_is(card, calls, kilobytes, rows, tiles):
+    card.shared_bytes = kilobytes << 10
+    device, out = SumsDevice(0), torch.zeros(70, 2000)
+    accumulate_sums(device, Entries("sjlt", 0, 0), out, torch.ones(70, 5000, dtype=torch.bfloat16), 4000, 1000, "fast")
+    launches = [given for name, given in calls if name == "cuLaunchKernel"]
+    assert [given[:9] for given in launches] == [
+        ("pack_bfloat16", tiles, 3, 1, 256, 1, 1, 0, 7),
+        (cuda_source.ENTRY, 3, tiles, 1, 512, 1, 1, 4096 * rows, 7),
+    ]
+    assert [given for name, given in calls if name == "cuFuncSetAttribute"] == [(cuda_source.ENTRY, 8, 4096 * rows)]
+
+
+def test_a_device_keeps_what_was_loaded_on_it(card, calls, monkeypatch):
+    monkeypatch.setattr(sparse_driver, "_devices", {})
+    assert cuda.sums_device(1) is cuda.sums_device(1) is not cuda.sums_device(0)
+    for _ in range(2):
+        device = cuda.sums_device(0)
+        accumulate_sums(device, Entries("sjlt", 0, 0), torch.zeros(1, 10), torch.ones(1, 10), 0, 0, "fast")
+    assert [name for name, _ in calls].count("cuModuleLoadData") == 1
 
 
 def test_an_error_of_the_driver_names_call_and_code(card, calls, monkeypatch):

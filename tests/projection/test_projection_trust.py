@@ -91,6 +91,32 @@ def test_a_path_with_a_fault_is_passed_over(machine, monkeypatch, fault, found):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("another-block", r"\d+ of 65536 values are wrong, first row 1, k \d+: .* \(one-hot float32 gradients, 32 x"),
+        ("unsynchronised", r"\d+ of \d+ values are wrong, first row \d+, k \d+: "),
+        ("rows-of-another-scale", r"\d+ of \d+ values are wrong, .* \(uneven float32 gradients, 33 x 9000"),
+        ("raises", r"RuntimeError: launching the projection failed: CUDA_ERROR_LAUNCH_FAILED \(one-hot"),
+    ],
+)
+def test_sums_with_a_fault_are_passed_over(machine, monkeypatch, fault, found):
+    choice = choose(monkeypatch, EmulatedPath("wgmma"), EmulatedPath("sums", fault), kind="sjlt")
+    assert choice.path is None
+    (reason,) = choice.passed_over
+    assert re.match(f"sums: {found}", reason), reason
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_sums_that_are_right_are_taken_for_a_sparse_p(machine, monkeypatch, precision):
+    paths = EmulatedPath("wgmma"), EmulatedPath("sums")
+    choice = choose(monkeypatch, *paths, kind="sjlt", precision=precision)
+    assert (choice.path.name, choice.passed_over) == ("sums", ())
+    assert machine == [f"0 sums sjlt {precision}"]
+
+
+@needs_compiler
 def test_the_other_path_is_checked_alike(machine, monkeypatch):
     choice = choose(monkeypatch, EmulatedPath("mma", "permuted"), EmulatedPath("wgmma"))
     assert choice.path.name == "wgmma"
@@ -176,7 +202,7 @@ def here(machine, monkeypatch, tmp_path):
     """The device is for one process alone, so that this one has to check."""
     (tmp_path / "right").mkdir()
     monkeypatch.setattr(self_check, "on_device", lambda index: lambda: lambda: True)
-    monkeypatch.setattr(self_check, "problems", lambda tiles, crowd: [self_check.Problem("integers", 3, 300, 40, 0, 0)])
+    monkeypatch.setattr(self_check, "problems", lambda tiles, **_: [self_check.Problem("integers", 3, 300, 40, 0, 0)])
     monkeypatch.setattr(trust.torch, "device", lambda *_: CPU)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(trust, "check_apart", lambda arguments: None)
@@ -239,7 +265,7 @@ def test_every_problem_is_solved_in_the_stated_order_and_counted():
     count = self_check.check(
         right, "gaussian", "exact", tiles, CPU, finished=finished, begin=solved.append, crowd=False
     )
-    assert count == len(solved) == 10
+    assert count == len(solved) == 11
     assert {problem.gradients for problem in solved} == {"one-hot", "integers", "uneven"}
     assert max(problem.start for problem in solved) > 2**39
     assert max(problem.first_k + problem.count for problem in solved) == 2**31
@@ -247,7 +273,7 @@ def test_every_problem_is_solved_in_the_stated_order_and_counted():
     assert any(problem.workspace for problem in solved)
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt"])
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -261,12 +287,27 @@ def test_every_problem_is_solved_in_the_stated_order_and_counted():
 )
 def test_any_wrong_output_is_a_failure(kind, spoil):
     def wrong(entries, out, block, start, first_k, precision, **more):
-        k = first_k + torch.arange(out.shape[1])
-        out += (block.double() @ entries.columns(k, start, start + block.shape[1]).T).float()
+        out += self_check.expected(entries, block, start, first_k + torch.arange(out.shape[1])).float()
         spoil(out, block)
 
     with pytest.raises(self_check.CheckError, match=r"values are wrong|relative error"):
         self_check.check(wrong, kind, "exact", (32,), CPU, finished=lambda: lambda: True, crowd=False)
+
+
+def test_what_is_expected_of_a_sparse_p_is_the_dense_product():
+    entries, block = Entries("sjlt", 2**63 + 5, 3), torch.randint(-8, 9, (3, 700)).float()
+    for first_k, count in ((0, 1), (9, 2000), (2**31 - 1100, 1100)):
+        k = first_k + torch.arange(count)
+        want = block.double() @ entries.at(k[:, None], 77 + torch.arange(700)).T
+        assert torch.equal(self_check.expected(entries, block, 77, k), want)
+
+
+def test_of_a_sparse_p_problems_have_non_zeros_in_every_column():
+    dense_ones, sparse_ones = (self_check.problems((32,), crowd=True, sparse=is_so) for is_so in (False, True))
+    for dense, sparse in zip(dense_ones, sparse_ones, strict=True):
+        assert sparse.count == 16 * dense.count
+        assert sparse.first_k + sparse.count <= 2**31
+        assert sparse.count >= 1024 or dense.columns * dense.count < 10**5
 
 
 def test_the_program_says_what_it_finds_line_by_line(tmp_path, monkeypatch):

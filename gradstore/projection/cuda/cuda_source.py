@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from gradstore.machine.user_cache import cache_folder, publish
-from gradstore.projection.cuda.geometry import Variant
 
 FOLDER = Path(__file__).parent / "src"
 ENTRY = "product"
@@ -21,17 +20,33 @@ PACKS = ("pack_float32", "pack_float16", "pack_bfloat16")
 _DIGEST_BYTES = 32
 
 
-def source_of(variant: Variant) -> str:
+class Compiled(Protocol):
+    """One compiled form of a program; its kernels are `ENTRY` and `PACKS`."""
+
+    @property
+    def main(self) -> str:
+        """The file in `FOLDER` that is compiled."""
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Preprocessor definitions."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block of `ENTRY`."""
+
+
+def source_of(variant: Compiled) -> str:
     """The whole program of a variant; the files it includes are in `FOLDER`."""
     lines = [f"#define {name} {value}" for name, value in variant.defines.items()]
     lines.append('#include "entries.cuh"')
-    if variant.hopper:
-        lines.append(_wgmma(variant.rows))
-    lines.append('#include "project.cu"')
+    if variant.defines.get("WGMMA"):
+        lines.append(_wgmma(variant.defines["ROWS"]))
+    lines.append(f'#include "{variant.main}"')
     return "\n".join(lines) + "\n"
 
 
-def cubin(variant: Variant, architecture: str) -> bytes:
+def cubin(variant: Compiled, architecture: str) -> bytes:
     """Get the machine code of a variant: from the cache, or compiled and put there.
 
     Returns:

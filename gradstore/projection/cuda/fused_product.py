@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradstore.projection.cuda.driver import Job, Pack
 from gradstore.projection.cuda.geometry import GROUP, STAGE, Launch, Variant, launches, slabs, variant_for
+from gradstore.projection.cuda.operands import operands
 from gradstore.projection.entries import Entries
 
 WORKSPACE_BYTES = 80 << 20  # for the packed gradients of a launch; two are under way at a time
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SLOTS = 2
 _TURNS = 2  # counters of a tile: on Hopper its two halves go their own way
 
@@ -80,15 +80,11 @@ def accumulate(
     """
     if out.numel() == 0 or block.shape[1] == 0:
         return
-    source = block if block.dtype in _DTYPES else block.to(torch.float32)
-    source = source if source.stride(1) == 1 else source.contiguous()
-    target = out if out.stride(1) == 1 else out.contiguous()
-    variant = variant_for(entries.kind, precision, len(source), device.hopper)
-    for rows in slabs(variant, len(source), workspace):
-        part = slice(rows.start, rows.stop)
-        _Slab(device, variant, entries, target[part], source[part], start, first_k, workspace).run()
-    if target is not out:
-        out.copy_(target)
+    variant = variant_for(entries.kind, precision, len(block), device.hopper)
+    with operands(out, block) as (target, source):
+        for rows in slabs(variant, len(source), workspace):
+            part = slice(rows.start, rows.stop)
+            _Slab(device, variant, entries, target[part], source[part], start, first_k, workspace).run()
 
 
 class _Slab:

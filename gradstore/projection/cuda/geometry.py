@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from gradstore.errors import UsageError
 from gradstore.projection.kind_record import Fused
@@ -23,6 +24,18 @@ _ROW_STEP = 32
 _RING_BYTES = {True: 160 << 10, False: 64 << 10}  # of gradients in shared memory: Hopper, and every card since Ampere
 _MAX_STAGES = 8
 _SLACK = 1024  # the ring is aligned to this within its shared memory
+
+
+class Tiles(Protocol):
+    """How gradients are packed: so many rows together, up to a cut of the parameter axis at the least."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+
+    @property
+    def span_bytes(self) -> int:
+        """Packed gradients of a tile from one cut of the parameter axis to the next."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,11 @@ class Variant:
         return self.rows * STAGE * 2 * self.limbs
 
     @property
+    def span_bytes(self) -> int:
+        """Packed gradients of one span of a tile."""
+        return self.rows * SPAN * 2 * self.limbs
+
+    @property
     def stages(self) -> int:
         """Stages that are in shared memory at once."""
         return min(_MAX_STAGES, _RING_BYTES[self.hopper] // self.stage_bytes)
@@ -75,6 +93,11 @@ class Variant:
     def threads(self) -> int:
         """Threads of a block: eight warps that multiply, and on Hopper four of which one thread copies."""
         return 384 if self.hopper else 256
+
+    @property
+    def main(self) -> str:
+        """The file in src that is compiled."""
+        return "project.cu"
 
     @property
     def defines(self) -> dict[str, int]:
@@ -123,10 +146,9 @@ def row_tiles(kind: str, precision: str) -> tuple[int, ...]:
     return tuple(range(_ROW_STEP, _fused(kind).rows[precision] + 1, _ROW_STEP))
 
 
-def slabs(variant: Variant, rows: int, budget: int) -> Iterator[range]:
+def slabs(tiles: Tiles, rows: int, budget: int) -> Iterator[range]:
     """Rows cut into pieces of whole tiles, each so small that one span of it fits the budget (or is one tile)."""
-    span_bytes = variant.rows * SPAN * 2 * variant.limbs
-    step = max(1, budget // span_bytes) * variant.rows
+    step = max(1, budget // tiles.span_bytes) * tiles.rows
     for first in range(0, rows, step):
         yield range(first, min(first + step, rows))
 
@@ -151,7 +173,7 @@ def launches(
     first, last = start // GROUP, -(-(start + columns) // GROUP)
     span_groups = SPAN // GROUP
     row_tiles = -(-rows // variant.rows)
-    most = max(1, budget // (row_tiles * variant.rows * SPAN * 2 * variant.limbs))
+    most = max(1, budget // (row_tiles * variant.span_bytes))
     total = -(-last // span_groups) - first // span_groups
     step = balanced_spans(row_tiles * -(-count // variant.rows_of_p), most, total, resident)
     while first < last:
