@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from benchmarks.kinds.gradients import BLOCK, KERNELS, gradients, kept_grams
 from benchmarks.kinds.models import CASES, Case
 from benchmarks.kinds.page import PAGE, with_tables
 from benchmarks.kinds.picture import draw
-from benchmarks.kinds.statistics import ratio, samples, summary, tail
+from benchmarks.kinds.statistics import Sample, ratio, samples, spread, summary, tail
 from benchmarks.setting import RESULTS, setting
 from gradstore.demo.preparation import trained_project
 from gradstore.projection.kinds import DEFAULT, KINDS
 
 DRAWN_K, DIMENSIONS = 10240, (1024, 2048, 4096, 10240)
+DRAWN = KERNELS[0], DRAWN_K  # of the picture
 DEMO, DEMO_SEEDS, DEMO_DIMENSIONS = "demo", 5, (1024, 4096, 10240)
 EXPLAINED_K = 4096  # of the larger models
 
@@ -51,29 +53,32 @@ def residuals(case: Case, share: float, folder: Path) -> None:
         "columns": sum(values.shape[1] for _, values in found.pieces),
     }
     rows, curves = [], []
-    for place, kernel in enumerate(KERNELS):
-        for dim in DIMENSIONS:
-            each = samples({kind: grams[place] for kind, grams in drawn.items()}, found.exact[kernel], dim // BLOCK)
-            most = min(len(sample.plain) for sample in each.values())
-            for kind, sample in each.items():
-                value, error = ratio(sample, each[DEFAULT])
-                key = {"case": case.name, "kernel": kernel, "kind": kind, "K": dim}
-                rows.append(
-                    {
-                        **about,
-                        **key,
-                        "seeds": seeds[kind],
-                        "draws": len(sample.plain),
-                        "batches": len(sample.batches),
-                        **{name: f"{number:.5g}" for name, number in summary(sample, most).items()},
-                        "ratio": f"{value:.5f}",
-                        "ratio_se": f"{error:.2g}",
-                        **setting(0),
-                    }
-                )
-                curves += [{**key, "share": f"{s:.4g}", "residual": f"{x:.4g}"} for s, x in tail(sample)]
+    for (place, kernel), dim in product(enumerate(KERNELS), DIMENSIONS):
+        each = samples({kind: grams[place] for kind, grams in drawn.items()}, found.exact[kernel], dim // BLOCK)
+        for kind, measured in _measured(each).items():
+            key = {"case": case.name, "kernel": kernel, "kind": kind, "K": dim}
+            rows.append({**about, **key, "seeds": seeds[kind], **measured, **setting(0)})
+            if (kernel, dim) == DRAWN:
+                curves += [{**key, "share": f"{s:.4g}", "residual": f"{x:.4g}"} for s, x in tail(each[kind])]
     replace(RESULTS / "kinds.csv", rows, ("case",))
     replace(RESULTS / "kinds_cdf.csv", curves, ("case",))
+
+
+def _measured(each: Mapping[str, Sample]) -> dict[str, dict[str, object]]:
+    """What is said of the residuals of every kind, beside those of signs."""
+    base, most = each[DEFAULT], min(len(sample.plain) for sample in each.values())
+    unit = spread(base)
+    found = {}
+    for kind, sample in each.items():
+        value, error = ratio(sample, base)
+        found[kind] = {
+            "draws": len(sample.plain),
+            "batches": len(sample.batches),
+            **{name: f"{number:.5g}" for name, number in summary(sample, unit, most).items()},
+            "ratio": f"{value:.5f}",
+            "ratio_se": f"{error:.2g}",
+        }
+    return found
 
 
 def explanations(case: Case, kinds: Sequence[str], folder: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.kinds.explained import compare
 from benchmarks.kinds.gradients import BLOCK, KERNELS, block_grams, gradients, kept_grams
 from benchmarks.kinds.models import CASES, HARD
 from benchmarks.kinds.page import PAGE, TABLES, with_tables
-from benchmarks.kinds.statistics import Sample, ratio, sample, standard_error, summary, tail
+from benchmarks.kinds.statistics import Sample, ratio, sample, spread, standard_error, summary, tail
 from benchmarks.setting import RESULTS
 from gradstore.model.parameters import parameter_blocks
 from gradstore.projection.kinds import KINDS
@@ -31,7 +31,7 @@ class Words(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.head = nn.Embedding(400, 5), nn.Linear(5, 3)
+        self.words, self.head = nn.Embedding(200, 5), nn.Linear(5, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.words(tokens).mean(1).tanh())
@@ -119,10 +119,11 @@ def test_statistics_of_a_worked_example() -> None:
     common, rare = np.full((98, 1), 0.1), np.array([[1.0], [np.nan]])
     every = np.concatenate([common, rare])
     found = Sample((every[:50], every[50:]), every)
-    said = summary(found, 98)
+    said = summary(found, np.array([0.15]), 98)
     square, fourth = (98 * 0.1**2 + 1) / 99, (98 * 0.1**4 + 1) / 99
     assert said["mean"] == pytest.approx((98 * 0.1 + 1) / 99)
     assert said["rms"] == pytest.approx(square**0.5)
+    assert spread(found) == pytest.approx([square**0.5])
     assert said["kurtosis"] == pytest.approx(fourth / square**2)
     assert said["far_share"] == said["lost_share"] == 0.01
     assert said["max"] == pytest.approx(0.1), "the one beyond the first 98 is not sought"
@@ -168,7 +169,9 @@ def test_explanations_are_those_of_the_library(tmp_path: Path) -> None:
         assert exact["top5"] == 1
         best = np.argsort(-gs.exact_gram(project, "test", "train", name), axis=1)[:, :5]
         near = gs.topk(train, test, 5, kernel).indices
-        assert row["top5"] == np.mean([len(set(a) & set(b)) / 5 for a, b in zip(near, best, strict=True)]) < 1
+        shared = sum(len(set(a) & set(b)) for a, b in zip(near, best, strict=True))
+        assert shared < 5 * len(test), "or else it is not told from the exact kernel"
+        assert row["top5"] == pytest.approx(shared / 5 / len(test))
         confusion = gs.forensics(train, test, kernel=kernel).confusion
         assert confusion is not None
         assert confusion.precision is not None

@@ -40,7 +40,7 @@ class Case:
     title: str
     project: Callable[[Path], gs.Project]
     examples: int = FEW
-    seeds: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 300))
+    seeds: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 1000))
     rows: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -121,7 +121,7 @@ TRAINED = (
         "digits",
         "digits CNN",
         _trained("digits", digits_cnn),
-        seeds={"rademacher": 300, "gaussian": 60, "sjlt": 300},
+        seeds={"rademacher": 300, "gaussian": 60, "sjlt": 750},
         rows={"train": 400, "test": 200},
     ),
     Case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import sqrt
+from math import isnan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -102,10 +102,10 @@ def seconds(tables: Tables) -> str:
     for model in dict.fromkeys(model for model, _ in newest):
         for kind in (kind for kind in KINDS if (model, kind) in newest):
             row = newest[model, kind]
-            rate, base = (float(newest[model, k]["rows_per_second"]) for k in (kind, DEFAULT))
-            lines.append(
-                [TITLES.get(model, model), kind, row["K"], f"{1000 / rate:,.1f}", f"{rate / base:.1f}", row["cpu"]]
-            )
+            base, rate = newest[model, DEFAULT], float(row["rows_per_second"])
+            paired = row["cpu"] == base["cpu"] and row["date"][:10] == base["date"][:10]
+            times = f"{rate / float(base['rows_per_second']):.1f}" if paired else ""
+            lines.append([TITLES.get(model, model), kind, row["K"], f"{1000 / rate:,.1f}", times, row["cpu"]])
     return _table(["model", "kind", "K", "seconds for 1,000 rows", "times rademacher", "processor"], lines)
 
 
@@ -130,7 +130,7 @@ def _ratio(row: Row) -> str:
     if row["kind"] == DEFAULT:
         return "1"
     error = float(row["ratio_se"])
-    return f"{float(row['ratio']):.3f} ± {error:.3f}" if error == error else f"{float(row['ratio']):.3f}"
+    return "" if isnan(error) else f"{float(row['ratio']):.3f} ± {error:.3f}"
 
 
 def _rare(row: Row) -> str:

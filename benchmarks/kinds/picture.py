@@ -30,9 +30,9 @@ def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
             curve = [float(row["residual"]) for row in found], [float(row["share"]) for row in found]
             axis.plot(*curve, color=colour, linestyle=line, linewidth=width, label=kind)
         axis.set_yscale("log")
-        axis.set_ylim(1e-5, 1)
+        axis.set_ylim(1e-4, 1)
         axis.set_xlim(left=0)
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_title(CASES[name].title, fontsize=10)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_BATCHES = 20
-REGROUPINGS, DEALT = 40, 4000  # at most so often, and until there are about so many P
-FAR = 5  # times a pair's root mean square
-TAILS = np.concatenate([np.arange(0.95, 0.1, -0.05), 10 ** -np.arange(1, 6.01, 0.125)])
+REGROUPINGS, DEALT = 40, 2000  # at most so often, and until there are about so many P
+FAR = 5  # times a pair's root mean square under signs
+TAILS = np.concatenate([np.arange(0.95, 0.1, -0.05), 10 ** -np.arange(1, 6.01, 0.05)])
 """Shares of pairs whose residual is larger: where the curves of the picture are drawn."""
 
 
@@ -52,29 +52,34 @@ def sample(blocks: np.ndarray, exact: np.ndarray, m: int) -> Sample:
     return Sample(dealt, _residuals(blocks, exact, m))
 
 
-def summary(found: Sample, most: int) -> dict[str, float]:
+def spread(found: Sample) -> np.ndarray:
+    """Root mean square of each pair's residuals, float64 [pairs]."""
+    return np.sqrt(np.nanmean(np.square(np.concatenate(found.batches)), axis=0))
+
+
+def summary(found: Sample, unit: np.ndarray, most: int) -> dict[str, float]:
     """Mean, percentiles, and how heavy the tails are.
 
     Args:
         found: residuals.
+        unit: spread of each pair under signs. All kinds are measured by it: theirs is the same but for Gaussian, and
+            where few P move a pair at all, its own would be known badly.
         most: P that the largest residual is sought in, so that kinds with more of them do not seem worse.
     """
     every = np.concatenate(found.batches)
     size = np.abs(every)
-    squares = np.nanmean(np.square(every), axis=0)
-    spread = np.sqrt(squares)
-    scatters = squares > 1e-20  # parallel gradients have the cosine 1 under every P
-    fourth = np.nanmean(every[:, scatters] ** 4, axis=0) / squares[scatters] ** 2
+    moved = unit > 1e-10  # parallel gradients have the cosine 1 under every P
+    scaled = every[:, moved] / unit[moved]
     return {
         "mean": np.nanmean(size),
         "mean_se": standard_error(found.means),
-        "rms": np.sqrt(squares.mean()),
+        "rms": np.sqrt(np.nanmean(np.square(every))),
         **dict(zip(("p50", "p99", "p999"), np.nanquantile(size, (0.5, 0.99, 0.999)), strict=True)),
         "max": np.nanmax(np.abs(found.plain[:most])),
         "max_of": most,
-        "kurtosis": fourth.mean(),
+        "kurtosis": np.nanmean(scaled**4) / np.nanmean(scaled**2) ** 2,
         "lost_share": np.isnan(every).mean(),
-        "far_share": (size > FAR * spread)[:, scatters].mean(),
+        "far_share": (np.abs(scaled) > FAR).mean(),
     }
 
 
