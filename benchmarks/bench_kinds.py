@@ -6,10 +6,10 @@
     python -m benchmarks.bench_kinds --write                        # the tables of docs/sparse.md and its picture
 
 The gradients of a few examples are computed once and multiplied by many P of each kind. Every pair's cosine is compared
-with that of the gradients themselves, in float64 (`kinds/statistics.py`). Explanations are compared on whole stores
-(`kinds/explained.py`), those of the demo's poisoned digits also with the truth. A run replaces the rows of what it ran
-in `results/kinds.csv`, `kinds_cdf.csv` and `kinds_explained.csv`. The folder keeps weights and what was drawn, so that
-a run with more seeds only adds them. Seconds are those of `bench_featurize.py`.
+with that of the gradients themselves, in float64 (`exactness/statistics.py`). Explanations are compared on whole stores
+(`exactness/explained.py`), those of the demo's poisoned digits also with the truth. A run replaces the rows of what it
+ran in `results/kinds.csv`, `kinds_cdf.csv` and `kinds_explained.csv`. The folder keeps weights and what was drawn, so
+that a run with more seeds only adds them. Seconds are those of `bench_featurize.py`.
 
 The picture needs matplotlib: `pip install ".[plots]"`.
 """
@@ -23,12 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kinds.explained import compare, shortened
-from benchmarks.kinds.gradients import BLOCK, KERNELS, gradients, kept_grams
-from benchmarks.kinds.models import CASES, Case
-from benchmarks.kinds.page import PAGE, with_tables
-from benchmarks.kinds.picture import draw
-from benchmarks.kinds.statistics import Sample, ratio, samples, spread, summary, tail
+from benchmarks.exactness.explained import compare, shortened
+from benchmarks.exactness.gradients import BLOCK, KERNELS, gradients, kept_grams
+from benchmarks.exactness.models import CASES, Case
+from benchmarks.exactness.page import PAGE, with_tables
+from benchmarks.exactness.picture import draw
+from benchmarks.exactness.statistics import Sample, ratio, samples, spread, summary, tail
 from benchmarks.setting import RESULTS, setting
 from gradstore.demo.preparation import trained_project
 from gradstore.projection.kinds import DEFAULT, KINDS

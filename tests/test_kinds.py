@@ -16,11 +16,11 @@ import gradstore as gs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.bench_kinds import DRAWN_K, read, replace
-from benchmarks.kinds.explained import compare
-from benchmarks.kinds.gradients import BLOCK, KERNELS, block_grams, gradients, kept_grams
-from benchmarks.kinds.models import CASES, HARD
-from benchmarks.kinds.page import PAGE, TABLES, with_tables
-from benchmarks.kinds.statistics import Sample, ratio, sample, spread, standard_error, summary, tail
+from benchmarks.exactness.explained import compare
+from benchmarks.exactness.gradients import BLOCK, KERNELS, block_grams, gradients, kept_grams
+from benchmarks.exactness.models import CASES, HARD
+from benchmarks.exactness.page import PAGE, TABLES, with_tables
+from benchmarks.exactness.statistics import Sample, ratio, sample, spread, standard_error, summary, tail
 from benchmarks.setting import RESULTS
 from gradstore.model.parameters import parameter_blocks
 from gradstore.projection.kinds import KINDS
@@ -141,7 +141,7 @@ def test_the_error_of_a_ratio_is_its_scatter() -> None:
     values, errors = map(np.array, zip(*found, strict=True))
     assert values.mean() == pytest.approx(1.5, abs=0.02)
     assert errors.mean() == pytest.approx(values.std(), rel=0.1)
-    assert np.isnan(standard_error(np.ones(1)))
+    assert np.isnan(standard_error(np.arange(4.0)))
 
 
 def test_a_sparse_projection_can_lose_an_example_of_two_entries() -> None:

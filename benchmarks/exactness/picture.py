@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.kinds.models import CASES
+from benchmarks.exactness.models import CASES
 from gradstore.projection.kinds import KINDS
 
 ROWS = (("digits", "resnet18", "bert"), ("few", "bag", "alone"))

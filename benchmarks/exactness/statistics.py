@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_BATCHES = 20
+FEWEST_BATCHES, MOST_BATCHES = 5, 20
 REGROUPINGS, DEALT = 40, 2000  # at most so often, and until there are about so many P
 FAR = 5  # times a pair's root mean square under signs
 TAILS = np.concatenate([np.arange(0.95, 0.1, -0.05), 10 ** -np.arange(1, 6.01, 0.05)])
@@ -91,8 +91,8 @@ def ratio(found: Sample, base: Sample) -> tuple[float, float]:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of a mean of independent values; NaN for fewer than two."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    """Of a mean of independent values; NaN for so few that their scatter is not known."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) >= FEWEST_BATCHES else float("nan")
 
 
 def tail(found: Sample) -> Iterator[tuple[float, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 import gradstore as gs
-from benchmarks.kinds.gradients import KERNELS
+from benchmarks.exactness.gradients import KERNELS
 from benchmarks.paper.experiment import Experiment, Outputs, dense, split_outputs, surrogate
 from benchmarks.paper.forensic import nearest
 from gradstore.explain.faithfulness import faithfulness

@@ -7,7 +7,7 @@ from math import isnan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.kinds.models import HARD, TRAINED
+from benchmarks.exactness.models import HARD, TRAINED
 from gradstore.projection.kinds import DEFAULT, KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "sparse.md"
@@ -36,7 +36,7 @@ def residuals(tables: Tables) -> str:
     lines = (
         [
             *(TITLES[row["case"]], row["kind"]),
-            *(f"{float(row[name]):.4f}" for name in ("mean", "p99", "p999", "max")),
+            *(f"{float(row[name]):.5f}" for name in ("mean", "p99", "p999", "max")),
             *(_ratio(row), row["seeds"], f"{int(row['max_of']):,}"),
         ]
         for row in rows
@@ -109,12 +109,20 @@ def seconds(tables: Tables) -> str:
     return _table(["model", "kind", "K", "seconds for 1,000 rows", "times rademacher", "processor"], lines)
 
 
+def ran(tables: Tables) -> str:
+    """On what residuals and explanations were computed, a line each."""
+    columns = ("cpu", "simd", "threads", "python", "torch", "numpy")
+    rows = (*tables["kinds"], *tables["kinds_explained"])
+    return _table(columns, dict.fromkeys(tuple(row[name] for name in columns) for row in rows))
+
+
 TABLES: Mapping[str, Callable[[Tables], str]] = {
     "residuals": residuals,
     "ratios": ratios,
     "tails": tails,
     "explained": explained,
     "seconds": seconds,
+    "ran": ran,
 }
 MEASURES = {"top5": "top-5 agreement", "tau": "τ", "precision": "precision", "recall": "recall"}
 
@@ -147,5 +155,5 @@ def _over_seeds(values: Iterable[str]) -> str:
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---" if head in ("model", "kernel", "kind", "processor") else "---:" for head in heads]
+    rule = ["---" if head in ("model", "kernel", "kind", "processor", "cpu") else "---:" for head in heads]
     return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rule, *lines))

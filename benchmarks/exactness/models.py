@@ -129,14 +129,14 @@ TRAINED = (
         "ResNet18",
         _trained("resnet18", resnet18, enlarged, epochs=2),
         examples=8,
-        seeds={"rademacher": 10, "gaussian": 2, "sjlt": 100},
+        seeds={"rademacher": 20, "gaussian": 2, "sjlt": 100},
         rows={"train": 40, "test": 20},
     ),
     Case(
         "bert",
         "small BERT",
         _trained("bert", small_bert, sentences, lambda labels: labels % 2, epochs=6, learning_rate=5e-4),
-        seeds={"rademacher": 40, "gaussian": 6, "sjlt": 200},
+        seeds={"rademacher": 40, "gaussian": 10, "sjlt": 200},
         rows={"train": 128, "test": 64},
     ),
 )
