@@ -14,8 +14,9 @@ with S = Σ_c ‖g^c‖², S' = Σ_c ‖h^c‖². For Gaussian entries Var(r' N 
 
 The sparse projection, with whole blocks, has the variance of Rademacher, though its rows are not independent: of p ≠ q
 the product r_kp r_kq is ±B in one row of a block with a chance of 1/B, so that Σ_k r_k' N r_k over the s B = K rows has
-the variance s B² · 2 Σ_(p≠q) N_pq² / B. Its tails are heavier: a kurtosis of 3 for gradients of many like entries, up
-to 6.6 with five blocks and very uneven ones.
+the variance s B² · 2 Σ_(p≠q) N_pq² / B. Its tails are heavier: a kurtosis of 3 for gradients of many like entries, and
+B / s + 3 (s - 1) / s for the inner product of two gradients of one entry each, which is ±1/s where they meet in one of
+the s blocks; docs/sparse.md has what was measured.
 
 With a single row (sum over classes, layout mixed) this is (⟨g, h⟩² + ‖g‖² ‖h‖²) / K and, for the cosine, the familiar
 (1 - ρ²)² / K. With c rows it defines K_eff by (1 - ρ²)² / K_eff: K if the rows of an example are parallel, up to c K if
