@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import PATH, as_json
+from .options import PATH, as_json, parse_rows
 from .output import on_one_line, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradstore.explain.attribution import Attribution
 
 
 @click.command(
@@ -17,7 +22,8 @@ from .output import on_one_line, print_json, print_table, say
 )
 @click.argument("surrogate", type=PATH)
 @click.argument("queries", type=PATH)
-@click.option("--row", required=True, type=click.IntRange(0), help="Row of the query.")
+@click.option("--row", type=click.IntRange(0), help="Row of the query.")
+@click.option("--rows", callback=parse_rows, help="Or several, e.g. 0:100 or 3,5,8, in one pass.")
 @click.option("--class", "wanted", help="Class to explain.  [default: the predicted one]")
 @click.option("--rather-than", help="Class to compare it with.")
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Examples for and against.")
@@ -26,7 +32,8 @@ from .output import on_one_line, print_json, print_table, say
 def attribute(
     surrogate: Path,
     queries: Path,
-    row: int,
+    row: int | None,
+    rows: Sequence[int] | None,
     wanted: str | None,
     rather_than: str | None,
     k: int,
@@ -38,17 +45,33 @@ def attribute(
     SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings. The
     attributions of all training examples sum to the surrogate's logit.
     """
+    _require_one(row, rows)
     import gradstore as gs
     from gradstore.explain.attribution import class_index
 
-    model = gs.KernelGLM.load(surrogate)
-    found = gs.attribute(model, gs.open(queries), row, train=None if train is None else gs.open(train))
-    c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
-    record = found.as_dict(k, c, other)
-    if as_json:
-        print_json(record)
+    model, asked = gs.KernelGLM.load(surrogate), gs.open(queries)
+    store = None if train is None else gs.open(train)
+    if row is None:
+        every = gs.attributions(model, asked, rows, train=store)
     else:
-        _print(record)
+        every = iter([gs.attribute(model, asked, row, train=store)])
+
+    def record(found: Attribution) -> dict[str, Any]:
+        c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
+        return found.as_dict(k, c, other)
+
+    records = map(record, every)
+    if as_json:
+        print_json(next(records) if rows is None else records)
+        return
+    for i, each in enumerate(records):
+        click.echo("\n" if i else "", nl=False)
+        _print(each)
+
+
+def _require_one(row: int | None, rows: Sequence[int] | None) -> None:
+    if (row is None) == (rows is None):
+        raise click.UsageError("give either --row or --rows")
 
 
 def _print(record: dict[str, Any]) -> None:
