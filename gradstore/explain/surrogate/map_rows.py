@@ -155,8 +155,3 @@ def scores(rows: PhiRows, vectors: np.ndarray) -> np.ndarray:
         out[span] = (phi @ v).numpy()
     return out
 
-
-def mean_square(rows: PhiRows) -> float:
-    """Mean of κ(x_i, x_i), by which a kernel that is not a cosine is brought to scale."""
-    total = sum(float(torch.linalg.vector_norm(phi, dtype=torch.float64)) ** 2 for _, phi in rows.blocks())
-    return total / rows.n
