@@ -154,4 +154,3 @@ def scores(rows: PhiRows, vectors: np.ndarray) -> np.ndarray:
     for span, phi in doubled(rows):
         out[span] = (phi @ v).numpy()
     return out
-
