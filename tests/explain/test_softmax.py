@@ -114,7 +114,7 @@ def test_coordinates_are_those_of_orthonormal_directions() -> None:
     assert k == 20 + 3
     directions = subspace.combined(np.eye(k))
     np.testing.assert_allclose(directions @ directions.T, np.eye(k), atol=1e-10)
-    ((_, coordinates),) = subspace.coordinates.blocks()
+    coordinates = torch.cat([part for _, part in subspace.coordinates.blocks()])
     np.testing.assert_allclose(coordinates.numpy(), values @ directions.T, atol=1e-12)
     np.testing.assert_allclose(subspace.combined(subspace.components(extra)), extra, atol=1e-10)
     square = coordinates.numpy()[:, :20]

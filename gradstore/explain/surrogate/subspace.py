@@ -21,7 +21,7 @@ LEAST = 16
 """With fewer a fit would take as many passes as one without them."""
 
 _PIECE = 2048  # columns of directions in float64 at a time
-_ROWS = 4096  # rows of coordinates in float64 at a time
+_ROW_BYTES = 2 << 20  # of rows of coordinates in float64, so many at a time
 # Of squared lengths: what is shorter is the rounding of what is longer.
 _ROUNDING, _LITTLE = 1e-10, 1e-6
 
@@ -39,8 +39,10 @@ class Coordinates:
         self._values = values
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """One block: all of it."""
-        yield slice(0, self.n), self._values
+        """Blocks so small that a copy in float64 stays in cache."""
+        step = max(1, _ROW_BYTES // (8 * self.length))
+        for at in range(0, self.n, step):
+            yield slice(at, min(at + step, self.n)), self._values[at : at + step]
 
 
 class Subspace:
@@ -127,12 +129,11 @@ class Subspace:
         """Turn the directions to the principal axes of the coordinates, so that they can be scaled one by one."""
         k = self._held
         square = torch.zeros(k, k, dtype=torch.float64)
-        parts = [self._coordinates[at : at + _ROWS, :k] for at in range(0, len(self._coordinates), _ROWS)]
-        for part in parts:
+        for _, part in self.coordinates.blocks():
             values = part.double()
             square += values.T @ values
         _, turn = torch.linalg.eigh(square)
-        for part in parts:
+        for _, part in self.coordinates.blocks():
             part.copy_(part.double() @ turn)
         for span, part in self._pieces():
             self._directions[:k, span] = (turn.T @ part).to(self._directions.dtype)
@@ -152,8 +153,9 @@ def capacity_within(memory: int, n: int, length: int, classes: int, value: int, 
     Returns:
         (directions, below 1 where there is no room for one; bytes that `LEAST` of them need).
     """
-    each = value * (n + length) + 8 * classes * remembered + 16 * min(_PIECE, length)
-    fixed = 8 * classes * (6 * length + 8 * n)
+    # Coordinates, directions and the sums that half of them come from; what L-BFGS remembers; copies in float64.
+    each = value * (n + length + length // 2) + 8 * classes * remembered + 16 * min(_PIECE, length)
+    fixed = 8 * classes * (10 * length + 10 * n) + 3 * _ROW_BYTES
     least = min(LEAST, length)
     return min(_MOST, 2 * length, (memory - fixed) // each), fixed + least * each
 
