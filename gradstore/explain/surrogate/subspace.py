@@ -155,7 +155,7 @@ def capacity_within(memory: int, n: int, length: int, classes: int, value: int, 
     """
     # Coordinates, directions and the sums that half of them come from; what L-BFGS remembers; copies in float64.
     each = value * (n + length + length // 2) + 8 * classes * remembered + 16 * min(_PIECE, length)
-    fixed = 8 * classes * (10 * length + 10 * n) + 3 * _ROW_BYTES
+    fixed = 8 * classes * (10 * length + 10 * n) + 3 * min(_ROW_BYTES, 16 * n * length)
     least = min(LEAST, length)
     return min(_MOST, 2 * length, (memory - fixed) // each), fixed + least * each
 
