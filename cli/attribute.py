@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .loading import load
-from .options import PATH, as_json
+from .options import PATH, as_json, parse_rows
 from .output import on_one_line, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradstore.explain.attribution import Attribution
 
 
 @click.command(
@@ -18,7 +23,8 @@ from .output import on_one_line, print_json, print_table, say
 )
 @click.argument("surrogate", type=PATH)
 @click.argument("queries", type=PATH)
-@click.option("--row", required=True, type=click.IntRange(0), help="Row of the query.")
+@click.option("--row", type=click.IntRange(0), help="Row of the query.")
+@click.option("--rows", callback=parse_rows, help="Or several, e.g. 0:100 or 3,5,8, in one pass.")
 @click.option("--class", "wanted", help="Class to explain.  [default: the predicted one]")
 @click.option("--rather-than", help="Class to compare it with.")
 @click.option("-k", default=5, show_default=True, type=click.IntRange(1), help="Examples for and against.")
@@ -27,7 +33,8 @@ from .output import on_one_line, print_json, print_table, say
 def attribute(
     surrogate: Path,
     queries: Path,
-    row: int,
+    row: int | None,
+    rows: Sequence[int] | None,
     wanted: str | None,
     rather_than: str | None,
     k: int,
@@ -39,6 +46,7 @@ def attribute(
     SURROGATE is a file that `gradstore fit` wrote; QUERIES is a store with the same weights and settings. The
     attributions of all training examples sum to the surrogate's logit.
     """
+    _require_one(row, rows)
     import gradstore as gs
     from gradstore.explain.surrogate.saved_file import require_surrogate
 
@@ -47,13 +55,28 @@ def attribute(
     load("KernelGLM", "attribute")
     from gradstore.explain.attribution import class_index
 
-    found = gs.attribute(gs.KernelGLM.load(surrogate), asked, row, train=store)
-    c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
-    record = found.as_dict(k, c, other)
-    if as_json:
-        print_json(record)
+    model = gs.KernelGLM.load(surrogate)
+    if row is None:
+        every = gs.attributions(model, asked, rows, train=store)
     else:
-        _print(record)
+        every = iter([gs.attribute(model, asked, row, train=store)])
+
+    def record(found: Attribution) -> dict[str, Any]:
+        c, other = (None if name is None else class_index(found.classes, name) for name in (wanted, rather_than))
+        return found.as_dict(k, c, other)
+
+    records = map(record, every)
+    if as_json:
+        print_json(next(records) if rows is None else records)
+        return
+    for i, each in enumerate(records):
+        click.echo("\n" if i else "", nl=False)
+        _print(each)
+
+
+def _require_one(row: int | None, rows: Sequence[int] | None) -> None:
+    if (row is None) == (rows is None):
+        raise click.UsageError("give either --row or --rows")
 
 
 def _print(record: dict[str, Any]) -> None:

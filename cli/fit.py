@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     default="multinomial",
     show_default=True,
     type=click.Choice(["multinomial", "sgd"]),
-    help="Softmax cross-entropy by L-BFGS, or the paper's one-vs-rest by stochastic gradient descent.",
+    help="Softmax cross-entropy, or the paper's one-vs-rest by stochastic gradient descent.",
 )
 @click.option("--alpha", default="1e-4", show_default=True, help="Strength of the penalty, or auto.")
 @click.option(

@@ -1,5 +1,6 @@
 from .errors import GradstoreError as GradstoreError
 from .explain.attribution import attribute as attribute
+from .explain.attribution import attributions as attributions
 from .explain.faithfulness import evaluate as evaluate
 from .explain.forensics import forensics as forensics
 from .explain.surrogate.kernel_glm import KernelGLM as KernelGLM

@@ -92,6 +92,7 @@ CASES = [
     Case("residual", "residual project.py train test --pairs 36 --html residual.html", NARROW),
     Case("fit", "fit train --out new.safetensors --alpha auto", NARROW),
     Case("attribute", "attribute fitted.safetensors test --row 3", NARROW),
+    Case("attribute-rows", "attribute fitted.safetensors test --rows 3:5 -k 1", WIDE),
     Case("evaluate", "evaluate fitted.safetensors test --bootstrap 20", WIDE),
     Case("verify", "verify train", NARROW),
     Case("verify-damaged", "verify train", NARROW, status=5, prepare=damage),

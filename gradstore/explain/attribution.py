@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import CorruptError, UsageError
+from gradstore.explain.similarities import similarities
 from gradstore.explain.surrogate import KernelGLM
-from gradstore.explain.surrogate.map_rows import StoreRows, doubled
 from gradstore.explain.surrogate.training_gram import finite_rows
-from gradstore.indices import chosen_row
+from gradstore.indices import RowChoice, chosen_row, chosen_rows
 from gradstore.kernels.gram_matrix import Gram
 from gradstore.machine.byte_counts import parse_bytes
 from gradstore.store.concatenated import concat
@@ -209,7 +209,7 @@ def attribute(
     Args:
         model: a fitted surrogate.
         queries: as it was fitted on: a query store or any `Rows`, a Gram matrix [m, n], or kernel values [m, n].
-        row: of `queries`.
+        row: of `queries`; of many, `attributions` reads the training store once.
         train: the training store; default what is at the path, or paths, that the surrogate remembers.
 
     Returns:
@@ -228,25 +228,89 @@ def attribute(
         True
     """
     row = chosen_row(row, queries.shape[0], where="--row", what="query row")
-    labels = absent = None
-    if isinstance(queries, Rows):
-        model.binding_.require_queries(queries)
-        require_present(queries, np.array([row]), where="--row")
-        train = _remembered(model.binding_.source) if train is None else train
-        model.binding_.require_training_store(train)
-        labels, absent = train.labels, _absent(model, train)
-        similarity = _to_training_store(model, queries, row, train, np.flatnonzero(~absent))
-    else:
-        similarity = _given(model, queries, row)
-    n = len(similarity)
-    if model.coef_.shape[1] != n:  # of a file that says it is bound to these rows, and is not
-        raise CorruptError("the surrogate is of other training examples", expected=f"{model.coef_.shape[1]}", got=n)
-    there = np.ones(n, bool) if absent is None else ~absent
+    return next(attributions(model, queries, [row], train=train))
+
+
+def attributions(
+    model: KernelGLM, queries: Rows | Gram | np.ndarray, rows: RowChoice | None = None, *, train: Rows | None = None
+) -> Iterator[Attribution]:
+    """Divide the logits of many queries among the training examples, each as `attribute` does, to the bit.
+
+    The training store is read once for as many queries as the surrogate's `memory` holds: 4·D + 8·n bytes each. Beside
+    it stands one query's attribution, 8·classes·n bytes, and whatever the caller keeps.
+
+    Args:
+        model: a fitted surrogate.
+        queries: as `attribute` takes them.
+        rows: of `queries`, as indices in any order or a bool mask; default all that are there.
+        train: as `attribute` takes it.
+
+    Returns:
+        An iterator over them in the order of `rows`. What is asked for is checked at once; the store is read when the
+        first one is taken.
+
+    Raises:
+        UsageError: as `attribute`, or the memory does not even hold one query and one row.
+        Others: as `attribute`.
+
+    Example:
+        >>> model = gs.KernelGLM().fit(train)
+        >>> [found.row for found in gs.attributions(model, test, rows=[3, 5])]
+        [3, 5]
+    """
+    wanted = chosen_rows(rows, queries.shape[0], where="--rows", what="query row")
+    if not isinstance(queries, Rows):
+        _require_kernel_values(model, queries)
+        return _from_kernel_values(model, queries, wanted)
+    wanted = queries.present_at if rows is None else wanted
+    model.binding_.require_queries(queries)
+    require_present(queries, wanted, where="--rows")
+    train = _remembered(model.binding_.source) if train is None else train
+    model.binding_.require_training_store(train)
+    _require_as_many(model, len(train))
+    absent = (train.absent > 0) & ~model.coef_.any(axis=0)  # one that was excluded after the fit has a part in it
+    return _from_stores(model, queries, wanted, train, absent)
+
+
+def _from_kernel_values(model: KernelGLM, values: Gram | np.ndarray, wanted: np.ndarray) -> Iterator[Attribution]:
+    for row in wanted.tolist():
+        given = finite_rows(values, row, row + 1)[0] if isinstance(values, Gram) else values[row]
+        yield _divided(model, row, np.asarray(given, np.float64), tuple(map(str, model.classes_)))
+
+
+def _from_stores(
+    model: KernelGLM, queries: Rows, wanted: np.ndarray, train: Rows, absent: np.ndarray
+) -> Iterator[Attribution]:
+    at = np.flatnonzero(~absent)
+    names = tuple(map(str, queries.classes if len(queries.classes) > 1 else model.classes_))
+    there = PresentRows(train, at) if absent.any() else train
+    for rows, found in similarities(queries, wanted, there, model.phi_on(train), parse_bytes(model.memory)):
+        for row, known in zip(rows.tolist(), found, strict=True):
+            similarity = np.full(len(train), np.nan)
+            similarity[at] = known
+            yield _divided(model, row, similarity, names, train.labels, absent)
+
+
+def _divided(
+    model: KernelGLM,
+    row: int,
+    similarity: np.ndarray,
+    names: tuple[str, ...],
+    labels: np.ndarray | None = None,
+    absent: np.ndarray | None = None,
+) -> Attribution:
+    """The attribution of one query, of its similarity float64 [n] to the training examples."""
+    _require_as_many(model, len(similarity))
+    there = np.ones(len(similarity), bool) if absent is None else ~absent
     known = np.where(there, similarity, 0.0)
     values = model.coef_ * known + there * (model.intercept_[:, None] / there.sum())
-    names = queries.classes if isinstance(queries, Rows) and len(queries.classes) > 1 else model.classes_
     logits = model.coef_ @ known + model.intercept_
-    return Attribution(values, similarity, logits, model.intercept_, tuple(map(str, names)), row, labels, absent)
+    return Attribution(values, similarity, logits, model.intercept_, names, row, labels, absent)
+
+
+def _require_as_many(model: KernelGLM, n: int) -> None:
+    if model.coef_.shape[1] != n:  # of a file that says it is bound to these rows, and is not
+        raise CorruptError("the surrogate is of other training examples", expected=f"{model.coef_.shape[1]}", got=n)
 
 
 def class_index(names: Sequence[str], wanted: str) -> int:
@@ -264,24 +328,6 @@ def class_index(names: Sequence[str], wanted: str) -> int:
     return list(names).index(wanted)
 
 
-def _absent(model: KernelGLM, train: Rows) -> np.ndarray:
-    """Which training examples have no part in the logits, bool [n]; one that was excluded after the fit has."""
-    if model.coef_.shape[1] != len(train):
-        return train.absent > 0  # a file that says it is bound to these rows, and is not, which is said below
-    return (train.absent > 0) & ~model.coef_.any(axis=0)
-
-
-def _to_training_store(model: KernelGLM, queries: Rows, row: int, store: Rows, at: np.ndarray) -> np.ndarray:
-    """κ(x, x_i) of the rows at these places in float64, so that the attributions sum to the logit; else NaN."""
-    phi_of = model.phi_on(store)
-    query = phi_of.unit_rows(queries.read(row, row + 1), queries.where)[0].double()
-    out = np.full(len(store), np.nan)
-    rows = store if len(at) == len(store) else PresentRows(store, at)
-    for span, phi in doubled(StoreRows(rows, phi_of, parse_bytes(model.memory))):
-        out[at[span]] = (phi @ query).numpy()
-    return out
-
-
 def _remembered(source: str | list[str]) -> Rows:
     paths = [source] if isinstance(source, str) else source
     for path in paths:
@@ -296,11 +342,11 @@ def _remembered(source: str | list[str]) -> Rows:
     return concat([FeatureStore(path) for path in paths])
 
 
-def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray:
-    if isinstance(queries, Gram):
-        model.binding_.require_query_gram(queries)
-        return finite_rows(queries, row, row + 1)[0]
-    model.binding_.require_kind("array", queries)
+def _require_kernel_values(model: KernelGLM, values: Gram | np.ndarray) -> None:
+    if isinstance(values, Gram):
+        model.binding_.require_query_gram(values)
+        return
+    model.binding_.require_kind("array", values)
     if model.vectors_ is not None:
         raise UsageError(
             "the surrogate keeps no training examples of an array",
@@ -308,4 +354,3 @@ def _given(model: KernelGLM, queries: Gram | np.ndarray, row: int) -> np.ndarray
             expected="a store or a Gram matrix",
             hint="Fit it on a Gram matrix with kernel='precomputed'",
         )
-    return np.asarray(queries[row], np.float64)

@@ -55,6 +55,14 @@ def test_fit_attribute_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [item["label"] for item in listed] == [train.classes[train.labels[item["row"]]] for item in listed]
     assert record["sum"] == pytest.approx(record["logits"][record["class"]], abs=1e-5)
 
+    code, out, _ = run(capsys, "attribute", file, folder / "test", "--rows", "5,2", "-k", 3, "--json")
+    assert code == 0
+    assert [found["row"] for found in json.loads(out)] == [5, 2]
+    assert json.loads(out)[1] == record
+    code, out, _ = run(capsys, "attribute", file, folder / "test", "--rows", "5,2", *asked)
+    assert code == 0
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("query row")] == ["5,", "2,"]
+
     code, out, _ = run(capsys, "evaluate", file, folder / "test", "--bootstrap", 20, "--json")
     found = json.loads(out)
     assert code == 0
@@ -81,3 +89,6 @@ def test_errors_have_their_exit_codes(folder: Path, tmp_path: Path, capsys: pyte
     code, _, err = run(capsys, "attribute", file, folder / "test", "--row", 0, "--class", "fox")
     assert (code, "expected one of cat, dog, owl" in err) == (2, True)
     assert run(capsys, "attribute", tmp_path / "none", folder / "test", "--row", 0)[0] == 2
+    for rows in ((), ("--row", 0, "--rows", "1:3")):
+        code, _, err = run(capsys, "attribute", file, folder / "test", *rows)
+        assert (code, "give either --row or --rows" in err) == (2, True)

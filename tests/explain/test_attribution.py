@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from synthetic import clustered, dense_similarity, write_store
 
 import gradstore as gs
 from gradstore.errors import UsageError
 from gradstore.explain.attribution import Attribution, class_index
+from gradstore.search.exact_score import ExactScore
 from gradstore.store.feature_store import FeatureStore
 
 N, M, C, K = 70, 9, 3, 20
@@ -49,6 +53,72 @@ def test_values_are_eq_3(fitted: tuple) -> None:
         for c in range(C):
             expected = [model.coef_[c, i] * kappa[row, i] + model.intercept_[c] / N for i in range(N)]
             np.testing.assert_allclose(found.values[c], expected, atol=1e-6 * np.abs(model.coef_).max())
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-pntk", "proj-trntk0"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_many_are_each_as_alone_to_the_bit(
+    kernel: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write_store(tmp_path / "train", clustered(N, C, K, seed=2), shard_rows=16, dtype=dtype)
+    test = write_store(tmp_path / "test", clustered(M, C, K, seed=3), dtype=dtype)
+    model = gs.KernelGLM(kernel, alpha=1e-2).fit(train)
+    alone = [gs.attribute(model, test, row) for row in range(M)]
+    asked = [5, 0, 8, 5]
+    passes = []
+    for memory in ("2GB", 3000):  # all of them in one pass, or some
+        reads: list[int] = []
+        monkeypatch.setattr(ExactScore, "_read", noted(ExactScore._read, reads))
+        model.set_params(memory=memory)
+        for threads in (1, 3):
+            with torch_threads(threads):
+                found = list(gs.attributions(model, test, asked))
+            for each, row in zip(found, asked, strict=True):
+                assert each.row == row
+                for name in ("values", "similarity", "logits"):
+                    np.testing.assert_array_equal(getattr(each, name), getattr(alone[row], name))
+        passes.append(sum(reads) / (2 * N))
+        monkeypatch.undo()
+    assert passes[0] == 1
+    assert 1 < passes[1] <= len(asked)
+
+
+def noted(read: Callable[..., object], reads: list[int]) -> Callable[..., object]:
+    """The same function, whose rows are counted."""
+
+    def reading(self: object, batch: np.ndarray) -> object:
+        reads.append(len(batch))
+        return read(self, batch)
+
+    return reading
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_are_chosen_as_everywhere(fitted: tuple, tmp_path: Path) -> None:
+    model, train, test = fitted
+    assert [found.row for found in gs.attributions(model, test)] == list(range(M))
+    assert [found.row for found in gs.attributions(model, test, np.arange(M) > 6)] == [7, 8]
+    assert list(gs.attributions(model, test, [])) == []
+    square, wide = gs.gram(train, out=tmp_path / "a.h5"), gs.gram(test, train, out=tmp_path / "b.h5")
+    by_file = gs.KernelGLM(alpha=1e-3).fit(square, train.labels)
+    found = list(gs.attributions(by_file, wide, [4, 2]))
+    np.testing.assert_array_equal(found[1].values, gs.attribute(by_file, wide, 2).values)
+    for wrong in ([0, M], [0.5], "3"):  # said at once, before the first is taken
+        with pytest.raises(UsageError, match="--rows"):
+            gs.attributions(model, test, wrong)
+    with pytest.raises(UsageError, match="expected a store, got Gram"):
+        gs.attributions(model, wide)
+    with pytest.raises(UsageError, match=r"too little memory .*expected at least .*got 1.0 kB"):
+        list(gs.attributions(gs.KernelGLM.load(model.save(tmp_path / "s")).set_params(memory="1KB"), test))
 
 
 def test_contrast_and_ranking(fitted: tuple) -> None:

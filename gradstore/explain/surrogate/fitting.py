@@ -20,9 +20,10 @@ from gradstore.explain.surrogate.fit_settings import (
     require_usable,
     targets,
 )
-from gradstore.explain.surrogate.map_rows import PhiRows, mean_square, weighted_sum
+from gradstore.explain.surrogate.map_rows import PhiRows, weighted_sum
 from gradstore.explain.surrogate.one_vs_rest import fit_one_vs_rest
 from gradstore.explain.surrogate.softmax import PAIRS, factored, fit_softmax
+from gradstore.explain.surrogate.subspace import LEAST, Subspace, capacity_within
 from gradstore.explain.surrogate.training_data import TrainingData
 from gradstore.explain.surrogate.training_gram import TrainingGram
 from gradstore.machine.byte_counts import format_bytes
@@ -50,20 +51,28 @@ def fit(data: TrainingData, settings: Settings) -> Fitted:
         if isinstance(alpha, str):
             alpha, scores = choose_alpha(solver, ALPHAS[settings.backend], data, settings)
         fitted = solver.fit(float(alpha), None)
-    vectors = None if data.rows is None else weighted_sum(data.rows, fitted.coef)
-    return replace(fitted, vectors=vectors, alpha_scores=scores)
+    if fitted.vectors is None and data.rows is not None:
+        fitted = replace(fitted, vectors=weighted_sum(data.rows, fitted.coef))
+    return replace(fitted, alpha_scores=scores)
 
 
 class MultinomialSolver:
     """Softmax regression on features, or on a factor of the Gram matrix.
 
+    The kernel is divided by the mean of κ(x_i, x_i); the penalty is multiplied instead.
+
     Args:
         rows: features whose inner products are the kernel.
-        scale: mean of κ(x_i, x_i), by which the kernel is divided; the penalty is multiplied instead.
+        memory: bytes for what is held beside them.
+        data: what is learnt from.
+        settings: of the fit.
     """
 
-    def __init__(self, rows: PhiRows, scale: float, data: TrainingData, settings: Settings) -> None:
-        self._rows, self._scale, self._settings = rows, scale, settings
+    def __init__(self, rows: PhiRows, memory: int, data: TrainingData, settings: Settings) -> None:
+        self._rows, self._settings = rows, settings
+        self._is_phi = rows is data.rows
+        self._subspace = Subspace(rows, _capacity(rows, len(data.classes), memory, settings), settings.seed)
+        self._scale = self._subspace.mean_square
         self._targets = targets(data, settings)
         self._weights = class_weights(data, settings)[hard_labels(data, settings)]
         self._logits = np.empty(self._targets.shape)
@@ -72,6 +81,7 @@ class MultinomialSolver:
         """See `Solver`; rows left out weigh nothing."""
         weights = self._weights if keep is None else np.where(keep, self._weights, 0.0)
         found = fit_softmax(
+            self._subspace,
             self._rows,
             self._targets,
             weights,
@@ -84,7 +94,7 @@ class MultinomialSolver:
         return Fitted(
             found.weights,
             found.intercept,
-            vectors=None,
+            vectors=found.vectors if self._is_phi else None,
             alpha=alpha,
             n_iter=found.iterations,
             loss=found.loss,
@@ -142,20 +152,25 @@ class OneVsRestSolver:
 @contextmanager
 def _multinomial(data: TrainingData, settings: Settings) -> Iterator[Solver]:
     """On features, unless a factor of the Gram matrix is smaller and fits the memory."""
-    n, classes = data.n, len(data.classes)
-    factor_bytes = 8 * n * (FACTOR_COPIES * n + 2 * PAIRS * classes)
+    n = data.n
+    factor_bytes = 8 * n * (FACTOR_COPIES * n + 2 * PAIRS * len(data.classes))
     fits = factor_bytes <= settings.memory
     if data.rows is not None and not (fits and n < data.rows.length):
-        need = 2 * 8 * 2 * PAIRS * classes * data.rows.length
-        if need > settings.memory:
-            _refuse_memory("too little memory for L-BFGS", need, settings.memory)
-        yield MultinomialSolver(data.rows, mean_square(data.rows), data, settings)
+        yield MultinomialSolver(data.rows, settings.memory // 2, data, settings)
         return
     if not fits:
         _refuse_memory("too little memory to factor the Gram matrix", factor_bytes, settings.memory)
-    matrix = data.gram_in_memory(settings.memory - 16 * n * n)
-    scale = float(np.trace(matrix)) / n
-    yield MultinomialSolver(factored(matrix), scale, data, settings)
+    rows = factored(data.gram_in_memory(settings.memory - 16 * n * n))
+    yield MultinomialSolver(rows, settings.memory - 16 * n * n, data, settings)
+
+
+def _capacity(rows: PhiRows, classes: int, memory: int, settings: Settings) -> int:
+    """Directions that fit the memory."""
+    value = rows.bytes // (rows.n * rows.length)
+    found, need = capacity_within(memory, rows.n, rows.length, classes, value, 2 * PAIRS + 8)
+    if found < min(LEAST, rows.length):
+        _refuse_memory("too little memory for a fit on the features", settings.memory - memory + need, settings.memory)
+    return found
 
 
 @contextmanager

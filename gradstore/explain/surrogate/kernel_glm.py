@@ -38,8 +38,8 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
     Two ways to fit it (`backend`):
 
     - "multinomial": cross-entropy of the softmax with a penalty alpha/2 Σ_c ‖Σ_i W_ci Φ(x_i)‖² in the space
-      of the kernel, by L-BFGS. Reads the features, one pass an iteration; where n < D and n² values fit the memory, it
-      works on a factor of the Gram matrix instead, with the same result.
+      of the kernel. Reads the features some 5 to 20 times (`gradstore.explain.surrogate.softmax`); where n < D and n²
+      values fit the memory, it works on a factor of the Gram matrix instead, with the same result.
     - "sgd": the paper's: scikit-learn's `SGDClassifier(loss="log_loss", penalty="l2")` on rows of the Gram matrix, with
       the penalty alpha/2 ‖W‖² (the paper takes 1e-2 for many classes and 1e-4 for two). It is one-vs-rest: each class
       has a logistic model of its own, and probabilities are their sigmoids divided by their sum.
@@ -64,7 +64,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         memory: bytes, or text like "2GB", that features, Gram values and the optimiser may take.
         scratch: directory for the Gram matrix where "sgd" cannot hold it in memory (4 n² bytes).
         shuffle: "sgd" learns rows in a random order.
-        random_state: seed of that order and of the rows held out.
+        random_state: seed of that order, of the rows held out, and of the sketch that "multinomial" begins with.
 
     Attributes:
         coef_: W, float64 [classes, n].
@@ -72,7 +72,7 @@ class KernelGLM(ClassifierMixin, BaseEstimator):
         classes_: labels [classes].
         vectors_: Σ_i W_ci Φ(x_i), float64 [classes, D]; None for Gram matrices.
         alpha_: strength that was used; with "auto", `alpha_scores_` says how each did.
-        n_iter_: iterations or epochs.
+        n_iter_: iterations, of two passes over the rows each, or epochs.
         converged_: whether the tolerance was met; `reason_` says why it stopped, `loss_` where.
         logit_error_: multinomial: bound on the error of a logit from stopping early.
         state_: what the kernel's feature map was fitted to, arrays by name; None of a kernel that fits nothing.

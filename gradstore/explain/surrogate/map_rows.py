@@ -85,8 +85,9 @@ class StoreRows:
         self.bytes = 4 * n * self.length
         self._store, self._phi = store, phi
         self._checked = False
-        # As read, decoded and normalised, three times: one block in use, one ready, one being made.
-        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length + phi.making)
+        # As read, decoded and normalised, three times: one block in use, one ready, one being made. And twice in
+        # float64: what `doubled` gave last, and what it makes next.
+        row = 3 * (store.schema.row_bytes + 4 * c * K + 4 * self.length + phi.making) + 16 * self.length
         if share * row > memory:
             raise UsageError(
                 "too little memory",
@@ -154,9 +155,3 @@ def scores(rows: PhiRows, vectors: np.ndarray) -> np.ndarray:
     for span, phi in doubled(rows):
         out[span] = (phi @ v).numpy()
     return out
-
-
-def mean_square(rows: PhiRows) -> float:
-    """Mean of κ(x_i, x_i), by which a kernel that is not a cosine is brought to scale."""
-    total = sum(float(torch.linalg.vector_norm(phi, dtype=torch.float64)) ** 2 for _, phi in rows.blocks())
-    return total / rows.n
