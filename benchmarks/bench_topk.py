@@ -31,7 +31,7 @@ from structured import write_structured
 
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
-from gradstore.arithmetic.int8_digits import add_integer_product
+from gradstore.arithmetic.seven_bits import MOST, LeftRows
 from gradstore.machine.threads import single_threaded
 from gradstore.search.index.faiss_index import require_faiss
 from gradstore.store.feature_store import FeatureStore
@@ -67,11 +67,11 @@ def float_rate(m: int) -> float:
 
 
 def integer_rate(m: int, K: int) -> float:
-    """GFLOP/s of the products of two digits that the scan uses, each three products of 8-bit integers."""
+    """GFLOP/s of the scan's products of one 7-bit digit."""
     rows = 117
-    q, t = (torch.randint(-127, 128, (2, n, K), dtype=torch.int8) for n in (m, rows))
-    call = lambda: add_integer_product(q, torch.ones(m), t[0], t[1], torch.ones(rows), torch.zeros(m, rows))  # noqa: E731
-    return rate(m, rows, K, [call])
+    q, t = (torch.randint(-MOST, MOST + 1, (n, K), dtype=torch.int8) for n in (m, rows))
+    left = LeftRows(q)
+    return rate(m, rows, K, [lambda: left.times(t)])
 
 
 def limb_rate(m: int) -> float:

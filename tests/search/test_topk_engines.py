@@ -18,6 +18,7 @@ from gradstore.arithmetic import chooser, matrix_unit
 from gradstore.arithmetic.int8 import integer_product, integer_products_are_exact
 from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
 from gradstore.arithmetic.names import ENGINES
+from gradstore.arithmetic.seven_bits import LeftRows
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.kernels.feature_map import FeatureMap
@@ -26,7 +27,7 @@ from gradstore.search.bounds import engines
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds, PackedQueries
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
-from gradstore.search.bounds.bounds_int8 import IntegerBounds
+from gradstore.search.bounds.bounds_int8 import IntegerBounds, RoundedQueries
 from gradstore.search.exact_score import inner_products
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import Request
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.numerical
 LEVELS = (*library.levels(), "")
 MEANS = {"float32": Float32Bounds, "int8": IntegerBounds, "bfloat16": LimbBounds}  # tests of cuda need a GPU
 CPU_ENGINES = [name for name, means in MEANS.items() if means.refusal(1) is None]
+REFINED = [name for name in CPU_ENGINES if MEANS[name].refine is not Bounds.refine]
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,28 +47,31 @@ CPU_ENGINES = [name for name, means in MEANS.items() if means.refusal(1) is None
     width=st.sampled_from([1, 7, 16, 31, 64, 129, 1000]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     exponent=st.sampled_from([-90, -10, 0, 10]),
+    largest=st.sampled_from([63, 127]),
 )
 @pytest.mark.parametrize("simd", LEVELS)
 def test_rounding_misses_no_more_than_it_says(
-    simd: str, seed: int, width: int, dtype: torch.dtype, exponent: int
+    simd: str, seed: int, width: int, dtype: torch.dtype, exponent: int, largest: int
 ) -> None:
     rng = np.random.default_rng(seed)
     room = torch.from_numpy(rows_of_every_kind(rng, 12, width + 3)).to(dtype)
     values, factors = room[:, 1 : width + 1], torch.full((12,), 2.0**exponent)
     values[3] = 0
     digits = torch.empty(2, 12, width, dtype=torch.int8)
-    found = round_rows(values, factors, digits[0], digits[1], simd)
+    found = round_rows(values, factors, digits[0], digits[1], simd, largest=largest)
     exact = (values.float() * factors[:, None]).double()
     step = torch.from_numpy(found.step)[:, None]
-    low = digits[1].double() * step / 254
+    low = digits[1].double() * step / (2 * largest)
     kept = digits[0].double() * step + low
-    assert int(digits.abs().max()) <= 127
+    assert int(digits.abs().max()) <= largest
     for bound, norm in ((found.missed, exact - kept), (found.low, low), (found.norm, kept)):
         assert (norm.norm(dim=1).numpy() <= bound).all()
     usable = exact.norm(dim=1).numpy() > 1e-12
-    assert (found.missed[usable] <= 1e-4 * width**0.5 * exact.abs().amax(dim=1).numpy()[usable]).all(), "and is fine"
+    fine = 1e-4 * (127 / largest) ** 2 * width**0.5
+    assert (found.missed[usable] <= fine * exact.abs().amax(dim=1).numpy()[usable]).all(), "and is fine"
     one = torch.empty(12, width, dtype=torch.int8)
-    coarse = round_rows(values, factors, one, simd=simd)
+    coarse = round_rows(values, factors, one, simd=simd, largest=largest)
+    assert torch.equal(one, digits[0])
     assert ((exact - one.double() * step).norm(dim=1).numpy() <= coarse.missed).all()
     assert ((one.double() * step).norm(dim=1).numpy() <= coarse.norm).all()
 
@@ -113,22 +118,25 @@ def test_inner_products_have_the_same_bits_at_every_level(shape: tuple[int, int]
     np.testing.assert_allclose(found[0], exact, rtol=0, atol=1e-13 * float(np.square(vectors).sum()))
 
 
+@pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_products_add_up(compiled: bool, digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
         monkeypatch.setenv("GRADSTORE_SIMD", "none")
     rng = torch.Generator().manual_seed(0)
     queries, rows = (
-        torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8) for shape in ((2, 5, 700), (2, 33, 700))
+        torch.randint(-63, 64, shape, generator=rng, dtype=torch.int8) for shape in ((2, 5, 700), (2, 33, 700))
     )
-    queries[:, 0], rows[:, 0] = 127, 127
+    queries[:, 0], rows[:, 0] = 63, 63
     steps = torch.rand(5, generator=rng), torch.rand(33, generator=rng)
     out = torch.ones(5, 33)
-    add_integer_product(queries, steps[0], rows[0], rows[1], steps[1], out)
+    add_integer_product([LeftRows(part) for part in queries[:digits]], steps[0], rows[:digits], steps[1], out)
     a, b = queries.double(), rows.double()
-    expected = a[0] @ b[0].T + (a[1] @ b[0].T + a[0] @ b[1].T) / 254
+    expected = a[0] @ b[0].T
+    if digits == 2:
+        expected += (a[1] @ b[0].T + a[0] @ b[1].T) / 126
     expected = 1 + expected * torch.outer(steps[0].double(), steps[1].double())
-    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6 * 127**2 * 700)
+    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6 * 63**2 * 700)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,7 +147,7 @@ def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch
     K=st.sampled_from([1, 33, 300]),
     scale=st.sampled_from([1e-25, 1.0, 1e15]),
 )
-@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(["bfloat16 refined"] if "bfloat16" in CPU_ENGINES else [])])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(f"{name} refined" for name in REFINED)])
 def test_bounds_hold_for_every_pair(
     engine: str, seed: int, dtype: str, kernel: str, K: int, scale: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -162,7 +170,7 @@ def test_bounds_hold_for_every_pair(
         rounding = 1e-13 * np.abs(exact).max()  # of the reference
         assert (error <= spread.numpy() + rounding).all()
         if kernel != "proj-trntk0":
-            least = 9e-3 if engine == "bfloat16" else 2e-3
+            least = {"bfloat16": 9e-3, "int8": 0.3}.get(engine, 2e-3)
             assert (spread < least * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
 
 
@@ -211,17 +219,19 @@ def test_more_candidates_than_may_wait_change_nothing(
     np.testing.assert_array_equal(other.similarity, expected.similarity)
 
 
-@pytest.mark.skipif("bfloat16" not in CPU_ENGINES, reason="this processor has no matrix unit")
-def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", REFINED)
+def test_many_near_ties_are_told_apart_with_a_second_limb_or_digit(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     features = (rng.standard_normal((1, 2, 300)) + 0.02 * rng.standard_normal((600, 2, 300))).astype(np.float32)
     train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
     expected = gs.topk(train, queries, 3, engine="float32")
     monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 50)
-    monkeypatch.setattr("gradstore.search.bounds.bounds_bfloat16._BLOCK_BYTES", 40 * train.schema.row_bytes)
-    seen = []
-    monkeypatch.setattr(PackedQueries, "refined", lambda self, of=PackedQueries.refined: seen.append(1) or of(self))
-    found = gs.topk(train, queries, 3, engine="bfloat16")
+    monkeypatch.setattr(f"gradstore.search.bounds.bounds_{engine}._BLOCK_BYTES", 40 * train.schema.row_bytes)
+    seen, kind = [], {"bfloat16": PackedQueries, "int8": RoundedQueries}[engine]
+    monkeypatch.setattr(kind, "refined", lambda self, of=kind.refined: seen.append(1) or of(self))
+    found = gs.topk(train, queries, 3, engine=engine)
     assert seen == [1], "once, after the first of several blocks"
     np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.similarity, expected.similarity)
@@ -289,6 +299,8 @@ def test_an_engine_that_reads_the_store_much_more_often_is_not_taken(
 
 
 def test_int8_needs_exact_products(stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torch only where nothing was compiled."""
+    monkeypatch.setenv("GRADSTORE_SIMD", "none")
     monkeypatch.setattr("gradstore.arithmetic.int8.integer_products_are_exact", lambda: False)
     said = "--engine: torch's products of 8-bit integers are missing or overflow on this processor"
     with pytest.raises(UsageError, match=said):
