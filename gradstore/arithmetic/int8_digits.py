@@ -154,6 +154,33 @@ def add_integer_product(
         out.add_(total.mul_(query_steps[:, None]).mul_(steps))
 
 
+def pair_products(
+    queries: Sequence[LeftRows],
+    query_steps: Tensor,
+    digits: Sequence[Tensor],
+    steps: Tensor,
+    pairs: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What `add_integer_product` adds for some pairs.
+
+    Args:
+        queries: as `add_integer_product` takes them, as the three that follow.
+        query_steps: float32 [m].
+        digits: int8 [B, w], as many as of the queries.
+        steps: float32 [B].
+        pairs: (which of the m rows, which of the B rows), int64 [pairs] each; equal ones of the B follow one another.
+
+    Returns:
+        float32 [pairs], as far off.
+    """
+    places, columns = pairs
+    total = queries[0].times_pairs(digits[0], places, columns).float()
+    if len(queries) > 1:
+        low = queries[1].times_pairs(digits[0], places, columns) + queries[0].times_pairs(digits[1], places, columns)
+        total += low.float().div_(2 * MOST)
+    return total.mul_(query_steps[places]).mul_(steps[columns])
+
+
 def sample_product(queries: int, rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
     """As `gradstore.arithmetic.float32.sample_product`, of one digit."""
     stored, factors, out = torch.ones(rows, width).to(dtype), torch.ones(rows), torch.zeros(queries, rows)

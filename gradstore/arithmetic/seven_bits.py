@@ -28,6 +28,15 @@ class _IntegerJob(ctypes.Structure):
     )
 
 
+class _PairJob(ctypes.Structure):
+    """Mirror of ``struct PairJob``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("left", "sums", "right", "places", "columns", "out")),
+        *((name, ctypes.c_int64) for name in ("pairs", "width")),
+    )
+
+
 def refusal(where: str) -> UsageError | None:
     """Say why this machine has no right products of integers, as `gradstore.arithmetic.int8.refusal` does."""
     return None if library.available() else int8.refusal(where)
@@ -75,4 +84,28 @@ class LeftRows:
         pointers = (tensor.data_ptr() for tensor in (self.values, self.sums, right, out))
         job = _IntegerJob(*pointers, *out.shape, self.width)
         library.call("multiply_seven_bits", job, simd=simd)
+        return out
+
+    def times_pairs(self, right: Tensor, places: Tensor, columns: Tensor, simd: str | None = None) -> Tensor:
+        """Multiply some pairs alone.
+
+        Args:
+            right: as `times` takes them.
+            places: int64 [pairs], which of the m rows.
+            columns: int64 [pairs], which of the n rows; equal ones should follow one another.
+            simd: as `times` takes it; torch multiplies all pairs.
+
+        Returns:
+            int32 [pairs], the same as ``times(right)[places, columns]``.
+        """
+        simd = library.level() if simd is None else simd
+        if not simd:
+            return self.times(right, simd)[places, columns]
+        assert right.shape[1] == self.width, (right.shape, self.width)
+        assert right.is_contiguous()
+        assert places.is_contiguous()
+        assert columns.is_contiguous()
+        out = torch.empty(len(places), dtype=torch.int32)
+        pointers = (tensor.data_ptr() for tensor in (self.values, self.sums, right, places, columns, out))
+        library.call("multiply_seven_bit_pairs", _PairJob(*pointers, len(places), self.width), simd=simd)
         return out

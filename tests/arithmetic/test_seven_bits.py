@@ -22,7 +22,11 @@ def test_products_are_exact(simd: str, width: int, sizes: tuple[int, int]) -> No
     left, right = (torch.randint(-MOST, MOST + 1, (n, width), generator=rng, dtype=torch.int8) for n in sizes)
     left[0], right[0], right[-1] = MOST, MOST, -MOST
     expected = left.double() @ right.double().T
-    np.testing.assert_array_equal(LeftRows(left).times(right, simd).double(), expected)
+    rows = LeftRows(left)
+    np.testing.assert_array_equal(rows.times(right, simd).double(), expected)
+    columns, places = (torch.rand(expected.T.shape, generator=rng) < 0.6).nonzero().T
+    found = rows.times_pairs(right, places.contiguous(), columns.contiguous(), simd)
+    np.testing.assert_array_equal(found.double(), expected[places, columns])
 
 
 @pytest.mark.parametrize("simd", LEVELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from synthetic import clustered, dense_similarity, rows_of_every_kind, write_sto
 import gradstore as gs
 from gradstore.arithmetic import chooser, matrix_unit
 from gradstore.arithmetic.int8 import integer_product, integer_products_are_exact
-from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
+from gradstore.arithmetic.int8_digits import add_integer_product, pair_products, round_rows
 from gradstore.arithmetic.names import ENGINES
 from gradstore.arithmetic.seven_bits import LeftRows
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.native import library
-from gradstore.search.bounds import engines
+from gradstore.search.bounds import bounds_int8, engines
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds, PackedQueries
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
@@ -164,7 +165,7 @@ def test_bounds_hold_for_every_pair(
         bounds.refine()
     block = bounds.block(30)
     for start, stop in ((0, 30), (30, 50)):
-        ((group, center, spread),) = block.bounds(start, stop)
+        ((group, center, spread),) = block.bounds(start, stop, torch.full((8,), -torch.inf, dtype=torch.float64))
         np.testing.assert_array_equal(group.members, np.arange(8))
         error = np.abs(center.numpy() - exact[:, start:stop])
         rounding = 1e-13 * np.abs(exact).max()  # of the reference
@@ -172,6 +173,56 @@ def test_bounds_hold_for_every_pair(
         if kernel != "proj-trntk0":
             least = {"bfloat16": 9e-3, "int8": 0.3}.get(engine, 2e-3)
             assert (spread < least * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-trntk0"])
+@pytest.mark.parametrize("engine", ["int8", "int8 refined"])
+@pytest.mark.skipif("int8" not in CPU_ENGINES, reason="no exact products of 8-bit integers here")
+def test_bounds_hold_for_pairs_that_are_not_multiplied_to_the_end(
+    engine: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write_store(tmp_path / "a", clustered(60, 6, 40))
+    queries = write_store(tmp_path / "b", clustered(9, 6, 40, seed=1))
+    (group,) = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
+    exact = dense_similarity(train, queries, kernel)
+    bounds = IntegerBounds(train, [group])
+    if engine.endswith("refined"):
+        bounds.refine()
+    thresholds = torch.from_numpy(np.sort(exact, axis=1)[:, -3])
+    seen: list[int] = []
+
+    def counted(*operands: Any) -> torch.Tensor:
+        products = pair_products(*operands)
+        seen.append(len(products))
+        return products
+
+    monkeypatch.setattr(bounds_int8, "pair_products", counted)
+    ((_, center, spread),) = bounds.block(60).bounds(0, 60, thresholds)
+    assert min(seen) >= 3 * 9
+    assert max(seen) < 9 * 60 / 3, "few of all pairs"
+    size = np.abs(exact).max()
+    error, open_pairs = np.abs(center.numpy() - exact), exact >= thresholds.numpy()[:, None]
+    assert (error <= spread.numpy() + 1e-13 * size).all()
+    assert (spread.numpy()[open_pairs] < (0.1 if engine == "int8" else 2e-3) * size).all(), "and are of use"
+    assert (spread.numpy() > 0.1 * size).any(), "of those that stopped earlier they need not be"
+    assert (center + spread < thresholds[:, None]).sum() > 9 * 30
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+@pytest.mark.parametrize("c", range(6))
+def test_values_that_are_not_finite_are_seen_in_every_class(engine: str, c: int, tmp_path: Path) -> None:
+    """Where they are not in the norms, and most pairs are not multiplied to the end."""
+    path, features = tmp_path / "a", clustered(60, 6, 40)
+    store = write_store(path, features)
+    with (path / store.manifest.file_of(0)).open("r+b") as file:
+        file.seek(store.manifest.shards[0].offsets["features"] + 2 * (7 * 6 * 40 + 40 * c + 3))
+        file.write(np.float16(np.nan).tobytes())
+    train, queries = FeatureStore(path, verify=False), write_store(tmp_path / "b", features[:9])
+    (group,) = load_queries(Request.checked(train, queries, 1, projected_kernel("proj-trntk")))
+    thresholds = torch.full((9,), 0.95, dtype=torch.float64)
+    ((_, center, _),) = MEANS[engine](train, [group]).block(60).bounds(0, 60, thresholds)
+    finite = torch.isfinite(center).all(dim=0)
+    assert torch.nonzero(~finite)[:, 0].tolist() == [7]
 
 
 @pytest.fixture(scope="module")

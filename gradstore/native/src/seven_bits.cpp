@@ -20,6 +20,15 @@ struct IntegerJob {
     int64_t rows, columns, width;
 };
 
+struct PairJob {
+    const int8_t* left;
+    const int32_t* sums;
+    const int8_t* right;
+    const int64_t *places, *columns;  // [pairs]: which left row, and which right one; those of one right row follow one another
+    int32_t* out;                     // [pairs], overwritten
+    int64_t pairs, width;
+};
+
 constexpr int64_t STEP = 128;   // values that are multiplied at once, at most; _STEP in arithmetic/seven_bits.py
 constexpr int64_t DEPTH = 2048; // values of a row in a tile: few enough for the first cache
 constexpr int64_t TOGETHER = 64; // left rows whose values of that depth stay in the second cache
@@ -31,9 +40,15 @@ constexpr uint8_t SHIFT = 64;
 #define FOR_AVX2 1
 #include "each_level.h"
 
-#define LEVEL(name) name::multiply,
-constexpr void (*LEVELS[])(const IntegerJob&) = {EACH_LEVEL(LEVEL)};
+struct Level {
+    void (*all)(const IntegerJob&);
+    void (*pairs)(const PairJob&);
+};
+
+#define LEVEL(name) {name::multiply, name::multiply_pairs},
+constexpr Level LEVELS[] = {EACH_LEVEL(LEVEL)};
 
 }  // namespace
 
-EXPORT void gradstore_multiply_seven_bits(const IntegerJob* job, int level) { LEVELS[level](*job); }
+EXPORT void gradstore_multiply_seven_bits(const IntegerJob* job, int level) { LEVELS[level].all(*job); }
+EXPORT void gradstore_multiply_seven_bit_pairs(const PairJob* job, int level) { LEVELS[level].pairs(*job); }

@@ -116,3 +116,33 @@ static void multiply(const IntegerJob& job) {
         }
     }
 }
+
+// Adds the products of one right row with SOME left rows to out[SOME].
+template <int SOME>
+static inline void add_pairs(const uint8_t* shifted, const int8_t* left, const int64_t* places, int64_t apart, int64_t depth,
+                             int32_t* out) {
+    Vector sums[SOME] = {};
+    for (int64_t k = 0; k < depth; k += 2 * VECTOR_BYTES) {
+#pragma GCC unroll 4
+        for (int i = 0; i < SOME; ++i) add_products(sums[i], shifted + k, left + places[i] * apart + k);
+    }
+    for (int i = 0; i < SOME; ++i) out[i] += sum_of(sums[i]);
+}
+
+static void multiply_pairs(const PairJob& job) {
+    constexpr int MANY = 4;
+    const int64_t apart = (job.width + STEP - 1) / STEP * STEP;
+    for (int64_t i = 0; i < job.pairs; ++i) job.out[i] = -SHIFT * job.sums[job.places[i]];
+    alignas(64) uint8_t row[1][DEPTH];
+    for (int64_t at = 0; at < job.width; at += DEPTH) {
+        const int64_t some = std::min(DEPTH, job.width - at), depth = std::min(DEPTH, apart - at);
+        for (int64_t i = 0, last; i < job.pairs;) {
+            for (last = i; last < job.pairs && job.columns[last] == job.columns[i];) ++last;
+            write_tile(row, job.right + job.columns[i] * job.width + at, job.width, some, depth, 1);
+            for (; i + MANY <= last; i += MANY) {
+                add_pairs<MANY>(row[0], job.left + at, job.places + i, apart, depth, job.out + i);
+            }
+            for (; i < last; ++i) add_pairs<1>(row[0], job.left + at, job.places + i, apart, depth, job.out + i);
+        }
+    }
+}

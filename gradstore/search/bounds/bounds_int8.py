@@ -8,6 +8,9 @@ bounded one stretch s at a time, by the norms of what rounding really took away:
 some 0.035 of the norms for normal entries. Where that lets too many rows through to exact scoring, a second digit is
 taken of each; the products high · high, low · high and high · low cost three times as much, and ‖q_low,s‖ ‖t_low,s‖ is
 added for the fourth: some 0.0006.
+
+Segments are multiplied one after another, and a pair only as long as it may still be among the best: what is left of a
+similarity is at most the product of the norms that are left.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from gradstore.arithmetic.int8_digits import (
     MAX_WIDTH,
     Rounded,
     add_integer_product,
+    pair_products,
     round_stretches,
     sample_product,
 )
@@ -39,6 +43,8 @@ from gradstore.store.rows import Rows
 # A block is large enough for a good matrix product and no larger.
 _BLOCK_BYTES = 24 << 20
 _UNIT = 2.0**-24
+# Of all pairs, so many that multiplying them one by one saves time.
+_FEW = 0.3
 # Covers float64 roundings of bounds, and of norms that were summed in float64.
 _ROUNDED = 1e-9
 
@@ -52,12 +58,14 @@ class RoundedQueries:
         digits: of each segment one digit or two, the higher first.
         steps: float32 [segments, g].
         sides: float64 [g, segments · (2 or 3)]; times the rows' sides, a bound on the error of an inner product.
+        norms: float64 [g, segments], at least the norm of each segment.
     """
 
     group: QueryGroup
     digits: tuple[tuple[LeftRows, ...], ...]
     steps: Tensor
     sides: Tensor
+    norms: Tensor
 
     @classmethod
     def of(cls, group: QueryGroup, digits: int = 1) -> RoundedQueries:
@@ -73,7 +81,7 @@ class RoundedQueries:
         norm, low, missed = (torch.from_numpy(part).T for part in (rounded.norm, rounded.low, rounded.missed))
         sums = (phi.segments + 16) * _UNIT  # float32 sums of scaled products
         sides = torch.cat([norm + missed, missed + sums * norm, low][: digits + 1], dim=1)
-        return cls(group, tuple(left), torch.from_numpy(rounded.step).float(), sides)
+        return cls(group, tuple(left), torch.from_numpy(rounded.step).float(), sides, norm + missed)
 
     def refined(self) -> RoundedQueries:
         """With two digits."""
@@ -141,7 +149,7 @@ class _IntegerBlock(BlockBounds):
         maps = {part.group.phi for part in shared.queries}
         self._room = {phi: torch.empty(2 * phi.segments * rows * phi.K, dtype=torch.int8) for phi in maps}
 
-    def bounds(self, start: int, stop: int) -> Found:
+    def bounds(self, start: int, stop: int, thresholds: Tensor) -> Found:
         """See `BlockBounds`."""
         queries = self._shared.queries  # which another worker may refine
         digits = len(queries[0].digits[0])
@@ -150,7 +158,7 @@ class _IntegerBlock(BlockBounds):
             for phi, block in rows.items():
                 block.write(at, phi.scaled(features, columns, self._train.where))
                 phi.require_direction(block.norms[at], columns["row"], self._train.where)
-        return [(part.group, *_bounds(part, rows[part.group.phi])) for part in queries]
+        return [(part.group, *_bounds(part, rows[part.group.phi], thresholds[part.group.members])) for part in queries]
 
 
 @dataclass(frozen=True)
@@ -181,16 +189,67 @@ class _Rows:
         self.norms[at], self.exponent[at] = scaled.norms(values), scaled.exponent
 
 
-def _bounds(queries: RoundedQueries, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _bounds(queries: RoundedQueries, rows: _Rows, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities float64 [g, B] and their largest errors."""
     group, phi, digits = queries.group, queries.group.phi, len(rows.digits)
     rounded = Rounded.of(rows.found, phi.K, two=digits == 2)
-    steps = torch.from_numpy(rounded.step).float()
-    total = torch.zeros(len(group.members), len(rows.norms))
-    for s in range(phi.segments):
-        add_integer_product(queries.digits[s], queries.steps[s], rows.digits[:, s].unbind(), steps[s], total)
-    sides = torch.from_numpy(np.concatenate([rounded.missed, rounded.norm, rounded.low][: digits + 1]))
-    row_scale = phi.unscaled(rows.norms, rows.exponent)
-    query_side, row_side = torch.from_numpy(group.scale)[:, None], torch.from_numpy(row_scale)
-    spread = (queries.sides @ sides).mul_(query_side).mul_(row_side * (1 + _ROUNDED))
-    center = total.double().mul_(query_side).mul_(row_side)
+    norm, missed = torch.from_numpy(rounded.norm), torch.from_numpy(rounded.missed)
+    spread = queries.sides @ torch.cat([missed, norm, torch.from_numpy(rounded.low)][: digits + 1])
+    query_side = torch.from_numpy(group.scale)[:, None]
+    row_side = torch.from_numpy(phi.unscaled(rows.norms, rows.exponent))
+    wanted = (thresholds[:, None] / query_side / row_side).sub_(spread)
+    product = _Product(queries, rows.digits, torch.from_numpy(rounded.step).float(), norm + missed)
+    center = product.up_to(wanted).double()
+    spread += product.rest
+    spread.mul_(query_side).mul_(row_side * (1 + _ROUNDED))
+    center.mul_(query_side).mul_(row_side)
     return center, spread.add_(center.abs(), alpha=_ROUNDED)
+
+
+class _Product:
+    """Inner products of rounded queries and rows, a segment after another, of most pairs not to the end.
+
+    After some segments what the others may add is bounded by their norms. Once few pairs may still become as large as
+    is wanted, the other segments are multiplied for these alone. Rows that are not finite are among them: their bounds
+    are infinite.
+
+    Args:
+        queries: the queries.
+        digits: int8 [1 or 2, segments, B, K], of the rows.
+        steps: float32 [segments, B].
+        norms: float64 [segments, B], at least the norm of each segment.
+
+    Attributes:
+        total: float32 [g, B], of the segments that were multiplied.
+        rest: float64 [g, B], the most that the others may add or take away.
+    """
+
+    def __init__(self, queries: RoundedQueries, digits: Tensor, steps: Tensor, norms: Tensor) -> None:
+        self._queries, self._digits, self._steps, self._norms = queries, digits, steps, norms
+        shape = len(queries.group.members), digits.shape[2]
+        self.total, self.rest = torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
+
+    def up_to(self, wanted: Tensor) -> Tensor:
+        """Multiply until no product that is not whole may reach `wanted`, float64 [g, B]; returns the total."""
+        segments = self._digits.shape[1]
+        for s in range(segments):
+            operands = self._operands(s)
+            add_integer_product(*operands, self.total)
+            if s + 1 < segments and self._finish_few(s + 1, wanted):
+                break
+        return self.total
+
+    def _finish_few(self, start: int, wanted: Tensor) -> bool:
+        """Multiply segments from `start` on for the pairs that still matter, if they are few."""
+        rest = self._queries.norms[:, start:] @ self._norms[start:]
+        open_pairs = self.total + rest >= wanted
+        if int(open_pairs.sum()) > _FEW * open_pairs.numel():
+            return False
+        columns, places = (part.contiguous() for part in open_pairs.T.nonzero().T)
+        for s in range(start, self._digits.shape[1]):
+            self.total[places, columns] += pair_products(*self._operands(s), (places, columns))
+        self.rest = rest.index_put_((places, columns), torch.zeros((), dtype=torch.float64))
+        return True
+
+    def _operands(self, s: int) -> tuple[tuple[LeftRows, ...], Tensor, tuple[Tensor, ...], Tensor]:
+        return self._queries.digits[s], self._queries.steps[s], self._digits[:, s].unbind(), self._steps[s]
