@@ -36,9 +36,8 @@ class _ScaleJob(ctypes.Structure):
     """Mirror of ``struct ScaleJob``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("high", "low", "also_low", "row_steps", "column_steps", "out")),
+        *((name, ctypes.c_void_p) for name in ("products", "row_steps", "column_steps", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        ("finer", ctypes.c_float),
     )
 
 
@@ -79,17 +78,7 @@ def dot(values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, place
     return out
 
 
-def add_scaled(
-    high: Tensor,
-    lower: tuple[Tensor, Tensor] | None,
-    finer: int,
-    row_steps: Tensor,
-    column_steps: Tensor,
-    out: Tensor,
-    simd: str,
-) -> None:
-    """Add (high + Σ lower / finer), int32 [m, B], times a float32 step a row and a column, to float32 `out`."""
-    low, also_low = (None, None) if lower is None else (part.data_ptr() for part in lower)
-    steps = row_steps.data_ptr(), column_steps.data_ptr()
-    job = _ScaleJob(high.data_ptr(), low, also_low, *steps, out.data_ptr(), *high.shape, finer)
-    call("add_scaled", job, simd=simd)
+def add_scaled(products: Tensor, row_steps: Tensor, column_steps: Tensor, out: Tensor, simd: str) -> None:
+    """Add int32 products [m, B] times a float32 step a row and a column to float32 `out`."""
+    pointers = (tensor.data_ptr() for tensor in (products, row_steps, column_steps, out))
+    call("add_scaled", _ScaleJob(*pointers, *products.shape), simd=simd)

@@ -129,29 +129,23 @@ def _take_digit(x: Tensor, step: Tensor, out: Tensor, largest: int) -> tuple[Ten
     return nearest.square().sum(dim=1, dtype=torch.float64), x.square().sum(dim=1, dtype=torch.float64)
 
 
-def add_integer_product(
-    queries: Sequence[LeftRows], query_steps: Tensor, digits: Sequence[Tensor], steps: Tensor, out: Tensor
-) -> None:
-    """Add inner products of rows rounded to ±`MOST`, without those of two lower digits, to float32 `out` [m, B].
+def add_integer_product(queries: LeftRows, query_steps: Tensor, digits: Tensor, steps: Tensor, out: Tensor) -> None:
+    """Add inner products of the higher digits of rows rounded to ±`MOST` to float32 `out` [m, B].
 
     The integer products are exact; what is added is off by 8 · 2^-24 of the norms' product.
 
     Args:
-        queries: digits of m rows, the higher first: one or two.
+        queries: higher digits of m rows.
         query_steps: float32 [m].
-        digits: int8 [B, w], as many as of the queries, each contiguous.
+        digits: int8 [B, w], contiguous: those of B others.
         steps: float32 [B].
         out: contiguous.
     """
-    high, lower, finer = queries[0].times(digits[0]), None, 2 * MOST
-    if len(queries) > 1:
-        lower = queries[1].times(digits[0]), queries[0].times(digits[1])
-    simd = library.level()
+    products, simd = queries.times(digits), library.level()
     if simd:
-        compiled_loops.add_scaled(high, lower, finer, query_steps, steps, out, simd)
+        compiled_loops.add_scaled(products, query_steps, steps, out, simd)
     else:
-        total = high.float() if lower is None else (lower[0] + lower[1]).float().div_(finer).add_(high)
-        out.add_(total.mul_(query_steps[:, None]).mul_(steps))
+        out.add_(products.float().mul_(query_steps[:, None]).mul_(steps))
 
 
 def pair_products(
@@ -160,36 +154,40 @@ def pair_products(
     digits: Sequence[Tensor],
     steps: Tensor,
     pairs: tuple[Tensor, Tensor],
+    *,
+    lower: bool,
 ) -> Tensor:
-    """What `add_integer_product` adds for some pairs.
+    """What `add_integer_product` adds for some pairs, or what the lower digits add to it.
 
     Args:
-        queries: as `add_integer_product` takes them, as the three that follow.
+        queries: both digits of m rows, the higher first.
         query_steps: float32 [m].
-        digits: int8 [B, w], as many as of the queries.
+        digits: both digits of B rows, int8 [B, w], contiguous.
         steps: float32 [B].
         pairs: (which of the m rows, which of the B rows), int64 [pairs] each; equal ones of the B follow one another.
+        lower: asks for low · high and high · low; low · low is left out.
 
     Returns:
         float32 [pairs], as far off.
     """
     places, columns = pairs
-    total = queries[0].times_pairs(digits[0], places, columns).float()
-    if len(queries) > 1:
+    if lower:
         low = queries[1].times_pairs(digits[0], places, columns) + queries[0].times_pairs(digits[1], places, columns)
-        total += low.float().div_(2 * MOST)
+        total = low.float().div_(2 * MOST)
+    else:
+        total = queries[0].times_pairs(digits[0], places, columns).float()
     return total.mul_(query_steps[places]).mul_(steps[columns])
 
 
 def sample_product(queries: int, rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
-    """As `gradstore.arithmetic.float32.sample_product`, of one digit."""
+    """As `gradstore.arithmetic.float32.sample_product`, of the higher digits."""
     stored, factors, out = torch.ones(rows, width).to(dtype), torch.ones(rows), torch.zeros(queries, rows)
-    digits = torch.empty(rows, width, dtype=torch.int8)
+    digits = torch.empty(2, rows, width, dtype=torch.int8)
     left = LeftRows(torch.full((queries, width), MOST, dtype=torch.int8))
 
     def multiply() -> None:
         values = stored.float() if dtype == torch.int8 else stored
-        round_rows(values, factors, digits, largest=MOST)
-        add_integer_product([left], torch.ones(queries), [digits], factors, out)
+        round_rows(values, factors, *digits, largest=MOST)
+        add_integer_product(left, torch.ones(queries), digits[0], factors, out)
 
     return multiply

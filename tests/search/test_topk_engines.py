@@ -28,8 +28,8 @@ from gradstore.search.bounds import bounds_int8, engines
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds, PackedQueries
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
-from gradstore.search.bounds.bounds_int8 import IntegerBounds, RoundedQueries
-from gradstore.search.exact_score import inner_products
+from gradstore.search.bounds.bounds_int8 import IntegerBounds
+from gradstore.search.exact_score import ExactScore, inner_products
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import Request
 from gradstore.store.feature_store import FeatureStore
@@ -39,7 +39,6 @@ pytestmark = pytest.mark.numerical
 LEVELS = (*library.levels(), "")
 MEANS = {"float32": Float32Bounds, "int8": IntegerBounds, "bfloat16": LimbBounds}  # tests of cuda need a GPU
 CPU_ENGINES = [name for name, means in MEANS.items() if means.refusal(1) is None]
-REFINED = [name for name in CPU_ENGINES if MEANS[name].refine is not Bounds.refine]
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,9 +118,8 @@ def test_inner_products_have_the_same_bits_at_every_level(shape: tuple[int, int]
     np.testing.assert_allclose(found[0], exact, rtol=0, atol=1e-13 * float(np.square(vectors).sum()))
 
 
-@pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_integer_products_add_up(compiled: bool, digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
         monkeypatch.setenv("GRADSTORE_SIMD", "none")
     rng = torch.Generator().manual_seed(0)
@@ -130,14 +128,16 @@ def test_integer_products_add_up(compiled: bool, digits: int, monkeypatch: pytes
     )
     queries[:, 0], rows[:, 0] = 63, 63
     steps = torch.rand(5, generator=rng), torch.rand(33, generator=rng)
-    out = torch.ones(5, 33)
-    add_integer_product([LeftRows(part) for part in queries[:digits]], steps[0], rows[:digits], steps[1], out)
-    a, b = queries.double(), rows.double()
-    expected = a[0] @ b[0].T
-    if digits == 2:
-        expected += (a[1] @ b[0].T + a[0] @ b[1].T) / 126
-    expected = 1 + expected * torch.outer(steps[0].double(), steps[1].double())
-    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6 * 63**2 * 700)
+    left, out = [LeftRows(part) for part in queries], torch.ones(5, 33)
+    add_integer_product(left[0], steps[0], rows[0], steps[1], out)
+    a, b, worth = queries.double(), rows.double(), torch.outer(steps[0].double(), steps[1].double())
+    close = {"rtol": 1e-6, "atol": 1e-6 * 63**2 * 700}
+    high, low = a[0] @ b[0].T, (a[1] @ b[0].T + a[0] @ b[1].T) / 126
+    np.testing.assert_allclose(out.numpy(), (1 + high * worth).numpy(), **close)
+    pairs = torch.tensor([4, 0, 1, 1]), torch.tensor([2, 2, 7, 32])
+    for lower, expected in ((False, high), (True, low)):
+        found = pair_products(left, steps[0], rows.unbind(), steps[1], pairs, lower=lower)
+        np.testing.assert_allclose(found.numpy(), (expected * worth)[pairs].numpy(), **close)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,7 +148,7 @@ def test_integer_products_add_up(compiled: bool, digits: int, monkeypatch: pytes
     K=st.sampled_from([1, 33, 300]),
     scale=st.sampled_from([1e-25, 1.0, 1e15]),
 )
-@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(f"{name} refined" for name in REFINED)])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(f"{name} refined" for name in CPU_ENGINES if name != "float32")])
 def test_bounds_hold_for_every_pair(
     engine: str, seed: int, dtype: str, kernel: str, K: int, scale: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -161,50 +161,48 @@ def test_bounds_hold_for_every_pair(
     groups = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
     exact = dense_similarity(train, queries, kernel)
     bounds = MEANS[engine.split()[0]](train, groups)
-    if engine.endswith("refined"):
+    if engine == "bfloat16 refined":
         bounds.refine()
+    least = -1e300 if engine == "int8 refined" else -np.inf  # which every pair may reach
     block = bounds.block(30)
     for start, stop in ((0, 30), (30, 50)):
-        ((group, center, spread),) = block.bounds(start, stop, torch.full((8,), -torch.inf, dtype=torch.float64))
+        ((group, center, spread),) = block.bounds(start, stop, torch.full((8,), least, dtype=torch.float64))
         np.testing.assert_array_equal(group.members, np.arange(8))
         error = np.abs(center.numpy() - exact[:, start:stop])
         rounding = 1e-13 * np.abs(exact).max()  # of the reference
         assert (error <= spread.numpy() + rounding).all()
         if kernel != "proj-trntk0":
-            least = {"bfloat16": 9e-3, "int8": 0.3}.get(engine, 2e-3)
-            assert (spread < least * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+            most = {"bfloat16": 9e-3, "int8": 0.3}.get(engine, 2e-3)
+            assert (spread < most * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
 
 
 @pytest.mark.parametrize("kernel", ["proj-trntk", "proj-trntk0"])
-@pytest.mark.parametrize("engine", ["int8", "int8 refined"])
 @pytest.mark.skipif("int8" not in CPU_ENGINES, reason="no exact products of 8-bit integers here")
 def test_bounds_hold_for_pairs_that_are_not_multiplied_to_the_end(
-    engine: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = write_store(tmp_path / "a", clustered(60, 6, 40))
     queries = write_store(tmp_path / "b", clustered(9, 6, 40, seed=1))
     (group,) = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
     exact = dense_similarity(train, queries, kernel)
-    bounds = IntegerBounds(train, [group])
-    if engine.endswith("refined"):
-        bounds.refine()
     thresholds = torch.from_numpy(np.sort(exact, axis=1)[:, -3])
-    seen: list[int] = []
+    seen: dict[bool, list[int]] = {False: [], True: []}
 
-    def counted(*operands: Any) -> torch.Tensor:
-        products = pair_products(*operands)
-        seen.append(len(products))
+    def counted(*operands: Any, lower: bool) -> torch.Tensor:
+        products = pair_products(*operands, lower=lower)
+        seen[lower].append(len(products))
         return products
 
     monkeypatch.setattr(bounds_int8, "pair_products", counted)
-    ((_, center, spread),) = bounds.block(60).bounds(0, 60, thresholds)
-    assert min(seen) >= 3 * 9
-    assert max(seen) < 9 * 60 / 3, "few of all pairs"
+    ((_, center, spread),) = IntegerBounds(train, [group]).block(60).bounds(0, 60, thresholds)
+    assert min(seen[False]) >= 3 * 9
+    assert max(seen[False]) < 9 * 60 / 3, "few of all pairs are multiplied to the end"
+    assert 3 * 9 <= sum(seen[True]) / 6 <= max(seen[False]), "and few of these by both digits"
     size = np.abs(exact).max()
-    error, open_pairs = np.abs(center.numpy() - exact), exact >= thresholds.numpy()[:, None]
+    error, best = np.abs(center.numpy() - exact), exact >= thresholds.numpy()[:, None]
     assert (error <= spread.numpy() + 1e-13 * size).all()
-    assert (spread.numpy()[open_pairs] < (0.1 if engine == "int8" else 2e-3) * size).all(), "and are of use"
-    assert (spread.numpy() > 0.1 * size).any(), "of those that stopped earlier they need not be"
+    assert (spread.numpy()[best] < 2e-3 * size).all(), "bounds of those are close"
+    assert (spread.numpy() > 0.1 * size).any(), "and of others need not be"
     assert (center + spread < thresholds[:, None]).sum() > 9 * 30
 
 
@@ -270,20 +268,36 @@ def test_more_candidates_than_may_wait_change_nothing(
     np.testing.assert_array_equal(other.similarity, expected.similarity)
 
 
-@pytest.mark.parametrize("engine", REFINED)
-def test_many_near_ties_are_told_apart_with_a_second_limb_or_digit(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif("bfloat16" not in CPU_ENGINES, reason="this processor has no matrix unit")
+def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     features = (rng.standard_normal((1, 2, 300)) + 0.02 * rng.standard_normal((600, 2, 300))).astype(np.float32)
     train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
     expected = gs.topk(train, queries, 3, engine="float32")
     monkeypatch.setattr("gradstore.search.best.pending_limit", lambda m, k: 50)
-    monkeypatch.setattr(f"gradstore.search.bounds.bounds_{engine}._BLOCK_BYTES", 40 * train.schema.row_bytes)
-    seen, kind = [], {"bfloat16": PackedQueries, "int8": RoundedQueries}[engine]
-    monkeypatch.setattr(kind, "refined", lambda self, of=kind.refined: seen.append(1) or of(self))
-    found = gs.topk(train, queries, 3, engine=engine)
+    monkeypatch.setattr("gradstore.search.bounds.bounds_bfloat16._BLOCK_BYTES", 40 * train.schema.row_bytes)
+    seen = []
+    monkeypatch.setattr(PackedQueries, "refined", lambda self, of=PackedQueries.refined: seen.append(1) or of(self))
+    found = gs.topk(train, queries, 3, engine="bfloat16")
     assert seen == [1], "once, after the first of several blocks"
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.similarity, expected.similarity)
+
+
+@pytest.mark.skipif("int8" not in CPU_ENGINES, reason="no exact products of 8-bit integers here")
+def test_near_ties_are_told_apart_by_second_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(0, 0.2, (600, 1, 1)) * rng.standard_normal((600, 2, 300))
+    features = (rng.standard_normal((1, 2, 300)) + noise).astype(np.float32)
+    train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
+    expected, scored = gs.topk(train, queries, 3, engine="float32"), []
+    score = ExactScore.__call__
+    monkeypatch.setattr(
+        ExactScore, "__call__", lambda self, *pairs: scored.append(len(pairs[0])) or score(self, *pairs)
+    )
+    monkeypatch.setattr("gradstore.search.bounds.bounds_int8._BLOCK_BYTES", 40 * train.schema.row_bytes)
+    found = gs.topk(train, queries, 3, engine="int8")
+    assert sum(scored) < 5 * 600 / 3, "all of them are within what a first digit leaves open"
     np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.similarity, expected.similarity)
 

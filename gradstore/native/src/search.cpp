@@ -41,11 +41,10 @@ struct DotJob {
 };
 
 struct ScaleJob {
-    const int32_t *high, *low, *also_low;  // [rows, columns]; no `low`, neither of them
+    const int32_t* products;    // [rows, columns]
     const float *row_steps, *column_steps;
     float* out;                 // [rows, columns]
     int64_t rows, columns;
-    float finer;                // steps of a lower digit in one of the higher
 };
 
 #define KERNELS "search_loops.h"

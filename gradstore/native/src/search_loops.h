@@ -235,18 +235,9 @@ static void dot_pairs(const DotJob& job) {
 }
 
 static void add_scaled(const ScaleJob& job) {
-    const float fine = 1 / job.finer;
     for (int64_t i = 0; i < job.rows; ++i) {
-        const int64_t at = i * job.columns;
-        const int32_t* high = job.high + at;
-        float *out = job.out + at, step = job.row_steps[i];
-        if (!job.low) {
-            for (int64_t j = 0; j < job.columns; ++j) out[j] += step * job.column_steps[j] * (float)high[j];
-            continue;
-        }
-        const int32_t *low = job.low + at, *also_low = job.also_low + at;
-        for (int64_t j = 0; j < job.columns; ++j) {
-            out[j] += step * job.column_steps[j] * ((float)high[j] + (float)(low[j] + also_low[j]) * fine);
-        }
+        const int32_t* products = job.products + i * job.columns;
+        float *out = job.out + i * job.columns, step = job.row_steps[i];
+        for (int64_t j = 0; j < job.columns; ++j) out[j] += step * job.column_steps[j] * (float)products[j];
     }
 }

@@ -1,23 +1,20 @@
 """Bounds on similarities from products of 7-bit integers, exact and compiled for processors without a matrix unit.
 
-Rows and queries are rounded to ±63, with a step for each row and stretch of K (a class). What that leaves out is
-bounded one stretch s at a time, by the norms of what rounding really took away:
+Rows and queries are rounded to two digits within ±63, with a step for each row and stretch of K (a class). The higher
+digits are multiplied first, and what that leaves out is bounded one stretch s at a time, by the norms of what rounding
+really took away:
 
     |error| ≤ Σ_s ‖q_s‖ ‖δ_t,s‖ + ‖δ_q,s‖ ‖t'_s‖,
 
-some 0.035 of the norms for normal entries. Where that lets too many rows through to exact scoring, a second digit is
-taken of each; the products high · high, low · high and high · low cost three times as much, and ‖q_low,s‖ ‖t_low,s‖ is
-added for the fourth: some 0.0006.
-
-Segments are multiplied one after another, and a pair only as long as it may still be among the best: what is left of a
-similarity is at most the product of the norms that are left.
+some 0.035 of the norms for normal entries. Segments follow one another, and a pair is multiplied only as long as it may
+still be among the best: what is left of a similarity is at most the product of the norms that are left. Of pairs that
+may be in the end, low · high and high · low are added, and ‖q_low,s‖ ‖t_low,s‖ bounds the fourth product: some 0.0006.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 import torch
@@ -55,46 +52,44 @@ class RoundedQueries:
 
     Attributes:
         group: the queries.
-        digits: of each segment one digit or two, the higher first.
+        digits: both of each segment, the higher first.
         steps: float32 [segments, g].
-        sides: float64 [g, segments · (2 or 3)]; times the rows' sides, a bound on the error of an inner product.
+        coarse: float64 [g, 2 · segments]; times `_Rows.coarse`, a bound on the error of higher digits' inner products.
+        fine: float64 [g, 3 · segments]; the same of both digits'.
         norms: float64 [g, segments], at least the norm of each segment.
     """
 
     group: QueryGroup
-    digits: tuple[tuple[LeftRows, ...], ...]
+    digits: tuple[tuple[LeftRows, LeftRows], ...]
     steps: Tensor
-    sides: Tensor
+    coarse: Tensor
+    fine: Tensor
     norms: Tensor
 
     @classmethod
-    def of(cls, group: QueryGroup, digits: int = 1) -> RoundedQueries:
-        """Holds as many bytes a value as digits are taken, and 7·K more a query while rounding."""
+    def of(cls, group: QueryGroup) -> RoundedQueries:
+        """Holds 2 bytes a value, and 6·K more a query while rounding."""
         phi, count = group.phi, len(group.members)
-        room = torch.empty(digits, 1, count, phi.K, dtype=torch.int8)
+        room = torch.empty(2, 1, count, phi.K, dtype=torch.int8)
         found, left = np.empty((phi.segments, count, 4)), []
         for s in range(phi.segments):
             values, ones = group.segment(s)[:, None], torch.ones(count, 1)
-            round_stretches(values, ones, room[0], _second(room), found[s : s + 1], largest=MOST)
-            left.append(tuple(LeftRows(digit[0]) for digit in room))
-        rounded = Rounded.of(found, phi.K, two=digits == 2)
-        norm, low, missed = (torch.from_numpy(part).T for part in (rounded.norm, rounded.low, rounded.missed))
+            round_stretches(values, ones, room[0], room[1], found[s : s + 1], largest=MOST)
+            left.append((LeftRows(room[0, 0]), LeftRows(room[1, 0])))
         sums = (phi.segments + 16) * _UNIT  # float32 sums of scaled products
-        sides = torch.cat([norm + missed, missed + sums * norm, low][: digits + 1], dim=1)
-        return cls(group, tuple(left), torch.from_numpy(rounded.step).float(), sides, norm + missed)
 
-    def refined(self) -> RoundedQueries:
-        """With two digits."""
-        return self.of(self.group, 2)
+        def sides(rounded: Rounded) -> tuple[Tensor, ...]:
+            norm, low, missed = (torch.from_numpy(part).T for part in (rounded.norm, rounded.low, rounded.missed))
+            return norm + missed, missed + sums * norm, low
 
-
-def _second(digits: Tensor) -> Tensor | None:
-    """The lower digit, where there is one."""
-    return digits[1] if len(digits) > 1 else None
+        coarse, fine = (Rounded.of(found, phi.K, two=two) for two in (False, True))
+        norms, *others = sides(fine)
+        steps, both = torch.from_numpy(fine.step).float(), torch.cat([norms, *others], dim=1)
+        return cls(group, tuple(left), steps, torch.cat(sides(coarse)[:2], dim=1), both, norms)
 
 
 class IntegerBounds(Bounds):
-    """Bounds by products of integers. Holds one digit of each query, and two once `refine` was called."""
+    """Bounds by products of integers. Holds two digits of each query."""
 
     choice = INT8_DIGITS
     sample_product = staticmethod(sample_product)
@@ -110,10 +105,10 @@ class IntegerBounds(Bounds):
 
     @classmethod
     def bytes_for(cls, train: Rows, phis: Sequence[FeatureMap]) -> Needs:
-        """See `Bounds`: queries in float32 and in three digits, two of which follow one; two digits of a block."""
+        """See `Bounds`: queries in float32 and in two digits; two digits of a block."""
         schema, digits = train.schema, sum(2 * phi.length for phi in phis)
         query = max(
-            4 * phi.pieces * phi.width + 3 * phi.segments * LeftRows.row_bytes(phi.K) + 8 * phi.K for phi in phis
+            4 * phi.pieces * phi.width + 2 * phi.segments * LeftRows.row_bytes(phi.K) + 8 * phi.K for phi in phis
         )
         sizes = range(most_rows(train, _BLOCK_BYTES, schema.row_bytes), 0, -1)
         making = max(phi.making for phi in phis)
@@ -122,17 +117,10 @@ class IntegerBounds(Bounds):
 
     def __init__(self, train: Rows, groups: Sequence[QueryGroup], workers: int = 1) -> None:
         self.train, self.queries = train, tuple(RoundedQueries.of(group) for group in groups)
-        self._lock = Lock()
 
     def block(self, rows: int) -> BlockBounds:
         """See `Bounds`."""
         return _IntegerBlock(self, rows)
-
-    def refine(self) -> None:
-        """Take two digits from the next block on."""
-        with self._lock:
-            if len(self.queries[0].digits[0]) == 1:
-                self.queries = tuple(part.refined() for part in self.queries)
 
 
 def _together(block: int) -> int:
@@ -144,21 +132,21 @@ class _IntegerBlock(BlockBounds):
     """Holds 2·D bytes a row for each feature map, megabytes of rows as stored, and 32 bytes a row and query."""
 
     def __init__(self, shared: IntegerBounds, rows: int) -> None:
-        self._train, self._shared = shared.train, shared
+        self._train, self._queries = shared.train, shared.queries
         self._streamed = Streamed(self._train, rows, _together(rows))
         maps = {part.group.phi for part in shared.queries}
         self._room = {phi: torch.empty(2 * phi.segments * rows * phi.K, dtype=torch.int8) for phi in maps}
 
     def bounds(self, start: int, stop: int, thresholds: Tensor) -> Found:
         """See `BlockBounds`."""
-        queries = self._shared.queries  # which another worker may refine
-        digits = len(queries[0].digits[0])
-        rows = {phi: _Rows.empty(phi, room, stop - start, digits) for phi, room in self._room.items()}
+        rows = {phi: _Rows.empty(phi, room, stop - start) for phi, room in self._room.items()}
         for at, features, columns in self._streamed.pieces(start, stop):
             for phi, block in rows.items():
                 block.write(at, phi.scaled(features, columns, self._train.where))
                 phi.require_direction(block.norms[at], columns["row"], self._train.where)
-        return [(part.group, *_bounds(part, rows[part.group.phi], thresholds[part.group.members])) for part in queries]
+        return [
+            (part.group, *_bounds(part, rows[part.group.phi], thresholds[part.group.members])) for part in self._queries
+        ]
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ class _Rows:
     """B rounded rows.
 
     Attributes:
-        digits: int8 [1 or 2, segments, B, K].
+        digits: int8 [2, segments, B, K], the higher first.
         found: float64 [segments, B, 4], what `Rounded.of` takes.
         norms: float64 [B], ‖Φ‖ / 2^exponent.
         exponent: int64 [B].
@@ -178,78 +166,92 @@ class _Rows:
     exponent: np.ndarray
 
     @classmethod
-    def empty(cls, phi: FeatureMap, room: Tensor, count: int, digits: int) -> _Rows:
-        shape = digits, phi.segments, count, phi.K
-        values = room[: digits * phi.segments * count * phi.K].view(shape)
-        return cls(values, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
+    def empty(cls, phi: FeatureMap, room: Tensor, count: int) -> _Rows:
+        digits = room[: 2 * phi.segments * count * phi.K].view(2, phi.segments, count, phi.K)
+        return cls(digits, np.empty((phi.segments, count, 4)), np.empty(count), np.empty(count, np.int64))
 
     def write(self, at: slice, scaled: Scaled) -> None:
-        (values, factors), digits = scaled.vectors(), self.digits[:, :, at]
-        round_stretches(values, factors, digits[0], _second(digits), self.found[:, at], largest=MOST)
+        (values, factors), (high, low) = scaled.vectors(), self.digits[:, :, at]
+        round_stretches(values, factors, high, low, self.found[:, at], largest=MOST)
         self.norms[at], self.exponent[at] = scaled.norms(values), scaled.exponent
 
 
 def _bounds(queries: RoundedQueries, rows: _Rows, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Similarities float64 [g, B] and their largest errors."""
-    group, phi, digits = queries.group, queries.group.phi, len(rows.digits)
-    rounded = Rounded.of(rows.found, phi.K, two=digits == 2)
-    norm, missed = torch.from_numpy(rounded.norm), torch.from_numpy(rounded.missed)
-    spread = queries.sides @ torch.cat([missed, norm, torch.from_numpy(rounded.low)][: digits + 1])
+    group, phi = queries.group, queries.group.phi
     query_side = torch.from_numpy(group.scale)[:, None]
     row_side = torch.from_numpy(phi.unscaled(rows.norms, rows.exponent))
-    wanted = (thresholds[:, None] / query_side / row_side).sub_(spread)
-    product = _Product(queries, rows.digits, torch.from_numpy(rounded.step).float(), norm + missed)
-    center = product.up_to(wanted).double()
-    spread += product.rest
+    product = _Product(queries, rows)
+    product.approach(thresholds[:, None] / query_side / row_side)
+    center, spread = product.total.double(), product.spread
     spread.mul_(query_side).mul_(row_side * (1 + _ROUNDED))
     center.mul_(query_side).mul_(row_side)
     return center, spread.add_(center.abs(), alpha=_ROUNDED)
 
 
 class _Product:
-    """Inner products of rounded queries and rows, a segment after another, of most pairs not to the end.
-
-    After some segments what the others may add is bounded by their norms. Once few pairs may still become as large as
-    is wanted, the other segments are multiplied for these alone. Rows that are not finite are among them: their bounds
-    are infinite.
+    """Inner products of rounded queries and rows, as closely as is wanted of each.
 
     Args:
         queries: the queries.
-        digits: int8 [1 or 2, segments, B, K], of the rows.
-        steps: float32 [segments, B].
-        norms: float64 [segments, B], at least the norm of each segment.
+        rows: the rows. Those that are not finite have an infinite spread until they are multiplied to the end.
 
     Attributes:
-        total: float32 [g, B], of the segments that were multiplied.
-        rest: float64 [g, B], the most that the others may add or take away.
+        total: float32 [g, B].
+        spread: float64 [g, B], how far off it may be.
     """
 
-    def __init__(self, queries: RoundedQueries, digits: Tensor, steps: Tensor, norms: Tensor) -> None:
-        self._queries, self._digits, self._steps, self._norms = queries, digits, steps, norms
-        shape = len(queries.group.members), digits.shape[2]
-        self.total, self.rest = torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
+    def __init__(self, queries: RoundedQueries, rows: _Rows) -> None:
+        self._queries, self._digits, self._segments = queries, rows.digits, rows.digits.shape[1]
+        coarse, fine = (Rounded.of(rows.found, queries.group.phi.K, two=two) for two in (False, True))
+        self._steps = torch.from_numpy(fine.step).float()
+        self._norms = torch.from_numpy(fine.norm + fine.missed)
+        self._fine = torch.from_numpy(np.concatenate([fine.missed, fine.norm, fine.low]))
+        self.total = torch.zeros(len(queries.group.members), rows.digits.shape[2])
+        self.spread = queries.coarse @ torch.from_numpy(np.concatenate([coarse.missed, coarse.norm]))
 
-    def up_to(self, wanted: Tensor) -> Tensor:
-        """Multiply until no product that is not whole may reach `wanted`, float64 [g, B]; returns the total."""
-        segments = self._digits.shape[1]
-        for s in range(segments):
-            operands = self._operands(s)
-            add_integer_product(*operands, self.total)
-            if s + 1 < segments and self._finish_few(s + 1, wanted):
+    def approach(self, wanted: Tensor) -> None:
+        """Multiply, and more closely the pairs that may reach `wanted`, float64 [g, B]; overwrites it."""
+        known, wanted = not wanted.isneginf().all(), wanted.sub_(self.spread)
+        for s in range(self._segments):
+            high, steps = self._queries.digits[s][0], self._queries.steps[s]
+            add_integer_product(high, steps, self._digits[0, s], self._steps[s], self.total)
+            if s + 1 < self._segments and self._finish_few(s + 1, wanted):
                 break
-        return self.total
+        if known:  # else every pair is in question
+            self._refine(wanted)
 
     def _finish_few(self, start: int, wanted: Tensor) -> bool:
         """Multiply segments from `start` on for the pairs that still matter, if they are few."""
         rest = self._queries.norms[:, start:] @ self._norms[start:]
-        open_pairs = self.total + rest >= wanted
-        if int(open_pairs.sum()) > _FEW * open_pairs.numel():
+        in_question = self.total + rest >= wanted
+        if int(in_question.sum()) > _FEW * in_question.numel():
             return False
-        columns, places = (part.contiguous() for part in open_pairs.T.nonzero().T)
-        for s in range(start, self._digits.shape[1]):
-            self.total[places, columns] += pair_products(*self._operands(s), (places, columns))
-        self.rest = rest.index_put_((places, columns), torch.zeros((), dtype=torch.float64))
+        places, columns = _row_by_row(in_question)
+        self._add(places, columns, start, lower=False)
+        rest[places, columns] = 0
+        self.spread += rest
         return True
 
-    def _operands(self, s: int) -> tuple[tuple[LeftRows, ...], Tensor, tuple[Tensor, ...], Tensor]:
-        return self._queries.digits[s], self._queries.steps[s], self._digits[:, s].unbind(), self._steps[s]
+    def _refine(self, wanted: Tensor) -> None:
+        """Take both digits of the pairs that may reach `wanted`; some rows at a time, for these may be all pairs."""
+        fine, count = self._queries.fine @ self._fine, self.total.shape[1]
+        step = -(-count // 4)
+        for low in range(0, count, step):
+            places, columns = _row_by_row(self.total[:, low : low + step] >= wanted[:, low : low + step])
+            columns += low
+            self._add(places, columns, 0, lower=True)
+            self.spread[places, columns] = fine[places, columns]
+
+    def _add(self, places: Tensor, columns: Tensor, start: int, *, lower: bool) -> None:
+        """Add what segments from `start` on are for some pairs by their higher digits, or what the lower ones add."""
+        for s in range(start, self._segments):
+            digits, query_steps = self._queries.digits[s], self._queries.steps[s]
+            rows = self._digits[:, s].unbind(), self._steps[s]
+            self.total[places, columns] += pair_products(digits, query_steps, *rows, (places, columns), lower=lower)
+
+
+def _row_by_row(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Where bool [g, B] holds: (queries, rows), int64, the pairs of a row one after another."""
+    columns, places = pairs.T.nonzero().T
+    return places.contiguous(), columns.contiguous()
