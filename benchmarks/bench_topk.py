@@ -3,9 +3,11 @@ the certified and approximate search beside the scan; the cost of the index; gro
 
     python benchmarks/bench_topk.py --directory /somewhere/with/6GB       # results/topk.csv, topk_growth.csv and .png
     python benchmarks/bench_topk.py --directory D --parts index --data digits --stores stores/train stores/test
+    python benchmarks/bench_topk.py --directory D --parts scan --level avx2       # as on a processor without AVX-512
 
 Compared things run in turn, `--repeats` times, and medians are compared. FAISS is given float32 features that are
 already in memory, in parts so that they fit; our search reads, checks and converts what is on the disk (page cache).
+A level holds both to what such a processor has, BLAS, PyTorch, FAISS and gradstore; digests take what there is.
 
 The picture of growth needs matplotlib: `pip install ".[plots]"`.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -31,12 +35,13 @@ from structured import write_structured
 
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
-from gradstore.arithmetic.int8_digits import add_integer_product
+from gradstore.arithmetic.seven_bits import MOST, LeftRows
 from gradstore.machine.threads import single_threaded
 from gradstore.search.index.faiss_index import require_faiss
 from gradstore.store.feature_store import FeatureStore
 
 K_BEST = 10
+_LEVEL = "GRADSTORE_BENCHMARK_LEVEL"
 
 
 def seconds(call: Callable[..., object], *args: Any, **settings: Any) -> float:
@@ -67,11 +72,11 @@ def float_rate(m: int) -> float:
 
 
 def integer_rate(m: int, K: int) -> float:
-    """GFLOP/s of the products of two digits that the scan uses, each three products of 8-bit integers."""
+    """GFLOP/s of the scan's products of one 7-bit digit."""
     rows = 117
-    q, t = (torch.randint(-127, 128, (2, n, K), dtype=torch.int8) for n in (m, rows))
-    call = lambda: add_integer_product(q, torch.ones(m), t[0], t[1], torch.ones(rows), torch.zeros(m, rows))  # noqa: E731
-    return rate(m, rows, K, [call])
+    q, t = (torch.randint(-MOST, MOST + 1, (n, K), dtype=torch.int8) for n in (m, rows))
+    left = LeftRows(q)
+    return rate(m, rows, K, [lambda: left.times(t)])
 
 
 def limb_rate(m: int) -> float:
@@ -255,6 +260,14 @@ def plot_growth(rows: list[dict[str, Any]], names: list[str]) -> None:
     figure.savefig(RESULTS / "topk_growth.png", dpi=120)
 
 
+def begin_again(level: str) -> None:
+    """The same command as on another processor: libraries ask for their level once, as they are loaded."""
+    levels = runpy.run_path(str(Path(__file__).parents[1] / ".ci" / "levels.py"))["LEVELS"]
+    faiss = {"FAISS_SIMD_LEVEL": level.upper(), "FAISS_OPT_LEVEL": level}
+    environment = {**os.environ, **levels[level], **faiss, _LEVEL: level}
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="where stores are made; they stay there")
@@ -265,7 +278,10 @@ def main() -> None:
     parser.add_argument("--proj-dim", type=int, default=10_240)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--level", choices=["avx2"], help="as on a processor of this level; default this one")
     options = parser.parse_args()
+    if options.level and os.environ.get(_LEVEL) != options.level:
+        begin_again(options.level)
     folder, K, seed = options.directory, options.proj_dim, options.seed
     folder.mkdir(parents=True, exist_ok=True)
     if options.stores:

@@ -18,6 +18,7 @@ class _RoundJob(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("values", "factors", "high", "low", "found")),
         *((name, ctypes.c_int64) for name in ("rows", "classes", "width", "stride", "plane")),
         ("half", ctypes.c_int32),
+        ("largest", ctypes.c_int32),
     )
 
 
@@ -35,13 +36,15 @@ class _ScaleJob(ctypes.Structure):
     """Mirror of ``struct ScaleJob``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("high", "low", "also_low", "row_steps", "column_steps", "out")),
+        *((name, ctypes.c_void_p) for name in ("products", "row_steps", "column_steps", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
     )
 
 
-def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, simd: str) -> None:
-    """Round `values` times `factors` to 8 or 16 bits; see `gradstore.arithmetic.int8_digits.round_stretches`."""
+def round_rows(
+    values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None, found: np.ndarray, largest: int, simd: str
+) -> None:
+    """Round `values` times `factors` to one integer or two; see `gradstore.arithmetic.int8_digits.round_stretches`."""
     n, classes, width = values.shape
     job = _RoundJob(
         values.data_ptr(),
@@ -51,6 +54,7 @@ def round_rows(values: Tensor, factors: Tensor, high: Tensor, low: Tensor | None
         found.ctypes.data,
         *(n, classes, width, values.stride(0), high.stride(0) // width),
         values.dtype == torch.float16,
+        largest,
     )
     call("round", job, simd=simd)
 
@@ -74,9 +78,7 @@ def dot(values: Tensor, factors: Tensor, pieces: Tensor, rows: np.ndarray, place
     return out
 
 
-def add_scaled(
-    high: Tensor, low: Tensor, also_low: Tensor, row_steps: Tensor, column_steps: Tensor, out: Tensor, simd: str
-) -> None:
-    """Add (high + (low + also_low) / 254), int32 [m, B], times a float32 step a row and a column, to float32 `out`."""
-    pointers = (tensor.data_ptr() for tensor in (high, low, also_low, row_steps, column_steps, out))
-    call("add_scaled", _ScaleJob(*pointers, *high.shape), simd=simd)
+def add_scaled(products: Tensor, row_steps: Tensor, column_steps: Tensor, out: Tensor, simd: str) -> None:
+    """Add int32 products [m, B] times a float32 step a row and a column to float32 `out`."""
+    pointers = (tensor.data_ptr() for tensor in (products, row_steps, column_steps, out))
+    call("add_scaled", _ScaleJob(*pointers, *products.shape), simd=simd)

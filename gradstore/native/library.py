@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gradstore.errors import UsageError
 
-INTERFACE = 6  # of gradstore_interface() in src/levels.cpp
+INTERFACE = 7  # of gradstore_interface() in src/levels.cpp
 _NOT_BUILT = "it was not built: no C++ compiler worked when gradstore was installed"
 _FORBIDDEN = "GRADSTORE_SIMD=none forbids it"
 _REBUILD = "install a C++ compiler (g++ or clang++), then install gradstore again"

@@ -68,30 +68,35 @@ class Best:
         if self._count > self.limit:
             self._drop_beaten()
             if self._count > self.limit // 2:
+                self._score_promising()
+            if self._count > self.limit // 2:
                 self.settle()
                 self.crowded = True
 
     def settle(self) -> None:
-        """Score pending candidates exactly until the k best of each query are known.
-
-        The k with the highest bounds come first: often they beat most of the others.
-        """
+        """Score pending candidates exactly until the k best of each query are known."""
         self._drop_beaten()
-        if not self._count:
-            return
-        queries, rows, upper = self._pending[0]
-        order = np.lexsort((-upper, queries))
-        rank = np.arange(len(order)) - np.searchsorted(queries[order], queries[order])
-        for some in (order[rank < self.k], order[rank >= self.k]):
-            some = some[upper[some] >= self.thresholds.numpy()[queries[some]]]
-            if len(some):
-                self.take(queries[some], rows[some], self._score(queries[some], rows[some]))
+        if self._count:
+            self._score_promising()
+        if self._count:
+            queries, rows, _ = self._pending[0]
+            self.take(queries, rows, self._score(queries, rows))
         self._pending, self._count = [], 0
 
     def take(self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
         """Take in exact similarities float64 [pairs] of queries [pairs] and rows [pairs], each pair once."""
         self._merge(queries, rows, scores)
         self._lower = torch.maximum(self._lower, torch.from_numpy(self.similarity))
+
+    def _score_promising(self) -> None:
+        """Score those k of each query exactly that have the highest bounds: often they beat most of the others."""
+        queries, rows, upper = self._pending[0]
+        order = np.lexsort((-upper, queries))
+        rank = np.arange(len(order)) - np.searchsorted(queries[order], queries[order])
+        some, others = order[rank < self.k], order[rank >= self.k]
+        self.take(queries[some], rows[some], self._score(queries[some], rows[some]))
+        self._pending = [(queries[others], rows[others], upper[others])]
+        self._drop_beaten()
 
     def _drop_beaten(self) -> None:
         if not self._pending:

@@ -111,7 +111,9 @@ class _Scan:
         rows = np.arange(start, stop)
         if self.best.crowded:
             self.bounds.refine()
-        for group, center, spread in block.bounds(start, stop):
+        with self._lock:
+            thresholds = self.best.thresholds.clone()
+        for group, center, spread in block.bounds(start, stop, thresholds):
             self._require_finite(center, rows)
             with self._lock:
                 self.best.offer(group.members, rows, center, spread)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +17,19 @@ from synthetic import clustered, dense_similarity, rows_of_every_kind, write_sto
 import gradstore as gs
 from gradstore.arithmetic import chooser, matrix_unit
 from gradstore.arithmetic.int8 import integer_product, integer_products_are_exact
-from gradstore.arithmetic.int8_digits import add_integer_product, round_rows
+from gradstore.arithmetic.int8_digits import add_integer_product, pair_products, round_rows
 from gradstore.arithmetic.names import ENGINES
+from gradstore.arithmetic.seven_bits import LeftRows
 from gradstore.errors import UsageError
 from gradstore.kernels.definitions import projected_kernel
 from gradstore.kernels.feature_map import FeatureMap
 from gradstore.native import library
-from gradstore.search.bounds import engines
+from gradstore.search.bounds import bounds_int8, engines
 from gradstore.search.bounds.bounds import Bounds
 from gradstore.search.bounds.bounds_bfloat16 import LimbBounds, PackedQueries
 from gradstore.search.bounds.bounds_float32 import Float32Bounds
 from gradstore.search.bounds.bounds_int8 import IntegerBounds
-from gradstore.search.exact_score import inner_products
+from gradstore.search.exact_score import ExactScore, inner_products
 from gradstore.search.query_batch import load_queries
 from gradstore.search.request import Request
 from gradstore.store.feature_store import FeatureStore
@@ -45,28 +47,31 @@ CPU_ENGINES = [name for name, means in MEANS.items() if means.refusal(1) is None
     width=st.sampled_from([1, 7, 16, 31, 64, 129, 1000]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     exponent=st.sampled_from([-90, -10, 0, 10]),
+    largest=st.sampled_from([63, 127]),
 )
 @pytest.mark.parametrize("simd", LEVELS)
 def test_rounding_misses_no_more_than_it_says(
-    simd: str, seed: int, width: int, dtype: torch.dtype, exponent: int
+    simd: str, seed: int, width: int, dtype: torch.dtype, exponent: int, largest: int
 ) -> None:
     rng = np.random.default_rng(seed)
     room = torch.from_numpy(rows_of_every_kind(rng, 12, width + 3)).to(dtype)
     values, factors = room[:, 1 : width + 1], torch.full((12,), 2.0**exponent)
     values[3] = 0
     digits = torch.empty(2, 12, width, dtype=torch.int8)
-    found = round_rows(values, factors, digits[0], digits[1], simd)
+    found = round_rows(values, factors, digits[0], digits[1], simd, largest=largest)
     exact = (values.float() * factors[:, None]).double()
     step = torch.from_numpy(found.step)[:, None]
-    low = digits[1].double() * step / 254
+    low = digits[1].double() * step / (2 * largest)
     kept = digits[0].double() * step + low
-    assert int(digits.abs().max()) <= 127
+    assert int(digits.abs().max()) <= largest
     for bound, norm in ((found.missed, exact - kept), (found.low, low), (found.norm, kept)):
         assert (norm.norm(dim=1).numpy() <= bound).all()
     usable = exact.norm(dim=1).numpy() > 1e-12
-    assert (found.missed[usable] <= 1e-4 * width**0.5 * exact.abs().amax(dim=1).numpy()[usable]).all(), "and is fine"
+    fine = 1e-4 * (127 / largest) ** 2 * width**0.5
+    assert (found.missed[usable] <= fine * exact.abs().amax(dim=1).numpy()[usable]).all(), "and is fine"
     one = torch.empty(12, width, dtype=torch.int8)
-    coarse = round_rows(values, factors, one, simd=simd)
+    coarse = round_rows(values, factors, one, simd=simd, largest=largest)
+    assert torch.equal(one, digits[0])
     assert ((exact - one.double() * step).norm(dim=1).numpy() <= coarse.missed).all()
     assert ((one.double() * step).norm(dim=1).numpy() <= coarse.norm).all()
 
@@ -119,16 +124,20 @@ def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("GRADSTORE_SIMD", "none")
     rng = torch.Generator().manual_seed(0)
     queries, rows = (
-        torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8) for shape in ((2, 5, 700), (2, 33, 700))
+        torch.randint(-63, 64, shape, generator=rng, dtype=torch.int8) for shape in ((2, 5, 700), (2, 33, 700))
     )
-    queries[:, 0], rows[:, 0] = 127, 127
+    queries[:, 0], rows[:, 0] = 63, 63
     steps = torch.rand(5, generator=rng), torch.rand(33, generator=rng)
-    out = torch.ones(5, 33)
-    add_integer_product(queries, steps[0], rows[0], rows[1], steps[1], out)
-    a, b = queries.double(), rows.double()
-    expected = a[0] @ b[0].T + (a[1] @ b[0].T + a[0] @ b[1].T) / 254
-    expected = 1 + expected * torch.outer(steps[0].double(), steps[1].double())
-    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=1e-6, atol=1e-6 * 127**2 * 700)
+    left, out = [LeftRows(part) for part in queries], torch.ones(5, 33)
+    add_integer_product(left[0], steps[0], rows[0], steps[1], out)
+    a, b, worth = queries.double(), rows.double(), torch.outer(steps[0].double(), steps[1].double())
+    close = {"rtol": 1e-6, "atol": 1e-6 * 63**2 * 700}
+    high, low = a[0] @ b[0].T, (a[1] @ b[0].T + a[0] @ b[1].T) / 126
+    np.testing.assert_allclose(out.numpy(), (1 + high * worth).numpy(), **close)
+    pairs = torch.tensor([4, 0, 1, 1]), torch.tensor([2, 2, 7, 32])
+    for lower, expected in ((False, high), (True, low)):
+        found = pair_products(left, steps[0], rows.unbind(), steps[1], pairs, lower=lower)
+        np.testing.assert_allclose(found.numpy(), (expected * worth)[pairs].numpy(), **close)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,7 +148,7 @@ def test_integer_products_add_up(compiled: bool, monkeypatch: pytest.MonkeyPatch
     K=st.sampled_from([1, 33, 300]),
     scale=st.sampled_from([1e-25, 1.0, 1e15]),
 )
-@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(["bfloat16 refined"] if "bfloat16" in CPU_ENGINES else [])])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, *(f"{name} refined" for name in CPU_ENGINES if name != "float32")])
 def test_bounds_hold_for_every_pair(
     engine: str, seed: int, dtype: str, kernel: str, K: int, scale: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -152,18 +161,66 @@ def test_bounds_hold_for_every_pair(
     groups = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
     exact = dense_similarity(train, queries, kernel)
     bounds = MEANS[engine.split()[0]](train, groups)
-    if engine.endswith("refined"):
+    if engine == "bfloat16 refined":
         bounds.refine()
+    least = -1e300 if engine == "int8 refined" else -np.inf  # which every pair may reach
     block = bounds.block(30)
     for start, stop in ((0, 30), (30, 50)):
-        ((group, center, spread),) = block.bounds(start, stop)
+        ((group, center, spread),) = block.bounds(start, stop, torch.full((8,), least, dtype=torch.float64))
         np.testing.assert_array_equal(group.members, np.arange(8))
         error = np.abs(center.numpy() - exact[:, start:stop])
         rounding = 1e-13 * np.abs(exact).max()  # of the reference
         assert (error <= spread.numpy() + rounding).all()
         if kernel != "proj-trntk0":
-            least = 9e-3 if engine == "bfloat16" else 2e-3
-            assert (spread < least * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+            most = {"bfloat16": 9e-3, "int8": 0.3}.get(engine, 2e-3)
+            assert (spread < most * (1 + 40 * (dtype == "float16" and K == 1))).all(), "and are of use"
+
+
+@pytest.mark.parametrize("kernel", ["proj-trntk", "proj-trntk0"])
+@pytest.mark.skipif("int8" not in CPU_ENGINES, reason="no exact products of 8-bit integers here")
+def test_bounds_hold_for_pairs_that_are_not_multiplied_to_the_end(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write_store(tmp_path / "a", clustered(60, 6, 40))
+    queries = write_store(tmp_path / "b", clustered(9, 6, 40, seed=1))
+    (group,) = load_queries(Request.checked(train, queries, 1, projected_kernel(kernel)))
+    exact = dense_similarity(train, queries, kernel)
+    thresholds = torch.from_numpy(np.sort(exact, axis=1)[:, -3])
+    seen: dict[bool, list[int]] = {False: [], True: []}
+
+    def counted(*operands: Any, lower: bool) -> torch.Tensor:
+        products = pair_products(*operands, lower=lower)
+        seen[lower].append(len(products))
+        return products
+
+    monkeypatch.setattr(bounds_int8, "pair_products", counted)
+    ((_, center, spread),) = IntegerBounds(train, [group]).block(60).bounds(0, 60, thresholds)
+    assert min(seen[False]) >= 3 * 9
+    assert max(seen[False]) < 9 * 60 / 3, "few of all pairs are multiplied to the end"
+    assert 3 * 9 <= sum(seen[True]) / 6 <= max(seen[False]), "and few of these by both digits"
+    size = np.abs(exact).max()
+    error, best = np.abs(center.numpy() - exact), exact >= thresholds.numpy()[:, None]
+    assert (error <= spread.numpy() + 1e-13 * size).all()
+    assert (spread.numpy()[best] < 2e-3 * size).all(), "bounds of those are close"
+    assert (spread.numpy() > 0.1 * size).any(), "and of others need not be"
+    assert (center + spread < thresholds[:, None]).sum() > 9 * 30
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+@pytest.mark.parametrize("c", range(6))
+def test_values_that_are_not_finite_are_seen_in_every_class(engine: str, c: int, tmp_path: Path) -> None:
+    """Where they are not in the norms, and most pairs are not multiplied to the end."""
+    path, features = tmp_path / "a", clustered(60, 6, 40)
+    store = write_store(path, features)
+    with (path / store.manifest.file_of(0)).open("r+b") as file:
+        file.seek(store.manifest.shards[0].offsets["features"] + 2 * (7 * 6 * 40 + 40 * c + 3))
+        file.write(np.float16(np.nan).tobytes())
+    train, queries = FeatureStore(path, verify=False), write_store(tmp_path / "b", features[:9])
+    (group,) = load_queries(Request.checked(train, queries, 1, projected_kernel("proj-trntk")))
+    thresholds = torch.full((9,), 0.95, dtype=torch.float64)
+    ((_, center, _),) = MEANS[engine](train, [group]).block(60).bounds(0, 60, thresholds)
+    finite = torch.isfinite(center).all(dim=0)
+    assert torch.nonzero(~finite)[:, 0].tolist() == [7]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +249,7 @@ def test_every_engine_gives_the_same_bits(
     first = gs.topk(*stores, 9, engine="float32", **what)
     if not compiled:
         monkeypatch.setenv("GRADSTORE_SIMD", "none")
-    for engine in (name for name in CPU_ENGINES if compiled or name != "bfloat16"):
+    for engine in (name for name in CPU_ENGINES if MEANS[name].refusal(1) is None):
         for memory in ("1GB", "2MB"):
             other = gs.topk(*stores, 9, engine=engine, memory=memory, **what)
             assert other.search.engine == engine
@@ -223,6 +280,24 @@ def test_many_near_ties_are_told_apart_with_two_limbs(tmp_path: Path, monkeypatc
     monkeypatch.setattr(PackedQueries, "refined", lambda self, of=PackedQueries.refined: seen.append(1) or of(self))
     found = gs.topk(train, queries, 3, engine="bfloat16")
     assert seen == [1], "once, after the first of several blocks"
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.similarity, expected.similarity)
+
+
+@pytest.mark.skipif("int8" not in CPU_ENGINES, reason="no exact products of 8-bit integers here")
+def test_near_ties_are_told_apart_by_second_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(0, 0.2, (600, 1, 1)) * rng.standard_normal((600, 2, 300))
+    features = (rng.standard_normal((1, 2, 300)) + noise).astype(np.float32)
+    train, queries = write_store(tmp_path / "a", features), write_store(tmp_path / "b", features[:5])
+    expected, scored = gs.topk(train, queries, 3, engine="float32"), []
+    score = ExactScore.__call__
+    monkeypatch.setattr(
+        ExactScore, "__call__", lambda self, *pairs: scored.append(len(pairs[0])) or score(self, *pairs)
+    )
+    monkeypatch.setattr("gradstore.search.bounds.bounds_int8._BLOCK_BYTES", 40 * train.schema.row_bytes)
+    found = gs.topk(train, queries, 3, engine="int8")
+    assert sum(scored) < 5 * 600 / 3, "all of them are within what a first digit leaves open"
     np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.similarity, expected.similarity)
 
@@ -289,6 +364,8 @@ def test_an_engine_that_reads_the_store_much_more_often_is_not_taken(
 
 
 def test_int8_needs_exact_products(stores: tuple, measured: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torch only where nothing was compiled."""
+    monkeypatch.setenv("GRADSTORE_SIMD", "none")
     monkeypatch.setattr("gradstore.arithmetic.int8.integer_products_are_exact", lambda: False)
     said = "--engine: torch's products of 8-bit integers are missing or overflow on this processor"
     with pytest.raises(UsageError, match=said):

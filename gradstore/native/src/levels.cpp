@@ -14,7 +14,7 @@ struct Level {
 }  // namespace
 
 // What this library and its callers must agree on: the functions that it exports, and the structures that they take.
-EXPORT int gradstore_interface() { return 6; }
+EXPORT int gradstore_interface() { return 7; }
 
 // The name of level number `index`, fastest first; null after the last. `available` says whether this process may use it.
 EXPORT const char* gradstore_level(int index, int* available) {

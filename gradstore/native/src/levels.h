@@ -27,7 +27,7 @@
 
 #define AVX2_TARGET "avx2,fma,f16c,bmi,bmi2"
 #define AVX512_TARGET "avx512f,avx512dq,avx512bw,avx512vl," AVX2_TARGET WHOLE_REGISTERS
-#define AMX_TARGET "amx-tile,amx-bf16,avx512bf16," AVX512_TARGET
+#define AMX_TARGET "amx-tile,amx-bf16,avx512bf16,avx512vnni," AVX512_TARGET
 
 inline bool has_plain() { return true; }
 
@@ -49,6 +49,7 @@ inline bool has_amx() {
     if (!has_avx512()) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 5) != 5) return false;   // AMX-BF16, AMX-TILE
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;        // AVX512-BF16
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif

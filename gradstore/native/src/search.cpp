@@ -10,15 +10,13 @@
 
 namespace {
 
-// What rounding a row gave: row = step * (high + low / FINER) + rest.
+// What rounding a row gave: row = step * (high + low / finer) + rest, of finer steps twice as many as the largest integer.
 struct Rounded {
     double step;    // infinite where the row is not finite
     double square;  // squared norm of `high`
     double second;  // squared norm of row - step * high
     double missed;  // squared norm of the rest
 };
-
-constexpr float FINER = 254;  // half a step is 127 of the finer ones
 
 struct RoundJob {
     const void* values;    // [rows, classes, width] of float16 or float32, rows `stride` values apart
@@ -27,6 +25,7 @@ struct RoundJob {
     Rounded* found;        // [classes, rows], classes `plane` apart
     int64_t rows, classes, width, stride, plane;
     int32_t half;          // whether the values are float16
+    int32_t largest;       // integer that a value is rounded to
 };
 
 struct DotJob {
@@ -42,7 +41,7 @@ struct DotJob {
 };
 
 struct ScaleJob {
-    const int32_t *high, *low, *also_low;  // [rows, columns]
+    const int32_t* products;    // [rows, columns]
     const float *row_steps, *column_steps;
     float* out;                 // [rows, columns]
     int64_t rows, columns;

@@ -77,9 +77,19 @@ struct Digits {
 
 static inline Floats nearest(Floats x) { return (x + NEAREST) - NEAREST; }
 
+// Compilers convert to bytes one value at a time where no instruction does it.
 static inline void store(int8_t* to, Floats integers) {
+#if defined(__x86_64__) && VECTOR_BYTES == 32
+    const __m256i fours = _mm256_shuffle_epi8(_mm256_cvttps_epi32((__m256)integers), _mm256_set1_epi32(0x0c080400));
+    _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1)));
+#elif defined(__x86_64__) && VECTOR_BYTES == 16
+    const __m128i pairs = _mm_cvttps_epi32((__m128)integers), twos = _mm_packs_epi32(pairs, pairs);
+    const int32_t bytes = _mm_cvtsi128_si32(_mm_packs_epi16(twos, twos));
+    memcpy(to, &bytes, sizeof bytes);
+#else
     const Bytes bytes = __builtin_convertvector(__builtin_convertvector(integers, Ints), Bytes);
     memcpy(to, &bytes, sizeof bytes);
+#endif
 }
 
 // WIDE values to integers; what is added up is exact for the integers, and rounded a few times for what they miss.
@@ -98,7 +108,8 @@ static inline void round_some(const Value* from, const Digits& digits, int8_t* h
 }
 
 template <bool TWO, class Value>
-static void round_row(const Value* row, float factor, int64_t width, int8_t* high, int8_t* low, Rounded& found) {
+static void round_row(const Value* row, float factor, float largest, int64_t width, int8_t* high, int8_t* low,
+                      Rounded& found) {
     const float peak = peak_of(row, width) * std::fabs(factor);
     if (!(peak >= 0x1p-100f) || !(peak < INFINITY)) {  // nothing to speak of, or not finite
         const bool finite = peak < INFINITY;
@@ -108,7 +119,8 @@ static void round_row(const Value* row, float factor, int64_t width, int8_t* hig
         found = {finite ? 1.0 : INFINITY, 0, all, all};
         return;
     }
-    const Digits digits = {factor, peak / 127, 127 / peak, peak / (127 * FINER), 127 * FINER / peak};
+    const float finest = largest * 2 * largest;
+    const Digits digits = {factor, peak / largest, largest / peak, peak / finest, finest / peak};
     Sums sums, others;  // two of each, so that an addition need not wait for the one before
     int64_t i = 0;
     for (; i + 2 * WIDE <= width; i += 2 * WIDE) {
@@ -134,7 +146,7 @@ static void round_all(const RoundJob& job) {
         const Value* row = static_cast<const Value*>(job.values) + i * job.stride;
         for (int64_t c = 0; c < job.classes; ++c) {
             const int64_t to = c * job.plane + i, at = to * job.width;
-            round_row<TWO>(row + c * job.width, job.factors[i * job.classes + c], job.width, job.high + at,
+            round_row<TWO>(row + c * job.width, job.factors[i * job.classes + c], job.largest, job.width, job.high + at,
                            TWO ? job.low + at : nullptr, job.found[to]);
         }
     }
@@ -224,11 +236,8 @@ static void dot_pairs(const DotJob& job) {
 
 static void add_scaled(const ScaleJob& job) {
     for (int64_t i = 0; i < job.rows; ++i) {
-        const int64_t at = i * job.columns;
-        const int32_t *high = job.high + at, *low = job.low + at, *also_low = job.also_low + at;
-        float *out = job.out + at, step = job.row_steps[i];
-        for (int64_t j = 0; j < job.columns; ++j) {
-            out[j] += step * job.column_steps[j] * ((float)high[j] + (float)(low[j] + also_low[j]) * (1 / FINER));
-        }
+        const int32_t* products = job.products + i * job.columns;
+        float *out = job.out + i * job.columns, step = job.row_steps[i];
+        for (int64_t j = 0; j < job.columns; ++j) out[j] += step * job.column_steps[j] * (float)products[j];
     }
 }

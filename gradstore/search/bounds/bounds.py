@@ -95,8 +95,14 @@ class BlockBounds(ABC):
     """Bounds for one worker."""
 
     @abstractmethod
-    def bounds(self, start: int, stop: int) -> Found:
+    def bounds(self, start: int, stop: int, thresholds: Tensor) -> Found:
         """Bounds on rows start:stop. The similarities of a row that is not finite are not finite either.
+
+        Args:
+            start: first row.
+            stop: the row behind the last.
+            thresholds: float64 [m], a similarity for each query of the batch; bounds on rows that are certainly less
+                similar may be as wide as that leaves them.
 
         Raises:
             NonFiniteError: a row's norm is not finite, or zero under a cosine.

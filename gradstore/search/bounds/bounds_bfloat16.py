@@ -162,7 +162,7 @@ class _LimbBlock(BlockBounds):
             for phi in {part.group.phi for part in queries.parts}
         }
 
-    def bounds(self, start: int, stop: int) -> Found:
+    def bounds(self, start: int, stop: int, thresholds: Tensor) -> Found:
         """See `BlockBounds`."""
         parts = self.queries.parts
         step = self._rows // max(part.limbs for part in parts)

@@ -70,7 +70,7 @@ class _FloatBlock(BlockBounds):
         self._piece = torch.empty(rows * width, device=self._device)
         self._spare = torch.empty(rows * width if summed else 0, device=self._device)
 
-    def bounds(self, start: int, stop: int) -> Found:
+    def bounds(self, start: int, stop: int, thresholds: Tensor) -> Found:
         """See `BlockBounds`."""
         train = self._queries.train
         columns = train.read(start, stop, out=self._columns)
