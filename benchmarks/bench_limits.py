@@ -8,7 +8,7 @@ classes x 10,240, and in the page cache. What a limit has:
 
 - ``verify``: BLAKE3 of the files, by as many threads as there are cores;
 - ``export``: reading the files, widening them to float32, and writing that to the same disk, one after another;
-- ``gram``: the digests, and the n²/2 products as torch multiplies tiles that are in memory, in float32;
+- ``gram``: the digests, and the n² / 2 products as torch multiplies tiles that are in memory, in float32;
 - ``index``: the digests, and one product of all rows with as many directions, by torch in float32;
 - ``fit``: the digests, and the products of a single step of a solver, rows by weights and errors by rows, by torch in
   float32.
