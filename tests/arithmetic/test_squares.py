@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch_threads import torch_threads
 
 from gradstore.arithmetic.squares import squared_norms
 from gradstore.native import library
@@ -34,17 +35,14 @@ def test_squared_norms_are_exact_to_rounding(n: int, p: int, level: str, monkeyp
 
 @pytest.mark.skipif(not library.levels(), reason="nothing was compiled")
 def test_every_level_any_threads_and_any_rows_beside_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
-    values, threads = rows(40, 5001), torch.get_num_threads()
+    values = rows(40, 5001)
     found = squared_norms(values)
     for level in library.levels():
         monkeypatch.setenv("GRADSTORE_SIMD", level)
         assert torch.equal(squared_norms(values), found)
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with torch_threads(count):
             assert torch.equal(squared_norms(values), found)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(torch.cat([squared_norms(row[None]) for row in values]), found)
     assert torch.equal(squared_norms(torch.cat([values, values], 1)[:, :5001]), found)  # rows lie apart
     assert torch.equal(squared_norms(values.T.contiguous().T), found)  # columns do

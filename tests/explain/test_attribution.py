@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from synthetic import clustered, dense_similarity, write_store
+from torch_threads import torch_threads
 
 import gradstore as gs
 from gradstore.errors import UsageError
@@ -91,16 +90,6 @@ def noted(read: Callable[..., object], reads: list[int]) -> Callable[..., object
         return read(self, batch)
 
     return reading
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_rows_are_chosen_as_everywhere(fitted: tuple, tmp_path: Path) -> None:

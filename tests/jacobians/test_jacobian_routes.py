@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from cases import CASES, HARD_CASES, Case, SmallCNN
 from test_jacobians import looped, relative, streamed, whole
 from torch import Tensor, nn
+from torch_threads import torch_threads
 
 from gradstore.errors import ProjectError, UsageError
 from gradstore.jacobians import EmbeddingBlock, JacobianEngine, terms
@@ -410,22 +409,12 @@ def test_measured_memory_is_what_bytes_needed_says():
     assert estimate < 4 * measured
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", ["digits", "transformer-dict", "lstm", "convolution-variants"])
 def test_bits_do_not_depend_on_the_number_of_threads(name: str):
     case = BY_NAME.get(name, Case(name, lambda: SmallCNN(10), lambda n: torch.randn(n, 1, 8, 8), 10))
     found = []
     for count in (1, 2, 3, 4):
-        with threads(count):
+        with torch_threads(count):
             found.append(whole(streamed(case, case.model(), case.batch(16))[1]))
             assert torch.get_num_threads() == count
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -447,7 +436,7 @@ def test_classes_that_arrive_together_share_one_memory(monkeypatch: pytest.Monke
     ]
     deltas = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
     shapes = [(2, 1, 3), (2, 1, 3, 1), (2, 1, 3, 1), (2, 1, 1, 3)]
-    with threads(4):
+    with torch_threads(4):
         for term, shape in zip(made, shapes, strict=True):
             side_by_side(lambda share: [term.absorb(c, deltas[c].view(shape)) for c in share], 4, deltas.device)  # noqa: B023
             assert term._kept is not None
@@ -464,7 +453,7 @@ def test_an_error_in_one_share_is_raised_after_all_have_ended():
         time.sleep(0.05)
         ended.append(share.start)
 
-    with threads(4), pytest.raises(ArithmeticError, match="class 2"):
+    with torch_threads(4), pytest.raises(ArithmeticError, match="class 2"):
         side_by_side(work, 8, torch.device("cpu"))
     assert sorted(ended) == [0, 1, 3]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import Case
 from test_jacobians import looped, relative, whole
 from torch import Tensor, nn
+from torch_threads import torch_threads
 
 from gradstore.jacobians import JacobianEngine, LinearBlock, LoweredBlock, OwnRowBlock, join_blocks, through_head
 from gradstore.jacobians.blocks import DenseBlock, EmbeddingBlock, JacobianBlock
@@ -395,15 +396,12 @@ def test_inner_products_are_those_of_float64(kind: str, positions: int):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_bits_of_norms_do_not_depend_on_the_batch(threads: int):
-    draw, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    draw = torch.Generator().manual_seed(0)
     values, weight = torch.randn(5, 8, 5000, generator=draw), torch.randn(50, 8, generator=draw)
     alone = [LoweredBlock(DenseBlock("p", 0, row[None]), weight) for row in values]
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         together = LoweredBlock(DenseBlock("p", 0, values), weight)
         norms, dense_values = together.sq_norm(), together.dense()
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(norms, torch.cat([block.sq_norm() for block in alone]))
     assert torch.equal(dense_values, torch.cat([block.dense() for block in alone]))
 

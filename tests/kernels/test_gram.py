@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import clustered, dense_similarity, write_store
+from torch_threads import torch_threads
 
 import gradstore as gs
 from gradstore.arithmetic import matrix_unit
@@ -173,13 +174,9 @@ def test_int8_products_of_one_column(shape: tuple[int, int, int], tmp_path: Path
 @pytest.mark.parametrize("arithmetic", EVERY[1:])
 def test_the_bits_do_not_depend_on_how_the_work_is_cut(arithmetic: str, tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", clustered(600, 3, 200))
-    threads = torch.get_num_threads()
     whole = gs.gram(store, out=tmp_path / "whole.h5", arithmetic=arithmetic)[:]
-    try:
-        torch.set_num_threads(1)
+    with torch_threads(1):
         cut = gs.gram(store, out=tmp_path / "cut.h5", arithmetic=arithmetic, memory="900KB")[:]
-    finally:
-        torch.set_num_threads(threads)
     np.testing.assert_array_equal(cut, whole)
     twins = write_store(tmp_path / "twins", np.concatenate([clustered(20, 3, 200)] * 2))
     found = gs.gram(twins, out=tmp_path / "t.h5", arithmetic=arithmetic)[:]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_threads import torch_threads
 
 from gradstore.errors import UsageError
 from gradstore.projection import Projection
@@ -156,12 +157,8 @@ def test_bits_do_not_depend_on_neighbours_threads_or_splits_of_k(kind, backend):
     dim = least(kind, 150)
     projection = Projection(kind, dim=dim, seed=9, backend=backend)
     whole = projection.project(block, 128)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with torch_threads(1):
         parts = [projection.project(part, 128) for part in block.split([1, 2, 5, 13, 16])]
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(torch.cat(parts), whole)
     out = torch.zeros(37, dim)
     for k, stop in ((0, 1), (1, 18), (18, 150), (150, dim)):
